@@ -1,0 +1,84 @@
+#!/usr/bin/env python3
+"""The README's support matrix, made from the kernel tables of the built library.
+
+python tools/support_matrix.py            # print it
+python tools/support_matrix.py --write    # put it into README.md
+python tools/support_matrix.py --check    # fail if README.md says something else
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flash_mla import KernelSupport
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+BEGIN, END = "<!-- support-matrix:begin -->", "<!-- support-matrix:end -->"
+GPUS = {90: "SM90 (H100, H200, GH200)", 100: "SM100 (B200, GB200)"}
+# Operations without kernels so far. `flash_mla.why_not(op)` tells the same, and a test compares.
+PLANNED = ("sparse_decode", "sparse_prefill", "dense_prefill")
+
+
+def render() -> str:
+    """The matrix as Markdown; needs the built library, no GPU."""
+    from flash_mla import kernels
+
+    rows: list[tuple[str, ...]] = []
+    for k in kernels():
+        if not k.reason:
+            takes = (listed(k.dtypes), listed(k.d_qk), pages(k), listed(k.h_kv))
+            rows.append(("dense_decode", k.kernel, GPUS[k.compute_capability], *takes))
+    rows.append(("dense_decode", "reference (PyTorch)", "any device", "bfloat16, float16", "576, 512", "any", "any"))
+    rows += [(op, "none yet", *["-"] * 5) for op in PLANNED]
+    return table(("op", "kernel", "GPU", "dtypes", "d_qk", "page sizes", "h_kv"), rows)
+
+
+def listed(values: Iterable[object]) -> str:
+    return ", ".join(map(str, values))
+
+
+def pages(kernel: KernelSupport) -> str:
+    sizes = kernel.page_block_sizes
+    # The table is asked about powers of two and about sizes that no special case would cover.
+    return "any" if {1, 3, 1000} <= set(sizes) else listed(sizes)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def between_markers(text: str) -> str:
+    return text.split(BEGIN)[1].split(END)[0].strip()
+
+
+def main() -> int:
+    assert __doc__
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--check", action="store_true")
+    arguments = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    import flash_mla
+
+    if not flash_mla.build_info():
+        raise SystemExit("the library is not built: run tools/build_native.py")
+    matrix = render()
+    text = README.read_text()
+    if arguments.write:
+        README.write_text(text.replace(between_markers(text), matrix))
+    elif arguments.check:
+        return 0 if between_markers(text) == matrix else 1
+    else:
+        print(matrix)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
