@@ -1,0 +1,246 @@
+"""``python -m flash_mla``: what is this machine, which kernels serve it, and a small checked and timed run."""
+
+import argparse
+import json
+import random
+import sys
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+import flash_mla
+from flash_mla.backends import cuda, select
+from flash_mla.backends.capability import OPERATIONS
+from flash_mla.problem import DenseDecodeProblem
+from flash_mla.testing import Comparison, DenseDecodeInputs, compare, expected_dense_decode, make_dense_decode_inputs
+from flash_mla.testing.progress import Progress
+from flash_mla.testing.roofline import Ceilings, Work, dense_decode_work, measure_ceilings
+from flash_mla.testing.timing import Timing, time_cpu, time_cuda
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The batch that is decoded: paged, one new token per request, causal, bf16."""
+
+    lengths: tuple[int, ...]
+    h_q: int
+    page: int = 64
+
+    def describe(self) -> str:
+        spread = f"{min(self.lengths):,} to {max(self.lengths):,} keys, {sum(self.lengths):,} in all"
+        return f"{len(self.lengths)} requests of {spread}; {self.h_q} heads, pages of {self.page}, bf16"
+
+    def work(self) -> Work:
+        return dense_decode_work(self.lengths, s_q=1, h_q=self.h_q)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the demonstration; 0 when every answer was right."""
+    parser = argparse.ArgumentParser(prog="python -m flash_mla", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.add_argument("--quick", action="store_true", help="a smaller batch")
+    parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    say = _silent if options.json else print
+    result = _machine(device)
+    say(_describe_machine(result))
+    served = result["operations"]["dense_decode"]["kernel"] is not None
+    batch = _choose_batch(large=served, quick=options.quick)
+    say(f"\nDecoding {batch.describe()}", flush=True)
+    result |= _decode(batch, device, quick=options.quick)
+    say(_describe_run(result))
+    if options.json:
+        print(json.dumps(result, indent=2))
+    return 0 if result["check"]["passed"] else 1
+
+
+def _silent(*_args: Any, **_kwargs: Any) -> None:
+    pass
+
+
+def _choose_batch(large: bool, quick: bool) -> Batch:
+    """Lengths as in service: many short, few long. The reference gets a batch that it can do in seconds."""
+    if not large:
+        return Batch((2048, 700, 1, 65)[:2] if quick else (2048, 700, 1300, 65), h_q=16)
+    draw = random.Random(0)
+    count, longest = (64, 16384) if quick else (128, 40960)
+    return Batch(tuple(int(256 * (longest / 256) ** draw.random()) for _ in range(count)), h_q=128)
+
+
+# ---- The machine.
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    """Device, library, and for each operation the kernel that serves it and the reasons of those that do not."""
+    build = flash_mla.build_info()
+    return {
+        "flash_mla": flash_mla.__version__,
+        "torch": torch.__version__,
+        "device": _device(device),
+        "library": build or {"missing": cuda.missing()},
+        "operations": {op: _operation(op, device) for op in OPERATIONS},
+    }
+
+
+def _device(device: torch.device) -> dict[str, Any]:
+    if device.type != "cuda":
+        return {"name": "CPU", "threads": torch.get_num_threads()}
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "name": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "sms": properties.multi_processor_count,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+    }
+
+
+def _operation(op: str, device: torch.device) -> dict[str, Any]:
+    if op != "dense_decode":
+        return {"backend": None, "kernel": None, "why_not": {op: flash_mla.why_not(op)}}
+    problem = _problem(device)
+    table = cuda.dense_decode_table(problem)
+    backend = select(problem).name
+    kernel = next((name for name, reason in table.items() if reason == ""), None) if backend == "cuda" else None
+    against = {name: reason for name, reason in table.items() if reason}
+    if kernel is None and not against:
+        against = {"cuda": str(flash_mla.why_not(op, problem))}
+    return {"backend": backend, "kernel": kernel, "why_not": against}
+
+
+def _problem(device: torch.device) -> DenseDecodeProblem:
+    """The call of the demonstration, as the kernel table sees it."""
+    q = torch.empty(1, 1, 128, 576, device=device, dtype=torch.bfloat16)
+    k_cache = torch.empty(1, 64, 1, 576, device=device, dtype=torch.bfloat16)
+    return DenseDecodeProblem.of(q, k_cache)
+
+
+def _describe_machine(result: dict[str, Any]) -> str:
+    device, library = dict(result["device"]), result["library"]
+    details = ", ".join(f"{name} {value}" for name, value in device.items() if name != "name")
+    built = library.get("missing") or ", ".join(f"{name} {value}" for name, value in library.items())
+    lines = [
+        f"flash_mla  {result['flash_mla']}, torch {result['torch']}",
+        f"device     {device['name']} ({details})",
+        f"library    {built}",
+        "",
+        "operation        served by",
+    ]
+    for op, answer in result["operations"].items():
+        server = answer["kernel"] or (f"{answer['backend']} backend" if answer["backend"] else "nothing")
+        lines.append(f"{op:16s} {server}")
+        lines += [f"{'':16s} - not {name}: {reason}" for name, reason in answer["why_not"].items() if name != op]
+        lines += [f"{'':16s} - {reason}" for name, reason in answer["why_not"].items() if name == op]
+    return "\n".join(lines)
+
+
+# ---- The run.
+
+
+def _decode(batch: Batch, device: torch.device, quick: bool) -> dict[str, Any]:
+    """Decode the batch, check the answer, measure it and the machine."""
+    inputs = make_dense_decode_inputs(batch.lengths, h_q=batch.h_q, page=batch.page, device=device, causal=True)
+    schedule, _ = flash_mla.get_mla_metadata()
+    arguments = {**inputs.call(), "tile_scheduler_metadata": schedule}
+    out, lse = flash_mla.flash_mla_with_kvcache(**arguments)
+    check = _check(inputs, out, lse)
+
+    backend = select(DenseDecodeProblem.of(inputs.q, inputs.k_cache)).name
+    timing = _time(arguments, device, graph=backend == "cuda", quick=quick)
+    ceilings = measure_ceilings(device, quick=quick)
+    work, time_us = batch.work(), timing.median_us
+    return {
+        "backend": backend,
+        "batch": asdict(batch),
+        "check": check,
+        "timing": asdict(timing),
+        "time_us": time_us,
+        "tflops": work.tflops(time_us),
+        "gbps": work.gbps(time_us),
+        **_shares(work, ceilings, time_us),
+    }
+
+
+def _shares(work: Work, ceilings: Ceilings, time_us: float) -> dict[str, Any]:
+    return {
+        "ceilings": asdict(ceilings),
+        "share_of_gemm": work.tflops(time_us) / ceilings.gemm_tflops,
+        "share_of_read": work.gbps(time_us) / ceilings.read_gbps,
+        "floor_us": ceilings.floor_us(work),
+        "share_of_floor": ceilings.floor_us(work) / time_us,
+        "bound": ceilings.bound(work),
+    }
+
+
+def _time(arguments: dict[str, Any], device: torch.device, graph: bool, quick: bool) -> Timing:
+    def call() -> object:
+        return flash_mla.flash_mla_with_kvcache(**arguments)
+
+    seconds = 0.2 if quick else 1.0
+    if device.type == "cuda":
+        return time_cuda([call], seconds=seconds, graph=graph)
+    return time_cpu(call, seconds=seconds)
+
+
+def _check(inputs: DenseDecodeInputs, out: torch.Tensor, lse: torch.Tensor) -> dict[str, Any]:
+    """Compare every request with the float64 reference, one at a time."""
+    b = inputs.q.shape[0]
+    worst: dict[str, Comparison] = {}
+    problems: list[str] = []
+    with Progress(b, "checking against the reference", quiet_s=5.0) as bar:
+        for request in range(b):
+            rows = slice(request, request + 1)
+            answer = expected_dense_decode(inputs.rows(rows))
+            for comparison in (
+                compare("out", out[rows], answer.out, answer.emulated_out),
+                compare("lse", lse[rows], answer.lse, answer.emulated_lse),
+            ):
+                if comparison.problem is not None:
+                    problems.append(f"request {request}: {comparison.problem}")
+                name = comparison.name
+                if name not in worst or comparison.worst_share > worst[name].worst_share:
+                    worst[name] = comparison
+            bar.step()
+    return {
+        "passed": not problems,
+        "requests": b,
+        "problems": problems[:10],
+        "worst": {name: asdict(comparison) for name, comparison in worst.items()},
+    }
+
+
+def _describe_run(result: dict[str, Any]) -> str:
+    check, ceilings = result["check"], result["ceilings"]
+    lines = []
+    if check["passed"]:
+        parts = [
+            f"{name} error {100 * worst['worst_share']:.0f} % of what is allowed"
+            for name, worst in check["worst"].items()
+        ]
+        lines.append(f"check passed for {check['requests']} requests: largest {', '.join(parts)}")
+    else:
+        lines += ["CHECK FAILED", *check["problems"]]
+    rows = [
+        ("", "measured", "ceiling", "share"),
+        ("arithmetic (TFLOPS)", result["tflops"], ceilings["gemm_tflops"], result["share_of_gemm"]),
+        ("memory (GB/s)", result["gbps"], ceilings["read_gbps"], result["share_of_read"]),
+        (f"time (us; {result['bound']}-bound)", result["time_us"], result["floor_us"], result["share_of_floor"]),
+    ]
+    lines.append("")
+    for name, *values in rows:
+        if isinstance(values[0], str):
+            lines.append(f"{name:28s} " + " ".join(f"{value:>12s}" for value in values))
+        else:
+            lines.append(f"{name:28s} {_number(values[0]):>12s} {_number(values[1]):>12s} {100 * values[2]:>10.1f} %")
+    lines.append("The ceilings were measured here: a large matrix product, a streaming read; for time, the slower one.")
+    return "\n".join(lines)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""The operators `torch.ops.flash_mla.*`: loading, schemas, fake (meta) functions, autograd.
+
+The native library registers the operators for CUDA. Where it is missing the same schemas are defined from here, so that
+the package works, compiles and passes `opcheck` with the reference backend alone. Every operator `x` has a twin
+`reference_x` that runs the reference on any device; `flash_mla.backends.reference` registers both.
+"""
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flash_mla import problem
+
+NAMESPACE = "flash_mla"
+
+_ops: Any = torch.ops
+_library: Any = torch.library  # not fully typed
+
+_DENSE_DECODE_INPUTS = (
+    "Tensor q, Tensor k_cache, Tensor block_table, Tensor cache_seqlens, Tensor? tile_scheduler_metadata, "
+    "Tensor? num_splits, Tensor? attn_sink, int head_dim_v, float softmax_scale, bool causal, bool batch_invariant"
+)
+
+# The native library declares the same text in csrc/api/library.cpp; a test compares the two.
+SCHEMAS = {
+    "dense_decode": f"({_DENSE_DECODE_INPUTS}) -> (Tensor, Tensor)",
+    "dense_decode_out": f"({_DENSE_DECODE_INPUTS}, Tensor(a!) out, Tensor(b!) lse) -> ()",
+    "plan_dense_decode": "(Tensor cache_seqlens, int s_q, int h_q, int h_kv) -> (Tensor, Tensor)",
+    "merge_attention_states": "(Tensor[] outs, Tensor[] lses) -> (Tensor, Tensor)",
+}
+
+
+def library_path() -> Path:
+    """Where the native library is looked for: `FLASH_MLA_LIBRARY`, else beside this file."""
+    override = os.environ.get("FLASH_MLA_LIBRARY")
+    return Path(override) if override else Path(__file__).with_name("libflash_mla.so")
+
+
+def _load() -> str | None:
+    """Load the native library. Returns None, or the reason why there is none."""
+    path = library_path()
+    if not path.is_file():
+        if "FLASH_MLA_LIBRARY" in os.environ:
+            raise ImportError(f"FLASH_MLA_LIBRARY: wanted a shared library, got {path}, which is not a file")
+        return f"the CUDA library is not built ({path.name} is missing from the package)"
+    try:
+        _ops.load_library(str(path))
+    except OSError as error:
+        reason = f"the CUDA library {path} does not load: {error}"
+        warnings.warn(f"flash_mla: {reason}", RuntimeWarning, stacklevel=2)
+        return reason
+    return None
+
+
+why_not_loaded: str | None = _load()
+"""None when the native library is loaded, else the reason."""
+
+_definitions = _library.Library(NAMESPACE, "FRAGMENT")
+
+
+def implement(name: str, function: Any, key: str) -> None:
+    """Register `function` as the implementation of operator `name` for dispatch key `key`."""
+    _definitions.impl(name, function, key)
+
+
+def build_info() -> dict[str, str]:
+    """How the native library was built: version, cuda, archs, torch_target. Empty without the library."""
+    if why_not_loaded is not None:
+        return {}
+    lines = _ops.flash_mla.build_info().splitlines()
+    return dict(line.split("=", 1) for line in lines if "=" in line)
+
+
+def num_sm_parts(device: torch.device, s_q: int, h_q: int, h_kv: int) -> int:
+    """Number of rows that `plan_dense_decode` makes on `device`."""
+    if device.type != "cuda" or why_not_loaded is not None:
+        return problem.REFERENCE_PARTS
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(_ops.flash_mla.num_sm_parts(index, s_q, h_q, h_kv))
+
+
+def _fake_dense_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    tile_scheduler_metadata: Tensor | None,
+    num_splits: Tensor | None,
+    attn_sink: Tensor | None,
+    head_dim_v: int,
+    softmax_scale: float,
+    causal: bool,
+    batch_invariant: bool,
+) -> tuple[Tensor, Tensor]:
+    problem.check_dense_decode(
+        q,
+        k_cache,
+        block_table,
+        cache_seqlens,
+        tile_scheduler_metadata,
+        num_splits,
+        attn_sink,
+        head_dim_v,
+        softmax_scale,
+        causal,
+        batch_invariant,
+    )
+    b, s_q, h_q, _ = q.shape
+    return q.new_empty((b, s_q, h_q, head_dim_v)), q.new_empty((b, h_q, s_q), dtype=torch.float32)
+
+
+def _fake_dense_decode_out(*args: Any) -> None:
+    problem.check_dense_decode(*args)
+
+
+def _fake_plan(cache_seqlens: Tensor, s_q: int, h_q: int, h_kv: int) -> tuple[Tensor, Tensor]:
+    problem.check_plan(cache_seqlens, s_q, h_q, h_kv)
+    parts = num_sm_parts(cache_seqlens.device, s_q, h_q, h_kv)
+    b = cache_seqlens.shape[0]
+    return cache_seqlens.new_empty((parts, problem.ROW_FIELDS)), cache_seqlens.new_empty((b + 1,))
+
+
+def _fake_reference_plan(cache_seqlens: Tensor, s_q: int, h_q: int, h_kv: int) -> tuple[Tensor, Tensor]:
+    problem.check_plan(cache_seqlens, s_q, h_q, h_kv)
+    b = cache_seqlens.shape[0]
+    return cache_seqlens.new_empty((problem.REFERENCE_PARTS, problem.ROW_FIELDS)), cache_seqlens.new_empty((b + 1,))
+
+
+def _fake_merge(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    problem.check_merge(outs, lses)
+    return outs[0].new_empty(outs[0].shape), lses[0].new_empty(lses[0].shape)
+
+
+def _register() -> None:
+    """Define what the library has not, then attach fake functions and autograd behaviour to every operator."""
+    fakes = {
+        "dense_decode": _fake_dense_decode,
+        "dense_decode_out": _fake_dense_decode_out,
+        "plan_dense_decode": _fake_plan,
+        "merge_attention_states": _fake_merge,
+    }
+    for name, schema in SCHEMAS.items():
+        if why_not_loaded is not None:
+            _definitions.define(name + schema)
+        _definitions.define(f"reference_{name}{schema}")
+        reference_fake = _fake_reference_plan if name == "plan_dense_decode" else fakes[name]
+        _library.register_fake(f"{NAMESPACE}::{name}", fakes[name], lib=_definitions)
+        _library.register_fake(f"{NAMESPACE}::reference_{name}", reference_fake, lib=_definitions)
+        # Decoding is not differentiable: results never require a gradient. A fallthrough also saves the host time of
+        # torch's boxed autograd fallback.
+        for op in (name, f"reference_{name}"):
+            _definitions.impl(op, _library.fallthrough_kernel, "Autograd")
+
+
+_register()

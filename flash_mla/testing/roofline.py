@@ -1,0 +1,181 @@
+"""What a call must do at the least (FLOP, bytes), and what this machine can do at the most (measured ceilings).
+
+This module needs torch alone (Triton is used where it is installed) and imports nothing from the package, so that
+it can be loaded by file path beside another library that is also called ``flash_mla``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+try:
+    _triton: Any = importlib.import_module("triton")
+    tl: Any = importlib.import_module("triton.language")
+except ImportError:
+    _triton = None
+
+
+@dataclass(frozen=True)
+class Work:
+    """The least that a call must do: floating-point operations, and bytes through device memory."""
+
+    flop: int
+    bytes: int
+
+    def tflops(self, time_us: float) -> float:
+        """Achieved TFLOPS when the call takes `time_us` microseconds."""
+        return self.flop / time_us * 1e-6
+
+    def gbps(self, time_us: float) -> float:
+        """Achieved GB/s (1e9 bytes) when the call takes `time_us` microseconds."""
+        return self.bytes / time_us * 1e-3
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the machine was measured to do: a large matrix product in TFLOPS, a streaming read in GB/s."""
+
+    gemm_tflops: float
+    read_gbps: float
+
+    def floor_us(self, work: Work) -> float:
+        """The time below which `work` cannot be done: the slower one of arithmetic and memory."""
+        return max(work.flop / self.gemm_tflops * 1e-6, work.bytes / self.read_gbps * 1e-3)
+
+    def bound(self, work: Work) -> str:
+        """Which ceiling is the floor of `work`: ``compute`` or ``memory``."""
+        compute = work.flop / self.gemm_tflops * 1e-6
+        return "compute" if compute >= work.bytes / self.read_gbps * 1e-3 else "memory"
+
+
+def keys_seen(length: int, s_q: int, causal: bool) -> int:
+    """Pairs of a query token and a key that it sees, for one request of `length` keys.
+
+    Causal is aligned to the bottom right: query token j sees keys ``< length - (s_q - 1 - j)``.
+    """
+    if not causal:
+        return s_q * length
+    first_seeing = max(0, s_q - length)  # query tokens before this one see no key
+    seeing = s_q - first_seeing
+    return seeing * length - seeing * (seeing - 1) // 2
+
+
+def dense_decode_work(
+    lengths: Sequence[int],
+    *,
+    s_q: int,
+    h_q: int,
+    h_kv: int = 1,
+    d_qk: int = 576,
+    d_v: int = 512,
+    causal: bool = True,
+    itemsize: int = 2,
+) -> Work:
+    """FLOP and bytes of dense MLA decode over requests of `lengths` keys.
+
+    FLOP = 2 * heads * keys * (d_qk + d_v), where keys counts what every query token really sees (the causal mask is
+    taken off). Bytes = the keys of every request once (V is a part of K), plus q, plus out.
+    """
+    pairs = sum(keys_seen(length, s_q, causal) for length in lengths)
+    flop = 2 * h_q * pairs * (d_qk + d_v)
+    kv_bytes = sum(lengths) * h_kv * d_qk * itemsize
+    q_and_out = len(lengths) * s_q * h_q * (d_qk + d_v) * itemsize
+    return Work(flop=flop, bytes=kv_bytes + q_and_out)
+
+
+def measure_ceilings(device: torch.device | str, *, quick: bool = False) -> Ceilings:
+    """Measures both ceilings on `device`, in a few tenths of a second.
+
+    CUDA: a bf16 product of two random 8192 x 8192 matrices, and a streaming read of 8 GiB (less where that much
+    memory is not free). CPU: a float32 product and a sum over 256 MiB.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        return Ceilings(_cuda_gemm_tflops(device, quick), _cuda_read_gbps(device))
+    return Ceilings(_cpu_gemm_tflops(quick), _cpu_read_gbps(quick))
+
+
+def _cuda_gemm_tflops(device: torch.device, quick: bool) -> float:
+    size = 8192
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    b = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    out = torch.empty_like(a)
+    seconds = _cuda_seconds(lambda: torch.mm(a, b, out=out), repeats=50 if quick else 200)
+    return 2.0 * size**3 / seconds * 1e-12
+
+
+def _cuda_read_gbps(device: torch.device) -> float:
+    free, _ = torch.cuda.mem_get_info(device)
+    count = min(8 << 30, int(free * 0.5)) // _READ_CHUNK * _READ_CHUNK // 4
+    data = torch.randint(-1000, 1000, (count,), device=device, dtype=torch.int32)
+    out = torch.empty(count * 4 // _READ_CHUNK, device=device, dtype=torch.int32)
+    readers: list[Callable[[], object]] = [lambda: torch.sum(data.view(torch.float32))]
+    if _triton is not None:
+        readers.append(lambda: _read_kernel[(out.numel(),)](data, out, TILE=_READ_TILE, TILES=_READ_TILES, num_warps=8))
+    best = 0.0
+    for reader in readers:
+        try:
+            best = max(best, count * 4 / _cuda_seconds(reader, repeats=20) * 1e-9)
+        except Exception:  # Triton may be installed but unable to build here; the other reader has measured
+            if best == 0.0:
+                raise
+    return best
+
+
+def _cuda_seconds(call: Callable[[], object], repeats: int) -> float:
+    for _ in range(max(3, repeats // 4)):
+        call()
+    events: list[Any] = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]  # type: ignore[no-untyped-call]
+    events[0].record()
+    for event in events[1:]:
+        call()
+        event.record()
+    events[-1].synchronize()
+    return statistics.median(float(a.elapsed_time(b)) * 1e-3 for a, b in itertools.pairwise(events))
+
+
+def _cpu_gemm_tflops(quick: bool) -> float:
+    size = 1024 if quick else 2048
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    return 2.0 * size**3 / _cpu_seconds(lambda: torch.mm(a, b)) * 1e-12
+
+
+def _cpu_read_gbps(quick: bool) -> float:
+    data = torch.ones((64 if quick else 256) << 18)
+    return data.numel() * 4 / _cpu_seconds(lambda: torch.sum(data)) * 1e-9
+
+
+def _cpu_seconds(call: Callable[[], object], repeats: int = 5) -> float:
+    samples = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        call()
+        samples.append(time.perf_counter() - start)
+    return max(min(samples[1:]), math.ulp(1.0))
+
+
+# Every program of the read kernel streams _READ_TILES tiles of _READ_TILE int32, all loads independent.
+_READ_TILE = 4096
+_READ_TILES = 4
+_READ_CHUNK = _READ_TILE * _READ_TILES * 4
+
+
+def _read_tiles(data, out, TILE: tl.constexpr, TILES: tl.constexpr):  # type: ignore
+    program = tl.program_id(0).to(tl.int64)
+    offsets = tl.arange(0, TILE)
+    total = tl.zeros([TILE], dtype=tl.int32)
+    for tile in tl.static_range(TILES):
+        total += tl.load(data + (program * TILES + tile) * TILE + offsets)
+    tl.store(out + program, tl.sum(total, axis=0))
+
+
+_read_kernel: Any = None if _triton is None else _triton.jit(_read_tiles)

@@ -1,0 +1,382 @@
+"""The benchmark tool and `python -m flash_mla`: counting, records, tables. Nothing here depends on speed."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import inputs, report, runner, shapes
+from benchmarks.__main__ import main
+from flash_mla.testing import roofline, timing
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+
+# Stands for a peer's wheel, whose module has the same name as ours: MLA decode by a plain loop.
+FAKE_PEER = textwrap.dedent(
+    """
+    import torch
+
+    def get_mla_metadata(cache_seqlens, num_q_tokens_per_head_k, num_heads_k, *, use_legacy=False):
+        print("peers print to stdout")
+        return use_legacy, None
+
+    def flash_mla_with_kvcache(q, k_cache, block_table, cache_seqlens, head_dim_v, schedule, num_splits, causal=False):
+        assert schedule is True
+        out = torch.empty(*q.shape[:3], head_dim_v, dtype=q.dtype)
+        lse = torch.empty(q.shape[0], q.shape[2], q.shape[1])
+        for i, n in enumerate(cache_seqlens.tolist()):
+            k = k_cache[block_table[i].long()].flatten(0, 1)[:n, 0].double()
+            for j in range(q.shape[1]):
+                seen = n - (q.shape[1] - 1 - j) if causal else n
+                scores = q[i, j].double() @ k[:seen].T * q.shape[3] ** -0.5
+                lse[i, :, j] = scores.logsumexp(-1)
+                out[i, j] = (FACTOR * scores.softmax(-1) @ k[:seen, :head_dim_v]).to(q.dtype)
+        return out, lse
+    """
+)
+
+
+def fake_record(name: str, gpu: str = "NVIDIA H100 80GB HBM3", time_us: float | None = 100.0, ratio: float = 1.25):
+    shape = next(shape for shape in shapes.GROUPS["all"] if shape.name == name)
+    peer_us = 100.0 * ratio
+    peer = {"time_us": peer_us, "ratio": ratio if time_us else None, "error": None, "baseline": False}
+    return {
+        "kind": "shape",
+        "gpu": gpu,
+        "cuda": "13.0",
+        "torch": "2.11.0",
+        "date": "2026-05-01T12:00:00+00:00",
+        "commit": "abc",
+        "ceilings": {"gemm_tflops": 796.0, "read_gbps": 3100.0},
+        "shape": shape.to_json(),
+        "time_us": time_us,
+        "error": None if time_us else "RuntimeError: it | broke",
+        "floor_us": 80.0,
+        "bound": "memory",
+        "tflops": 500.0,
+        "gbps": 2480.0,
+        "share_of_floor": 0.8,
+        "peers": {"flashmla": peer, "fa3": {**peer, "ratio": 2 * ratio if time_us else None}},
+    }
+
+
+class TestShapes:
+    def test_groups_hold_every_goal(self):
+        goals = {shape.name: shape for shape in shapes.GROUPS["goals"]}
+        assert len(goals) == len(shapes.GROUPS["goals"]) == 18
+        assert all(set(shape.goals) == {"h100", "h200"} for shape in goals.values())
+        assert set(goals) <= {shape.name for shape in shapes.GROUPS["all"]}
+        assert goals["dense_h128_sq2_32k"].s_q == 2
+        assert goals["dense_h128_b1_131072"].lengths() == [131072]
+
+    def test_names_are_unique_across_different_shapes(self):
+        seen: dict[str, dict] = {}
+        for shape in (shape for group in shapes.GROUPS.values() for shape in group):
+            fields = {name: value for name, value in shape.to_json().items() if name != "goals"}
+            assert seen.setdefault(shape.name, fields) == fields
+
+    def test_varied_lengths_are_the_same_every_time_and_around_the_mean(self):
+        shape = shapes.Shape("x", 1000, 1, 16, 4096)
+        lengths = shape.lengths()
+        assert lengths == shape.lengths()
+        assert len(set(lengths)) > 500
+        assert min(lengths) >= 2048
+        assert max(lengths) <= 6144
+        assert abs(sum(lengths) / 1000 - 4096) < 150
+
+    def test_json_round_trip(self):
+        for shape in shapes.GROUPS["all"]:
+            assert shapes.Shape.from_json(json.loads(json.dumps(shape.to_json()))) == shape
+
+    def test_select(self):
+        assert [shape.name for shape in shapes.select([], ["dense_h16_b1_*"])] == [
+            "dense_h16_b1_1k",
+            "dense_h16_b1_32k",
+        ]
+        assert len(shapes.select(["goals", "quick"], ["dense_h16_b1_1k"])) == 18
+        with pytest.raises(KeyError, match=r"no group 'nonsense'; groups: .*goals"):
+            shapes.select(["nonsense"], [])
+        with pytest.raises(KeyError, match="no shape 'nonsense'"):
+            shapes.select([], ["nonsense"])
+
+
+class TestRoofline:
+    @pytest.mark.parametrize(
+        ("length", "s_q", "causal", "pairs"),
+        [
+            (10, 1, True, 10),
+            (10, 1, False, 10),
+            (10, 3, False, 30),
+            (10, 3, True, 8 + 9 + 10),
+            (2, 4, True, 1 + 2),
+            (0, 4, True, 0),
+        ],
+    )
+    def test_keys_seen(self, length, s_q, causal, pairs):
+        assert roofline.keys_seen(length, s_q, causal) == pairs
+
+    def test_keys_seen_counts_the_mask(self):
+        for length in range(12):
+            for s_q in range(1, 8):
+                limits = [min(max(length - (s_q - 1 - j), 0), length) for j in range(s_q)]
+                assert roofline.keys_seen(length, s_q, True) == sum(limits)
+
+    def test_work_by_hand(self):
+        # Two requests, 3 and 5 keys, 2 query tokens of 4 heads: pairs (2 + 3) + (4 + 5) = 14.
+        work = roofline.dense_decode_work([3, 5], s_q=2, h_q=4, causal=True)
+        assert work.flop == 2 * 4 * 14 * (576 + 512)
+        assert work.bytes == 8 * 576 * 2 + 2 * 2 * 4 * 576 * 2 + 2 * 2 * 4 * 512 * 2
+
+    def test_work_of_published_shapes(self):
+        fixed = roofline.dense_decode_work([131072], s_q=1, h_q=128)
+        assert fixed.flop == 36_507_222_016
+        assert fixed.bytes == 150_994_944 + 128 * 1088 * 2
+        assert fixed.tflops(100.0) == pytest.approx(365.07222016)
+        assert fixed.gbps(100.0) == pytest.approx(1512.73472)
+
+    def test_heads_of_kv_multiply_the_cache(self):
+        one = roofline.dense_decode_work([100], s_q=1, h_q=8, h_kv=1)
+        two = roofline.dense_decode_work([100], s_q=1, h_q=8, h_kv=2)
+        assert two.flop == one.flop
+        assert two.bytes - one.bytes == 100 * 576 * 2
+
+    def test_floor(self):
+        ceilings = roofline.Ceilings(gemm_tflops=800.0, read_gbps=3000.0)
+        compute, memory = roofline.Work(8_000_000_000, 3_000_000), roofline.Work(8_000_000, 30_000_000)
+        assert ceilings.floor_us(compute) == pytest.approx(10.0)
+        assert ceilings.bound(compute) == "compute"
+        assert ceilings.floor_us(memory) == pytest.approx(10.0)
+        assert ceilings.bound(memory) == "memory"
+
+    def test_ceilings_of_a_cpu_are_measured(self):
+        ceilings = roofline.measure_ceilings("cpu", quick=True)
+        assert 1e-4 < ceilings.gemm_tflops < 1e3
+        assert 1e-1 < ceilings.read_gbps < 1e5
+
+
+class TestTiming:
+    def test_rotation_is_larger_than_the_cache(self):
+        cache = 50 << 20
+        assert timing.rotation_sets(4 << 30, cache) == 1
+        assert timing.rotation_sets(100 << 20, cache) == 10
+        assert timing.rotation_sets(1 << 20, cache) * (1 << 20) > 4 * cache
+        assert timing.rotation_sets(1 << 20, 0) == 1
+
+    def test_cpu_timing_counts_calls(self):
+        calls = []
+        result = timing.time_cpu(lambda: calls.append(None), seconds=0.0, min_samples=5)
+        assert result.samples == 5
+        assert len(calls) == 6
+        assert 0 < result.min_us <= result.median_us <= result.max_us
+        assert result.method == "cpu"
+
+    def test_host_timing_counts_calls(self):
+        calls = []
+        result = timing.time_host(lambda: calls.append(None), calls=100, batch=10)
+        assert (result.samples, result.calls_per_sample) == (10, 10)
+        assert len(calls) == 120
+
+
+class TestInputs:
+    def test_pages_belong_to_one_request_of_one_set(self):
+        shape = shapes.Shape("x", 3, 2, 4, 100, page=16)
+        made = inputs.paged_inputs(shape, CPU, 2)
+        used = [
+            int(block)
+            for table in made.block_table
+            for row, length in zip(table, made.lengths, strict=True)
+            for block in row[: math.ceil(length / 16)]
+        ]
+        assert sorted(used) == list(range(made.k_cache.shape[0]))
+        assert made.keys(1, 2).shape == (made.lengths[2], 1, 576)
+
+    @pytest.mark.parametrize("layout", [inputs.paged_inputs, inputs.contiguous_inputs])
+    def test_check_tells_right_from_wrong(self, layout):
+        shape = shapes.Shape("x", 2, 3, 4, 90, h_kv=2, dtype="fp16")
+        made = layout(shape, CPU, 1)
+        out = torch.empty(2, 3, 4, 512, dtype=torch.float16)
+        lse = torch.empty(2, 4, 3)
+        for i in range(2):
+            keys = made.keys(0, i).double()
+            for h in range(4):
+                for j in range(3):
+                    seen = keys[: made.lengths[i] - 2 + j, h // 2]
+                    scores = seen @ made.q[0, i, j, h].double() / 24
+                    out[i, j, h] = (scores.softmax(0) @ seen[:, :512]).half()
+                    lse[i, h, j] = scores.logsumexp(0)
+        error, lse_error = inputs.check(made, 0, out, lse)
+        assert error < 1e-3
+        assert lse_error < 1e-5
+        out[1, 0, 0, 0] = math.nan
+        assert inputs.check(made, 0, out, None) == (math.inf, None)
+        assert inputs.check(made, 0, torch.zeros_like(out), lse + 1)[0] == pytest.approx(1.0)
+        assert inputs.check(made, 0, torch.zeros_like(out), lse + 1)[1] == pytest.approx(1.0, abs=1e-4)
+
+
+class TestReport:
+    def test_table(self):
+        records = [
+            fake_record("dense_h16_b64_8k"),
+            fake_record("dense_h64_b128_4k", ratio=1.1),
+            fake_record("dense_h16_b1_1k", time_us=None),
+        ]
+        lines = report.table(records).splitlines()
+        assert len({len(line) for line in lines}) == 1
+        cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+        assert cells[0][:5] == ["shape", "time (us)", "TFLOPS", "GB/s", "of the floor"]
+        assert cells[2] == [
+            "dense_h16_b64_8k",
+            "100",
+            "500",
+            "2480",
+            "80 % (memory)",
+            "125 (1.25x)",
+            "125 (2.50x)",
+            "1.20x met",
+        ]
+        assert cells[3][-1] == "1.20x missed (1.10x)"
+        assert cells[4][1] == "failed: RuntimeError: it / broke"
+
+    def test_latest_takes_the_newest_record_of_each_shape_per_gpu(self, tmp_path):
+        old, new = fake_record("dense_h16_b64_8k"), fake_record("dense_h16_b64_8k", time_us=90.0)
+        other = fake_record("dense_h128_sq2_4k")
+        lines = [json.dumps(record) for record in (old, other, new)]
+        (tmp_path / "h100.jsonl").write_text("\n".join(lines) + "\n")
+        (tmp_path / "h200.jsonl").write_text(json.dumps(fake_record("dense_h16_b64_8k", "NVIDIA H200")) + "\n")
+        records = report.latest(tmp_path)
+        assert {gpu: [r["shape"]["name"] for r in made] for gpu, made in records.items()} == {
+            "h100": ["dense_h128_sq2_4k", "dense_h16_b64_8k"],
+            "h200": ["dense_h16_b64_8k"],
+        }
+        assert records["h100"][1]["time_us"] == 90.0
+        assert "NVIDIA H200, CUDA 13.0" in report.tables(records)
+        assert "NVIDIA H200" not in report.tables(records, gpu="h100")
+        assert "GEMM 796 TFLOPS, streaming read 3.1 TB/s" in report.caption(records["h100"])
+
+    def test_a_baseline_is_no_peer(self):
+        record = fake_record("dense_h16_b64_8k")
+        record["peers"]["baseline"] = {"time_us": 99.0, "ratio": 0.99, "error": None, "baseline": True}
+        assert report.speedup(record) == 1.25
+
+    def test_readme_is_filled_between_its_markers_and_only_once(self, tmp_path):
+        readme = tmp_path / "README.md"
+        readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+        assert report.fill_readme(readme, "new\n\ntext")
+        first = readme.read_text()
+        assert first == f"before\n{report.BEGIN}\nnew\n\ntext\n{report.END}\nafter\n"
+        assert report.fill_readme(readme, "new\n\ntext")
+        assert readme.read_text() == first
+
+    def test_readme_without_markers_is_left_alone(self, tmp_path):
+        readme = tmp_path / "README.md"
+        for text in ("nothing", f"{report.BEGIN} no end", f"{report.END} {report.BEGIN}"):
+            readme.write_text(text)
+            assert not report.fill_readme(readme, "new")
+            assert readme.read_text() == text
+        assert not report.fill_readme(tmp_path / "none.md", "new")
+
+    def test_plot(self, tmp_path, capsys):
+        pytest.importorskip("matplotlib")
+        results, plots, readme = tmp_path / "results", tmp_path / "plots", tmp_path / "README.md"
+        results.mkdir()
+        names = [shape.name for shape in (*shapes.GOALS, *shapes.HEADS)]
+        (results / "h100.jsonl").write_text("".join(json.dumps(fake_record(name)) + "\n" for name in names))
+        readme.write_text(f"{report.BEGIN}\n{report.END}\n")
+        arguments = ["plot", "--out", str(results), "--plots", str(plots), "--readme", str(readme)]
+        assert main(arguments) == 0
+        assert {path.name for path in plots.iterdir()} == {"time_vs_length.png", "share_of_roofline.png", "peers.png"}
+        text = readme.read_text()
+        assert "](plots/peers.png)" in text
+        assert "| dense_h16_b64_8k " in text
+        assert "dense_h8_b128_4k" not in text
+        assert main(arguments) == 0
+        assert readme.read_text() == text
+
+
+class TestRun:
+    def test_gpu_slug(self):
+        assert runner.gpu_slug("NVIDIA H100 80GB HBM3") == "h100"
+        assert runner.gpu_slug("NVIDIA H200") == "h200"
+        assert runner.gpu_slug("NVIDIA B200") == "b200"
+        assert runner.gpu_slug("NVIDIA GeForce RTX 4090") == "nvidia-geforce-rtx-4090"
+        assert runner.gpu_slug("CPU") == "cpu"
+
+    def test_commit_may_be_given(self, monkeypatch):
+        monkeypatch.setenv("FLASH_MLA_COMMIT", "0123abcd")
+        assert runner.commit() == "0123abcd"
+
+    def test_bad_options_end_with_a_text(self, tmp_path):
+        for arguments, text in (
+            (["run", "--group", "nonsense"], "no group 'nonsense'"),
+            (["run", "--peers", "nonsense"], "no peer 'nonsense'"),
+            (["run", "--peer-path", "flashmla"], "wanted NAME=PATH"),
+            (["run", "--baseline", str(tmp_path / "none.so")], "no file"),
+        ):
+            with pytest.raises(SystemExit, match=text):
+                main(arguments)
+
+    def test_ours_and_peers_in_processes_of_their_own(self, tmp_path):
+        """The whole way on a CPU: a right peer, one whose answer is wrong, one that is not there."""
+        contenders = [runner.Contender("ours", "ours")]
+        for label, factor in (("flashmla", 1.0), ("wrong", 1.5), ("absent", None)):
+            folder = tmp_path / label
+            if factor is not None:
+                (folder / "flash_mla").mkdir(parents=True)
+                (folder / "flash_mla" / "__init__.py").write_text(f"FACTOR = {factor}\n{FAKE_PEER}")
+            contenders.append(runner.Contender(label, "flashmla", str(folder)))
+        options = runner.Options(device="cpu", seconds=0.01, logs=tmp_path / "logs")
+        shape = shapes.select([], ["smoke_h4_sq2_b2_200"])
+        path, records = runner.run(shape, contenders, options, tmp_path, host_calls=2)
+
+        assert [json.loads(line) for line in path.read_text().splitlines()] == records
+        assert path.name == "cpu.jsonl"
+        record, host = records
+        assert (record["kind"], host["kind"]) == ("shape", "host")
+        for key in ("date", "commit", "torch", "cuda", "driver", "clock", "library", "ceilings", "run"):
+            assert key in record
+        assert record["error"] is None
+        assert record["rel_error"] < 1e-2
+        assert record["flop"] == 2 * 4 * 2 * (199 + 200) * 1088
+        assert record["tflops"] == pytest.approx(record["flop"] / record["time_us"] * 1e-6)
+        assert record["gbps"] == pytest.approx(record["bytes"] / record["time_us"] * 1e-3)
+        assert record["share_of_floor"] == pytest.approx(record["floor_us"] / record["time_us"])
+        assert len(record["rounds_us"]) == 2
+
+        right, wrong, absent = (record["peers"][label] for label in ("flashmla", "wrong", "absent"))
+        assert right["ratio"] == pytest.approx(right["time_us"] / record["time_us"])
+        assert right["variant"] == "use_legacy"
+        assert "wrong answer" in wrong["error"]
+        assert (wrong["time_us"], wrong["ratio"]) == (None, None)
+        assert re.search("flash_mla", absent["error"])
+        assert host["peers"]["flashmla"]["time_us"] > 0
+        assert "| smoke_h4_sq2_b2_200 " in report.table(records)
+        assert "failed" in report.table(records)
+
+
+class TestDemo:
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "flash_mla", "--quick", "--device", "cpu", *arguments]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+    def test_quick_run_on_a_cpu(self):
+        done = self.run()
+        assert done.returncode == 0, done.stderr
+        assert "dense_decode" in done.stdout
+        assert "sparse_decode" in done.stdout
+        assert "TFLOPS" in done.stdout
+
+    def test_json(self):
+        done = self.run("--json")
+        assert done.returncode == 0, done.stderr
+        result = json.loads(done.stdout)
+        assert result["check"]["passed"] is True
+        assert result["time_us"] > 0
+        assert result["backend"] == "reference"
+        assert set(result["operations"]) == {"dense_decode", "sparse_decode", "sparse_prefill", "dense_prefill"}

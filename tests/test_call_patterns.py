@@ -1,0 +1,227 @@
+"""How engines call the library, each pattern as it stands in their code."""
+
+import inspect
+from dataclasses import fields
+
+import pytest
+import torch
+from conftest import Target
+
+import flash_mla
+from flash_mla import (
+    flash_mla_with_kvcache,
+    get_mla_decoding_metadata,
+    get_mla_metadata,
+    merge_attention_states,
+)
+from flash_mla.flash_mla_interface import FlashMLASchedMeta
+from flash_mla.testing import check_dense_decode, make_dense_decode_inputs
+
+
+def test_vllm_dense_decode(backend: Target) -> None:
+    """Old-style metadata arguments, all by keyword, a cache without a head dimension, two layers with one schedule."""
+    inputs = make_dense_decode_inputs(backend.lengths(70, 3, 400), s_q=2, h_q=16, device=backend.device, causal=True)
+    cache = inputs.k_cache[:, :, 0]
+    tile_scheduler_metadata, num_splits = get_mla_metadata(inputs.cache_seqlens, 2 * 16, 1)
+    for _ in range(2):
+        out, lse = flash_mla_with_kvcache(
+            q=inputs.q,
+            k_cache=cache.unsqueeze(-2),
+            block_table=inputs.block_table,
+            cache_seqlens=inputs.cache_seqlens,
+            head_dim_v=512,
+            tile_scheduler_metadata=tile_scheduler_metadata,
+            num_splits=num_splits,
+            softmax_scale=576**-0.5,
+            causal=True,
+        )
+        check_dense_decode(inputs, result=(out, lse))
+
+
+def test_vllm_context_parallel_merge(backend: Target) -> None:
+    """Every rank holds every other page; a rank without keys takes part with lse +inf."""
+    page, ranks = 16, 3
+    lengths = [200, 7, 33]
+    whole = make_dense_decode_inputs(lengths, h_q=16, page=page, device=backend.device)
+    outs, lses = [], []
+    for rank in range(ranks):
+        own = whole.rows(slice(0, len(lengths)))
+        own.block_table = whole.block_table[:, rank::ranks].contiguous()
+        counts = []
+        for length in lengths:
+            pages = range(rank, -(-length // page), ranks)
+            counts.append(sum(min(page, length - page * number) for number in pages))
+        own.cache_seqlens = torch.tensor(counts, dtype=torch.int32, device=backend.device)
+        meta, _ = get_mla_metadata()
+        out, lse = flash_mla_with_kvcache(**own.call(), tile_scheduler_metadata=meta)
+        outs.append(out.float())
+        lses.append(lse)
+    assert bool(torch.stack(lses).isinf().any())
+    out, lse = merge_attention_states(outs, lses)
+    check_dense_decode(whole, result=(out.to(whole.q.dtype), lse))
+
+
+def test_sglang_graph_buffers(backend: Target) -> None:
+    """The schedule is copied into fixed buffers of [num_sms, 8] and [max_batch + 1], and passed as slices of them."""
+    num_sms = torch.cuda.get_device_properties(0).multi_processor_count if backend.is_cuda else 132
+    max_batch, h_q = 16, 16
+    rows_buffer = torch.ones((num_sms, 8), dtype=torch.int32, device=backend.device)
+    splits_buffer = torch.ones(max_batch + 1, dtype=torch.int32, device=backend.device)
+    for lengths in ([70, 3, 400], [0, 0, 9000, 1], [64] * 16):
+        inputs = make_dense_decode_inputs(lengths, h_q=h_q, device=backend.device)
+        rows, num_splits = get_mla_decoding_metadata(inputs.cache_seqlens, h_q, 1)
+        assert rows.shape[0] <= num_sms
+        rows_buffer[: rows.shape[0]].copy_(rows)
+        splits_buffer[: len(lengths) + 1].copy_(num_splits)
+        out, lse = flash_mla_with_kvcache(
+            inputs.q,
+            inputs.k_cache,
+            inputs.block_table[: len(lengths)],
+            inputs.cache_seqlens,
+            512,
+            rows_buffer[: rows.shape[0]],
+            splits_buffer[: len(lengths) + 1],
+        )
+        check_dense_decode(inputs, result=(out, lse))
+
+
+@pytest.mark.gpu
+def test_sglang_captured_step(cuda: Target) -> None:
+    """The buffers are part of a graph; before each replay the host copies a new schedule into them."""
+    h_q = 16
+    inputs = make_dense_decode_inputs([5000, 5000, 5000], h_q=h_q, device="cuda")
+    rows, num_splits = (part.clone() for part in get_mla_decoding_metadata(inputs.cache_seqlens, h_q, 1))
+    arguments = (inputs.q, inputs.k_cache, inputs.block_table, inputs.cache_seqlens, 512, rows, num_splits)
+    flash_mla_with_kvcache(*arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = flash_mla_with_kvcache(*arguments)
+    for lengths in ([5000, 5000, 5000], [1, 0, 4999], [64, 640, 2]):
+        inputs.cache_seqlens.copy_(torch.tensor(lengths, dtype=torch.int32))
+        planned = get_mla_decoding_metadata(inputs.cache_seqlens, h_q, 1)
+        rows.copy_(planned[0])
+        num_splits.copy_(planned[1])
+        graph.replay()
+        check_dense_decode(inputs, result=result)
+
+
+@pytest.mark.gpu
+def test_a_graph_padded_with_empty_requests(cuda: Target) -> None:
+    """A batch captured at its largest; shorter ones leave requests without keys behind, whose tables are garbage."""
+    inputs = make_dense_decode_inputs([900, 800, 700, 600], h_q=128, device="cuda")
+    meta, _ = get_mla_metadata()
+    flash_mla_with_kvcache(**inputs.call(), tile_scheduler_metadata=FlashMLASchedMeta())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = flash_mla_with_kvcache(**inputs.call(), tile_scheduler_metadata=meta)
+    inputs.cache_seqlens.copy_(torch.tensor([300, 800, 0, 0], dtype=torch.int32))
+    inputs.block_table[2:] = -1
+    graph.replay()
+    check_dense_decode(inputs, result=result)
+
+
+def test_lmdeploy_looks_for_a_tensor() -> None:
+    """It takes the new form when the first result is not a tensor."""
+    first, second = get_mla_metadata(torch.tensor([5], dtype=torch.int32), 16, 1, 16)
+    assert not isinstance(first, torch.Tensor)
+    assert isinstance(first, FlashMLASchedMeta)
+    assert second is None
+
+
+def test_rtp_llm_forces_a_new_plan(backend: Target) -> None:
+    """One object for the lifetime of the engine, its tensors set to None before each step."""
+    meta, none = get_mla_metadata()
+    for lengths in ([70, 3, 400], [5, 0, 1000], [9]):
+        meta.tile_scheduler_metadata = None
+        meta.num_splits = None
+        inputs = make_dense_decode_inputs(lengths, h_q=16, device=backend.device, causal=True)
+        first = flash_mla_with_kvcache(**inputs.call(), tile_scheduler_metadata=meta, num_splits=none)
+        planned = meta.tile_scheduler_metadata
+        second = flash_mla_with_kvcache(**inputs.call(), tile_scheduler_metadata=meta, num_splits=none)
+        assert meta.tile_scheduler_metadata is planned
+        assert meta.num_splits.shape == (len(lengths) + 1,)
+        check_dense_decode(inputs, result=first)
+        assert torch.equal(first[0], second[0])
+
+
+def test_lightllm_page_size_one_view(backend: Target) -> None:
+    """A cache of single slots as a strided view of a wider buffer."""
+    inputs = make_dense_decode_inputs(backend.lengths(70, 3), h_q=16, page=1, device=backend.device)
+    slots = inputs.k_cache.shape[0]
+    buffer = torch.full((slots, 2, 1, 640), float("nan"), dtype=inputs.q.dtype, device=backend.device)
+    view = buffer[:, 1].as_strided((slots, 1, 1, 576), (2 * 640, 640, 640, 1), 640)
+    view.copy_(inputs.k_cache)
+    inputs.k_cache = view
+    check_dense_decode(inputs)
+
+
+# ---- Signatures: the order and the defaults that engines rely on.
+
+
+def test_the_signature_of_decode() -> None:
+    parameters = inspect.signature(flash_mla_with_kvcache).parameters
+    positional = [name for name, parameter in parameters.items() if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    assert positional == [
+        "q",
+        "k_cache",
+        "block_table",
+        "cache_seqlens",
+        "head_dim_v",
+        "tile_scheduler_metadata",
+        "num_splits",
+        "softmax_scale",
+        "causal",
+        "is_fp8_kvcache",
+        "indices",
+        "attn_sink",
+        "extra_k_cache",
+        "extra_indices_in_kvcache",
+        "topk_length",
+        "extra_topk_length",
+    ]
+    ours = {"kv_format", "enable_batch_invariant", "descale_q", "descale_k", "out", "lse"}
+    assert {name for name, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY} == ours
+    defaults = {name: parameter.default for name, parameter in parameters.items() if name not in positional[:6]}
+    assert {name for name, default in defaults.items() if default is False} == {
+        "causal",
+        "is_fp8_kvcache",
+        "enable_batch_invariant",
+    }
+    assert all(default is None or default is False for default in defaults.values())
+
+
+SIGNATURES = {
+    "get_mla_decoding_metadata": "seqlens_k num_q_tokens_per_head_k h_k h_q is_fp8_kvcache topk",
+    "flash_mla_sparse_fwd": "q kv indices sm_scale d_v attn_sink topk_length out return_lse_base kv_format",
+    "flash_attn_varlen_func": (
+        "q k v cu_seqlens_qo cu_seqlens_kv max_seqlen_qo max_seqlen_kv dropout_p softmax_scale causal "
+        "deterministic is_varlen"
+    ),
+    "merge_attention_states": "outs lses",
+}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_other_signatures(name: str) -> None:
+    assert list(inspect.signature(getattr(flash_mla, name)).parameters) == SIGNATURES[name].split()
+
+
+def test_the_fields_of_the_metadata_object() -> None:
+    assert [field.name for field in fields(FlashMLASchedMeta)] == [
+        "have_initialized",
+        "config",
+        "tile_scheduler_metadata",
+        "num_splits",
+    ]
+    assert [field.name for field in fields(FlashMLASchedMeta.Config)] == [
+        "b",
+        "s_q",
+        "h_q",
+        "page_block_size",
+        "h_k",
+        "causal",
+        "is_fp8_kvcache",
+        "topk",
+        "extra_page_block_size",
+        "extra_topk",
+    ]
