@@ -1,0 +1,252 @@
+"""What is measured: ours and the peers, each behind the same small face.
+
+A peer that takes several ways to do the same call offers them all as variants, and its fastest one counts.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.inputs import Inputs, contiguous_inputs, paged_inputs
+from benchmarks.shapes import Shape
+
+# One call: out [b, s_q, h_q, d_v] and lse [b, h_q, s_q] (None where the implementation does not return it).
+Call = Callable[[], tuple[torch.Tensor, "torch.Tensor | None"]]
+
+
+class NotServed(Exception):
+    """The implementation does not take this shape; not a failure."""
+
+
+@dataclass
+class Variant:
+    """One way to make the call, with one callable per input set."""
+
+    name: str
+    calls: list[Call]
+
+
+class Implementation(ABC):
+    """Imports its library when it is made, and builds its calls over inputs that it lays out itself."""
+
+    @abstractmethod
+    def about(self) -> dict[str, str]:
+        """What goes into the record: version and the like."""
+
+    @abstractmethod
+    def inputs(self, shape: Shape, device: torch.device, sets: int) -> Inputs:
+        """Inputs in the layout that this library wants. Raises NotServed."""
+
+    @abstractmethod
+    def variants(self, inputs: Inputs) -> list[Callable[[], Variant]]:
+        """The ways to call, lazily and the plainest first: one that raises is left out if another works."""
+
+
+class Ours(Implementation):
+    """This repository's flash_mla."""
+
+    def __init__(self) -> None:
+        import flash_mla
+
+        self._module: Any = flash_mla
+        if not hasattr(flash_mla, "why_not"):
+            raise ImportError("the flash_mla that Python finds is not this repository's")
+
+    def about(self) -> dict[str, str]:
+        about = {"version": str(self._module.__version__)}
+        try:
+            lines = str(torch.ops.flash_mla.build_info()).splitlines()
+        except (AttributeError, RuntimeError):
+            return {**about, "library": "none"}
+        about.update(line.split("=", 1) for line in lines if "=" in line)
+        return about
+
+    def inputs(self, shape: Shape, device: torch.device, sets: int) -> Inputs:
+        return paged_inputs(shape, device, sets)
+
+    def variants(self, inputs: Inputs) -> list[Callable[[], Variant]]:
+        return [lambda: Variant("default", self._calls(inputs))]
+
+    def _calls(self, inputs: Inputs) -> list[Call]:
+        decode = self._module.flash_mla_with_kvcache
+        schedule, _ = self._module.get_mla_metadata()
+        shape, table = inputs.shape, inputs.block_table
+        assert table is not None
+        if inputs.q.is_cuda:
+            # Otherwise the reference would serve the call: right, but not worth timing.
+            reason = self._module.why_not("dense_decode", q=inputs.q[0], k_cache=inputs.k_cache, head_dim_v=shape.d_v)
+            if reason is not None:
+                raise NotServed(reason)
+
+        def call(index: int) -> Call:
+            q, pages = inputs.q[index], table[index]
+            return lambda: decode(
+                q, inputs.k_cache, pages, inputs.cache_seqlens, shape.d_v, schedule, causal=shape.causal
+            )
+
+        return [call(index) for index in range(inputs.sets)]
+
+
+class FlashMLA(Implementation):
+    """The wheel sgl-flash-mla (module flash_mla)."""
+
+    def __init__(self) -> None:
+        import flash_mla
+
+        if hasattr(flash_mla, "why_not"):
+            raise ImportError("the flash_mla that Python finds is this repository's, not the peer's")
+        self._module: Any = flash_mla
+
+    def about(self) -> dict[str, str]:
+        return {"version": _distribution_version("sgl-flash-mla", self._module)}
+
+    def inputs(self, shape: Shape, device: torch.device, sets: int) -> Inputs:
+        if shape.page != 64:
+            raise NotServed("takes pages of 64 tokens only")
+        return paged_inputs(shape, device, sets)
+
+    def variants(self, inputs: Inputs) -> list[Callable[[], Variant]]:
+        return [lambda: Variant("use_legacy", self._calls(inputs))]
+
+    def _calls(self, inputs: Inputs) -> list[Call]:
+        plan, decode = self._module.get_mla_metadata, self._module.flash_mla_with_kvcache
+        shape, table = inputs.shape, inputs.block_table
+        assert table is not None
+        plan_options, options = (_accepted(function, {"use_legacy": True}) for function in (plan, decode))
+        heads_per_key = shape.s_q * shape.h_q // shape.h_kv
+        schedule, splits = plan(inputs.cache_seqlens, heads_per_key, shape.h_kv, **plan_options)
+
+        def call(index: int) -> Call:
+            q, pages = inputs.q[index], table[index]
+            return lambda: decode(
+                q,
+                inputs.k_cache,
+                pages,
+                inputs.cache_seqlens,
+                shape.d_v,
+                schedule,
+                splits,
+                causal=shape.causal,
+                **options,
+            )
+
+        return [call(index) for index in range(inputs.sets)]
+
+
+class FlashAttention3(Implementation):
+    """The wheel fa3-fwd (module fa3_fwd_interface): the absorbed form over a contiguous cache, schedule reused."""
+
+    def __init__(self) -> None:
+        import fa3_fwd_interface
+
+        self._module: Any = fa3_fwd_interface
+
+    def about(self) -> dict[str, str]:
+        return {"version": _distribution_version("fa3-fwd", self._module)}
+
+    def inputs(self, shape: Shape, device: torch.device, sets: int) -> Inputs:
+        if shape.d_qk == shape.d_v:
+            raise NotServed("wants the RoPE dims as its query and key")
+        return contiguous_inputs(shape, device, sets)
+
+    def variants(self, inputs: Inputs) -> list[Callable[[], Variant]]:
+        # Parts of their own, contiguous: the peer's best case.
+        rope = inputs.k_cache[..., inputs.shape.d_v :].contiguous()
+        values = inputs.k_cache[..., : inputs.shape.d_v].contiguous()
+        q_rope = inputs.q[..., inputs.shape.d_v :].contiguous()
+        q_nope = inputs.q[..., : inputs.shape.d_v].contiguous()
+        parts = (q_rope, q_nope, rope, values)
+        return [
+            lambda: Variant("splits by heuristic", self._calls(inputs, parts, 0, False)),
+            lambda: Variant("splits by heuristic, schedule reused", self._calls(inputs, parts, 0, True)),
+            lambda: Variant("one split", self._calls(inputs, parts, 1, False)),
+        ]
+
+    def _calls(self, inputs: Inputs, parts: tuple[torch.Tensor, ...], num_splits: int, planned: bool) -> list[Call]:
+        decode = self._module.flash_attn_with_kvcache
+        shape = inputs.shape
+        q_rope, q_nope, rope, values = parts
+        options: dict[str, Any] = {"num_splits": num_splits}
+        if planned:
+            options["scheduler_metadata"] = self._schedule(inputs, num_splits)
+        options = _accepted(decode, options)
+
+        def call(index: int) -> Call:
+            q, qv, k, v = q_rope[index], q_nope[index], rope[index], values[index]
+
+            def run() -> tuple[torch.Tensor, torch.Tensor | None]:
+                out = decode(
+                    q,
+                    k,
+                    v,
+                    qv=qv,
+                    cache_seqlens=inputs.cache_seqlens,
+                    softmax_scale=shape.d_qk**-0.5,
+                    causal=shape.causal,
+                    **options,
+                )
+                return (out[0] if isinstance(out, tuple) else out), None
+
+            return run
+
+        return [call(index) for index in range(inputs.sets)]
+
+    def _schedule(self, inputs: Inputs, num_splits: int) -> Any:
+        plan = getattr(self._module, "get_scheduler_metadata", None)
+        if plan is None:
+            raise NotServed("no get_scheduler_metadata")
+        shape = inputs.shape
+        options = _accepted(
+            plan,
+            {
+                "batch_size": shape.b,
+                "max_seqlen_q": shape.s_q,
+                "max_seqlen_k": inputs.k_cache.shape[2],
+                "num_heads_q": shape.h_q,
+                "num_heads": shape.h_q,
+                "num_heads_kv": shape.h_kv,
+                "num_heads_k": shape.h_kv,
+                "headdim": shape.d_qk - shape.d_v,
+                "headdim_v": shape.d_v,
+                "cache_seqlens": inputs.cache_seqlens,
+                "qkv_dtype": inputs.q.dtype,
+                "causal": shape.causal,
+                "has_qv": True,
+                "num_splits": num_splits,
+            },
+        )
+        return plan(**options)
+
+
+IMPLEMENTATIONS: dict[str, type[Implementation]] = {
+    "ours": Ours,
+    "flashmla": FlashMLA,
+    "fa3": FlashAttention3,
+}
+PEERS = ("flashmla", "fa3")
+
+
+def _accepted(function: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Those of `options` that `function` takes by keyword."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return options
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return options
+    return {name: value for name, value in options.items() if name in parameters}
+
+
+def _distribution_version(distribution: str, module: Any) -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return str(getattr(module, "__version__", "unknown"))

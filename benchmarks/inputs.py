@@ -1,0 +1,126 @@
+"""Inputs of a shape on a device, and the check of an answer against plain PyTorch in float32. Needs torch alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.shapes import Shape
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# 16-bit operands and probabilities leave 1e-3 to 5e-3 against a float32 reference.
+MAX_RELATIVE_ERROR = 1e-2
+MAX_LSE_ERROR = 1e-2
+
+
+@dataclass
+class Inputs:
+    """`sets` independent inputs of one shape, with the same lengths.
+
+    q `[sets, b, s_q, h_q, d_qk]`. Paged: one pool k_cache `[blocks, page, h_kv, d_qk]` whose blocks are dealt out at
+    random to block_table `[sets, b, max_blocks]`. Contiguous: k_cache `[sets, b, max_length, h_kv, d_qk]`, no table.
+    """
+
+    shape: Shape
+    sets: int
+    q: torch.Tensor
+    k_cache: torch.Tensor
+    block_table: torch.Tensor | None
+    cache_seqlens: torch.Tensor
+    lengths: list[int]
+
+    def keys(self, index: int, request: int) -> torch.Tensor:
+        """The keys `[length, h_kv, d_qk]` of one request of one set."""
+        length = self.lengths[request]
+        if self.block_table is None:
+            return self.k_cache[index, request, :length]
+        blocks = math.ceil(length / self.shape.page)
+        pages = self.k_cache[self.block_table[index, request, :blocks].long()]
+        return pages.flatten(0, 1)[:length]
+
+
+def paged_inputs(shape: Shape, device: torch.device, sets: int) -> Inputs:
+    """Inputs over a paged cache; every set owns its pages."""
+    generator = _generator(shape, device)
+    lengths = shape.lengths()
+    blocks = torch.tensor([math.ceil(length / shape.page) for length in lengths])
+    per_set = int(blocks.sum())
+    order = torch.randperm(per_set * sets, generator=torch.Generator().manual_seed(shape.seed)).int()
+    used = torch.arange(int(blocks.max()))[None, :] < blocks[:, None]
+    table = torch.zeros(sets, *used.shape, dtype=torch.int32)
+    for index in range(sets):
+        table[index][used] = order[index * per_set : (index + 1) * per_set]
+    return Inputs(
+        shape,
+        sets,
+        _normal((sets, shape.b, shape.s_q, shape.h_q, shape.d_qk), shape, device, generator),
+        _normal((per_set * sets, shape.page, shape.h_kv, shape.d_qk), shape, device, generator),
+        table.to(device),
+        torch.tensor(lengths, dtype=torch.int32, device=device),
+        lengths,
+    )
+
+
+def contiguous_inputs(shape: Shape, device: torch.device, sets: int) -> Inputs:
+    """Inputs over a cache without pages, `max_length` rows per request."""
+    generator = _generator(shape, device)
+    lengths = shape.lengths()
+    return Inputs(
+        shape,
+        sets,
+        _normal((sets, shape.b, shape.s_q, shape.h_q, shape.d_qk), shape, device, generator),
+        _normal((sets, shape.b, max(lengths), shape.h_kv, shape.d_qk), shape, device, generator),
+        None,
+        torch.tensor(lengths, dtype=torch.int32, device=device),
+        lengths,
+    )
+
+
+def reference(
+    q: torch.Tensor, k: torch.Tensor, d_v: int, scale: float, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One request in float32: q `[s_q, h_q, d]`, k `[length, h_kv, d]` -> out `[s_q, h_q, d_v]`, lse `[h_q, s_q]`."""
+    s_q, h_q, _ = q.shape
+    length, h_kv, _ = k.shape
+    queries = q.float().unflatten(1, (h_kv, h_q // h_kv))
+    keys = k.float()
+    scores = torch.einsum("qjgd,kjd->jgqk", queries, keys) * scale
+    if causal:
+        limit = length - (s_q - 1 - torch.arange(s_q, device=q.device))
+        scores.masked_fill_(torch.arange(length, device=q.device)[None, :] >= limit[:, None], -math.inf)
+    lse = torch.logsumexp(scores, dim=-1)
+    out = torch.einsum("jgqk,kjd->qjgd", torch.softmax(scores, dim=-1), keys[..., :d_v])
+    return out.flatten(1, 2), lse.flatten(0, 1)
+
+
+def check(inputs: Inputs, index: int, out: torch.Tensor, lse: torch.Tensor | None) -> tuple[float, float | None]:
+    """Largest relative error of `out` `[b, s_q, h_q, d_v]` and largest error of `lse` over three requests of a set.
+
+    The shortest, the longest and the last request are looked at. NaN counts as infinite.
+    """
+    shape = inputs.shape
+    by_length = sorted(range(shape.b), key=lambda request: inputs.lengths[request])
+    worst, worst_lse = 0.0, 0.0
+    for request in {by_length[0], by_length[-1], shape.b - 1}:
+        wanted, wanted_lse = reference(
+            inputs.q[index, request], inputs.keys(index, request), shape.d_v, shape.d_qk**-0.5, shape.causal
+        )
+        worst = max(worst, _finite((out[request].float() - wanted).norm() / wanted.norm()))
+        if lse is not None:
+            worst_lse = max(worst_lse, _finite((lse[request].float() - wanted_lse).abs().max()))
+    return worst, None if lse is None else worst_lse
+
+
+def _finite(value: torch.Tensor) -> float:
+    number = float(value)
+    return number if math.isfinite(number) else math.inf
+
+
+def _generator(shape: Shape, device: torch.device) -> torch.Generator:
+    return torch.Generator(device=device).manual_seed(shape.seed)
+
+
+def _normal(size: tuple[int, ...], shape: Shape, device: torch.device, generator: torch.Generator) -> torch.Tensor:
+    return torch.empty(size, dtype=DTYPES[shape.dtype], device=device).normal_(generator=generator)
