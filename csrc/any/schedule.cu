@@ -1,0 +1,179 @@
+// The split-KV plan, made on the device by one CTA: any number of requests, no word from the host.
+//
+// The requests lie one after another on a line; a request is as long as its blocks plus a fixed overhead for a piece's set-up and epilogue. Part p begins at p / num_parts of the line.
+// Two plans are weighed. The even plan cuts there, but moves a cut near a request's edge to that edge, since a piece of a few blocks does not pay for itself. The whole plan moves every
+// cut to the nearest edge: nothing is split, nothing needs combining. The whole plan is taken when its longest part is no longer than the even plan's parts with what their cuts cost.
+#include <cuda_runtime.h>
+
+#include "any/kernels.h"
+#include "device/launch.h"
+
+namespace flash_mla {
+namespace {
+
+constexpr int kThreads = kMaxPlannedParts;
+constexpr int kWarps = kThreads / 32;
+constexpr int kPieceOverhead = 3;    // in blocks
+constexpr int kCombineOverhead = 3;  // in blocks: what joining split requests costs the whole call
+constexpr int kMaxTolerance = 4;
+
+struct Cut {
+  int request, block;
+  __device__ bool same_as(const Cut& other) const { return request == other.request && block == other.block; }
+};
+
+struct Shared {
+  int64_t warp_values[kWarps];
+  Cut even[kThreads], whole[kThreads];
+  int64_t whole_position[kThreads + 1];
+  int cut_requests[kThreads];  // requests of the cuts inside requests, ascending
+};
+
+// Exclusive sum over the CTA's threads in order; `total` is the sum of all.
+__device__ int64_t exclusive_sum(Shared& shared, int64_t value, int64_t& total) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  int64_t inclusive = value;
+  for (int step = 1; step < 32; step *= 2) {
+    const int64_t below = __shfl_up_sync(~0u, inclusive, step);
+    inclusive += lane >= step ? below : 0;
+  }
+  __syncthreads();
+  if (lane == 31) {
+    shared.warp_values[warp] = inclusive;
+  }
+  __syncthreads();
+  int64_t before = 0;
+  total = 0;
+  for (int w = 0; w < kWarps; ++w) {
+    before += w < warp ? shared.warp_values[w] : 0;
+    total += shared.warp_values[w];
+  }
+  return before + inclusive - value;
+}
+
+__device__ int64_t maximum(Shared& shared, int64_t value) {
+  for (int step = 16; step > 0; step /= 2) {
+    value = max(value, __shfl_xor_sync(~0u, value, step));
+  }
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) {
+    shared.warp_values[threadIdx.x / 32] = value;
+  }
+  __syncthreads();
+  for (int w = 0; w < kWarps; ++w) {
+    value = max(value, shared.warp_values[w]);
+  }
+  return value;
+}
+
+__device__ int request_blocks(const PlanParams& params, int request) { return max(ceil_div(max(params.cache_seqlens[request], 0), kScheduleBlock), 1); }
+
+// The block at which a cut `offset` behind a request's start takes effect; num_blocks stands for the next request's start.
+__device__ int snap(int64_t offset, int num_blocks, int tolerance) {
+  const int64_t block = offset - kPieceOverhead;
+  if (block <= min(tolerance, num_blocks / 2)) {
+    return 0;
+  }
+  return block >= num_blocks - tolerance ? num_blocks : static_cast<int>(block);
+}
+
+// Both plans' cuts, each by the thread that owns the request in which it falls.
+__device__ int64_t place_cuts(const PlanParams& params, Shared& shared, int begin, int end) {
+  int64_t own = 0;
+  for (int r = begin; r < end; ++r) {
+    own += request_blocks(params, r) + kPieceOverhead;
+  }
+  int64_t length = 0;
+  int64_t position = exclusive_sum(shared, own, length);
+  const int num_parts = params.num_parts;
+  const int tolerance = static_cast<int>(min(length / num_parts / 16, static_cast<int64_t>(kMaxTolerance)));
+  auto cut_at = [&](int64_t part) { return length * part / num_parts; };
+  for (int r = begin; r < end; ++r) {
+    const int blocks = request_blocks(params, r), extent = blocks + kPieceOverhead;
+    int64_t part = ceil_div(position * num_parts, length);  // the first with its cut at or behind the request's start
+    for (; part < num_parts && cut_at(part) < position + extent; ++part) {
+      const int64_t offset = cut_at(part) - position;
+      const int block = snap(offset, blocks, tolerance);
+      shared.even[part] = block == blocks ? Cut{r + 1, 0} : Cut{r, block};
+      const bool to_next = 2 * offset > extent;
+      shared.whole[part] = {r + to_next, 0};
+      shared.whole_position[part] = to_next ? position + extent : position;
+    }
+    position += extent;
+  }
+  if (threadIdx.x == 0) {
+    shared.whole_position[num_parts] = length;
+  }
+  return length;
+}
+
+__global__ void __launch_bounds__(kThreads) plan_kernel(const PlanParams params) {
+  __shared__ Shared shared;
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  const int per_thread = ceil_div(params.b, kThreads), num_parts = params.num_parts, part = threadIdx.x;
+  const int begin = static_cast<int>(min(static_cast<int64_t>(threadIdx.x) * per_thread, static_cast<int64_t>(params.b))), end = min(begin + per_thread, params.b);
+  const bool has_part = part < num_parts;
+
+  const int64_t length = place_cuts(params, shared, begin, end);
+  __syncthreads();
+  const int64_t longest = maximum(shared, has_part ? shared.whole_position[part + 1] - shared.whole_position[part] : 0);
+  const int64_t even = ceil_div(length + static_cast<int64_t>(num_parts - 1) * kPieceOverhead, static_cast<int64_t>(num_parts)) + kCombineOverhead;
+  const Cut* cuts = longest <= even ? shared.whole : shared.even;
+
+  // Parts that begin where another one does have no work; the others close ranks.
+  const Cut cut = has_part ? cuts[part] : Cut{params.b, 0};
+  const bool works = cut.request < params.b && (part == 0 || !cut.same_as(cuts[part - 1]));
+  const bool inside = works && cut.block > 0;
+  int64_t totals = 0;
+  const int64_t before = exclusive_sum(shared, static_cast<int64_t>(works) | static_cast<int64_t>(inside) << 32, totals);
+  const int row_index = static_cast<int>(before & 0xffffffff), inside_before = static_cast<int>(before >> 32);
+  const int num_working = static_cast<int>(totals & 0xffffffff), num_inside = static_cast<int>(totals >> 32);
+  if (inside) {
+    shared.cut_requests[inside_before] = cut.request;
+  }
+  __syncthreads();
+
+  auto cuts_below = [&](int request) {  // cuts inside requests before this one
+    int low = 0, high = num_inside;
+    while (low < high) {
+      const int middle = (low + high) / 2;
+      (shared.cut_requests[middle] < request ? low : high) = shared.cut_requests[middle] < request ? middle + 1 : middle;
+    }
+    return low;
+  };
+  for (int r = begin; r < end; ++r) {
+    params.num_splits[r] = r + cuts_below(r);
+  }
+  auto is_split = [&](int request) { return cuts_below(request + 1) > cuts_below(request); };
+  if (works) {
+    ScheduleRow& row = params.schedule[row_index];
+    row.begin_request = cut.request;
+    row.begin_block = cut.block;
+    row.begin_split = inside ? inside_before - cuts_below(cut.request) + 1 : 0;
+    row.first_request_is_split = is_split(cut.request);
+    row.reserved = 0;
+  }
+  // The end of a row is the next one's beginning.
+  auto finish_row = [&](int index, Cut next) {
+    ScheduleRow& row = params.schedule[index];
+    row.end_request = next.block > 0 ? next.request : next.request - 1;
+    row.end_block = next.block > 0 ? next.block : request_blocks(params, row.end_request);
+    row.last_request_is_split = is_split(row.end_request);
+  };
+  if (works && row_index > 0) {
+    finish_row(row_index - 1, cut);
+  }
+  if (threadIdx.x == 0) {
+    finish_row(num_working - 1, {params.b, 0});
+    params.num_splits[params.b] = params.b + num_inside;
+  }
+  if (has_part && part >= num_working) {
+    params.schedule[part] = {params.b, 0, 0, 0, 0, 0, 0, 0};
+  }
+}
+
+}  // namespace
+
+void launch_plan(const PlanParams& params, void* stream) { device::launch_dependent("plan", plan_kernel, 1, kThreads, 0, stream, params); }
+
+}  // namespace flash_mla

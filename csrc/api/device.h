@@ -1,0 +1,13 @@
+// What the host needs to know of a device, asked once.
+#pragma once
+
+namespace flash_mla::api {
+
+struct DeviceFacts {
+  int compute_capability;  // 90 for 9.0
+  int num_sms;
+};
+
+const DeviceFacts& device_facts(int device);
+
+}  // namespace flash_mla::api

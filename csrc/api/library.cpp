@@ -1,0 +1,52 @@
+// Every op: its schema and its binding.
+#include <torch/csrc/stable/library.h>
+
+#include "api/dense_decode.h"
+#include "api/merge.h"
+
+#ifndef FLASH_MLA_VERSION
+#define FLASH_MLA_VERSION "unknown"
+#endif
+#ifndef FLASH_MLA_ARCHES
+#define FLASH_MLA_ARCHES ""
+#endif
+#ifndef FLASH_MLA_CUDA_VERSION
+#define FLASH_MLA_CUDA_VERSION "unknown"
+#endif
+
+namespace flash_mla::api {
+namespace {
+
+std::string build_info() { return "version=" FLASH_MLA_VERSION "\ncuda=" FLASH_MLA_CUDA_VERSION "\narchs=" FLASH_MLA_ARCHES "\ntorch_target=2.10\n"; }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(flash_mla, m) {
+  m.def(
+      "dense_decode(Tensor q, Tensor k_cache, Tensor block_table, Tensor cache_seqlens, Tensor? tile_scheduler_metadata, Tensor? num_splits, Tensor? attn_sink, int head_dim_v, "
+      "float softmax_scale, bool causal, bool batch_invariant) -> (Tensor, Tensor)");
+  m.def(
+      "dense_decode_out(Tensor q, Tensor k_cache, Tensor block_table, Tensor cache_seqlens, Tensor? tile_scheduler_metadata, Tensor? num_splits, Tensor? attn_sink, int head_dim_v, "
+      "float softmax_scale, bool causal, bool batch_invariant, Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def("plan_dense_decode(Tensor cache_seqlens, int s_q, int h_q, int h_kv) -> (Tensor, Tensor)");
+  m.def("num_sm_parts(int device_index, int s_q, int h_q, int h_kv) -> int");
+  m.def("merge_attention_states(Tensor[] outs, Tensor[] lses) -> (Tensor, Tensor)");
+  m.def(
+      "dense_decode_why_not(int compute_capability, int scalar_type, int b, int s_q, int h_q, int h_kv, int d_qk, int d_v, int page_block_size, float softmax_scale) -> str");
+  m.def("build_info() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flash_mla, CUDA, m) {
+  m.impl("dense_decode", TORCH_BOX(&dense_decode));
+  m.impl("dense_decode_out", TORCH_BOX(&dense_decode_out));
+  m.impl("plan_dense_decode", TORCH_BOX(&plan_dense_decode));
+  m.impl("merge_attention_states", TORCH_BOX(&merge_attention_states));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flash_mla, CompositeExplicitAutograd, m) {
+  m.impl("num_sm_parts", TORCH_BOX(&num_sm_parts));
+  m.impl("dense_decode_why_not", TORCH_BOX(&dense_decode_why_not));
+  m.impl("build_info", TORCH_BOX(&build_info));
+}
+
+}  // namespace flash_mla::api

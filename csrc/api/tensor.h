@@ -1,0 +1,103 @@
+// The one vocabulary of tensor checks, and torch's tensors as the plain values that kernels take. Stable-ABI headers only.
+#pragma once
+
+#include <dlfcn.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "core/error.h"
+
+namespace flash_mla::api {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// A tensor's facts, read once.
+struct View {
+  const char* name;
+  void* data;
+  int dim;
+  const int64_t* sizes;
+  const int64_t* strides;
+  ScalarType dtype;
+  int device;  // index, -1: not a CUDA tensor
+
+  View(const char* name_, const Tensor& tensor)
+      : name(name_),
+        data(tensor.data_ptr()),
+        dim(static_cast<int>(tensor.dim())),
+        sizes(tensor.sizes().data()),
+        strides(tensor.strides().data()),
+        dtype(tensor.scalar_type()),
+        device(tensor.is_cuda() ? static_cast<int>(tensor.get_device_index()) : -1) {}
+
+  int64_t size(int d) const { return sizes[d]; }
+  int64_t stride(int d) const { return strides[d]; }
+};
+
+inline std::string shape_text(const View& view) {
+  std::string text = "[";
+  for (int d = 0; d < view.dim; ++d) {
+    text += cat(d ? ", " : "", view.sizes[d]);
+  }
+  return text + "]";
+}
+
+inline const char* dtype_text(ScalarType dtype) { return torch::headeronly::toString(dtype); }
+
+inline void check_device(const View& view, int device) {
+  check(view.device == device, ErrorKind::kValue, view.name, " must be on the device of q (cuda:", device, "), got ",
+        view.device < 0 ? std::string("a tensor that is not on CUDA") : cat("cuda:", view.device));
+}
+
+inline void check_dtype(const View& view, ScalarType dtype) {
+  check(view.dtype == dtype, ErrorKind::kType, view.name, " must have dtype ", dtype_text(dtype), ", got ", dtype_text(view.dtype));
+}
+
+inline void check_dim(const View& view, int dim, const char* what) {
+  check(view.dim == dim, ErrorKind::kValue, view.name, " must have shape ", what, ", got ", shape_text(view));
+}
+
+inline void check_size(const View& view, int d, int64_t size, const char* what) {
+  check(view.sizes[d] == size, ErrorKind::kValue, view.name, " must have shape ", what, ", so size ", size, " in dimension ", d, ", got ", shape_text(view));
+}
+
+inline void check_contiguous_last(const View& view) {
+  const int last = view.dim - 1;
+  check(view.strides[last] == 1 || view.sizes[last] <= 1, ErrorKind::kValue, view.name, " must be contiguous in its last dimension, got stride ", view.strides[last]);
+}
+
+// Kernels move 16 bytes at a time.
+inline void check_aligned(const View& view, int element_bytes) {
+  bool aligned = reinterpret_cast<uintptr_t>(view.data) % 16 == 0;
+  for (int d = 0; d + 1 < view.dim; ++d) {
+    aligned &= view.sizes[d] <= 1 || view.strides[d] * element_bytes % 16 == 0;
+  }
+  check(aligned, ErrorKind::kUnsupported, view.name, " must have an address and strides that are multiples of 16 bytes");
+}
+
+// The stream on which torch queues work for this device. Its getter lives in libtorch_cuda.so, which a CPU build of torch lacks: it is looked up in the process when the first CUDA op runs.
+inline void* current_stream(int device) {
+  using Getter = AOTITorchError (*)(int32_t, void**);
+  static const Getter getter = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
+    void* symbol = library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
+    check(symbol != nullptr, ErrorKind::kCuda, "this torch has no CUDA support");
+    return reinterpret_cast<Getter>(symbol);
+  }();
+  void* stream = nullptr;
+  check(getter(device, &stream) == 0, ErrorKind::kCuda, "torch has no current stream for cuda:", device);
+  return stream;
+}
+
+inline Tensor empty(const Tensor& like, ScalarType dtype, std::initializer_list<int64_t> sizes) { return torch::stable::new_empty(like, sizes, dtype); }
+
+}  // namespace flash_mla::api

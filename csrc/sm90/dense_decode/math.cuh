@@ -1,0 +1,364 @@
+// The two math warpgroups. Warpgroup 0 scores the tile in slot 0 and keeps output columns 0 to 255, warpgroup 1 scores slot 1 and keeps columns 256 to 511; each multiplies both tiles'
+// probabilities with its half of the values.
+#pragma once
+
+#include "device/softmax.cuh"
+#include "device/sm90/wgmma.cuh"
+#include "sm90/dense_decode/epilogue.cuh"
+#include "sm90/dense_decode/producer.cuh"
+
+namespace flash_mla::sm90::dense_decode {
+
+template <class C, int kSide>
+class MathWarpgroup {
+  using T = typename C::Element;
+  using Atoms = WgmmaAtoms<T>;
+  static constexpr int kFirstGroup = kSide == 0 ? kCols0 : kCols256;  // of this side's two groups of value columns
+
+ public:
+  __device__ __forceinline__ MathWarpgroup(const DenseDecodeParams& params, Storage<C>& storage)
+      : params_(params), storage_(storage), place_(params), thread_(threadIdx.x % 128), lane_(threadIdx.x % 32), row_(thread_ / 32 * 16 + lane_ / 4) {}
+
+  __device__ __forceinline__ void run() {
+    Pieces pieces(params_, place_.part, place_.causal_cut);
+    int piece_parity = 0;
+    uint32_t q_parity = 0;
+    for (Piece piece; pieces.next(piece); piece_parity ^= 1) {
+      reference_[0] = reference_[1] = kNoMax;
+      sum_[0] = sum_[1] = 0;
+      clear_output();
+      unmasked_tiles_ = least_limit(piece) / C::kKeys - piece.begin_tile;
+      if (piece.num_tiles > 0) {
+        mbarrier_wait(shared_address(&storage_.q_full), q_parity);
+        q_parity ^= 1;
+        if constexpr (kSide == 0) {
+          run_left(piece);
+        } else {
+          run_right(piece);
+        }
+      }
+      finish_piece(piece, piece_parity);
+    }
+  }
+
+ private:
+  // A step takes the tiles in both slots, or, at the end of a piece of odd length, the one in slot 0. The last step is apart from the loop, so that no product is in flight where the
+  // compiler would have to merge accumulators (it serialises all products otherwise).
+
+  // ---- warpgroup 0: scores of slot 0; both products into columns 0 to 255
+  __device__ __forceinline__ void run_left(const Piece& piece) {
+    float scores[32];
+    wgmma_fence();
+    issue_scores<0, kNumGroups>(scores);
+    if (piece.num_tiles > 1) {
+      named_barrier_arrive(kScores0Issued, C::kMathThreads);
+    }
+    wgmma_wait<0>();
+    int tile = 0;
+    for (; tile + 2 < piece.num_tiles; tile += 2) {
+      left_step<true, true>(scores, piece, tile);
+    }
+    release_q();
+    if (tile + 1 < piece.num_tiles) {
+      left_step<true, false>(scores, piece, tile);
+    } else {
+      left_step<false, false>(scores, piece, tile);
+    }
+  }
+
+  // Takes the scores of its tile and, where there is a next step, leaves those of the next.
+  template <bool kPair, bool kNext>
+  __device__ __forceinline__ void left_step(float (&scores)[32], const Piece& piece, int tile) {
+    uint32_t probabilities[16];
+    softmax(scores, probabilities, piece, tile, [] {});
+    store_probabilities(probabilities0(), probabilities);
+    named_barrier_arrive(kProbabilities0, C::kMathThreads);
+
+    // The other warpgroup's scores go first: these products then cover its softmax.
+    if constexpr (kPair) {
+      named_barrier_sync(kScores1Issued, C::kMathThreads);
+    }
+    wgmma_fence();
+    multiply_registers(0, probabilities);
+    wgmma_wait<1>();
+    release(0, kCols0);
+    wgmma_wait<0>();
+    release(0, kCols128);
+    phases_.advance(0);
+
+    if constexpr (kPair) {
+      named_barrier_sync(kProbabilities1, C::kMathThreads);
+      adopt_reference();
+      wait_for_values(1);
+      wgmma_fence();
+      multiply_shared(1, shared_address(storage_.probabilities[0]));
+      wgmma_wait<1>();
+      release(1, kCols0);
+      if constexpr (kNext) {
+        // The next scores queue up behind the products.
+        issue_scores<0, 2>(scores);
+        wgmma_wait<1>();
+        release(1, kCols128);
+        issue_scores<2, kNumGroups>(scores);
+        if (tile + 3 < piece.num_tiles) {
+          named_barrier_arrive(kScores0Issued, C::kMathThreads);
+        }
+        wgmma_wait<0>();
+      } else {
+        wgmma_wait<0>();
+        release(1, kCols128);
+      }
+      phases_.advance(1);
+    }
+  }
+
+  // ---- warpgroup 1: scores of slot 1; both products into columns 256 to 511
+  __device__ __forceinline__ void run_right(const Piece& piece) {
+    int tile = 0;
+    for (; tile + 1 < piece.num_tiles; tile += 2) {
+      right_step<true>(piece, tile);
+    }
+    if (tile < piece.num_tiles) {
+      right_step<false>(piece, tile);
+    }
+  }
+
+  template <bool kPair>
+  __device__ __forceinline__ void right_step(const Piece& piece, int tile) {
+    float scores[32];
+    if constexpr (kPair) {
+      named_barrier_sync(kScores0Issued, C::kMathThreads);
+      wgmma_fence();
+      issue_scores<0, kNumGroups>(scores);
+      named_barrier_arrive(kScores1Issued, C::kMathThreads);
+      wgmma_wait<0>();
+      release(1, kRope);
+    }
+    if (tile + 2 >= piece.num_tiles) {
+      release_q();
+    }
+    named_barrier_sync(kProbabilities0, C::kMathThreads);
+    adopt_reference();
+    wait_for_values(0);
+    wgmma_fence();
+    multiply_shared(0, probabilities0());
+    if constexpr (kPair) {
+      uint32_t probabilities[16];
+      softmax(scores, probabilities, piece, tile + 1, [] { wgmma_wait<0>(); });
+      store_probabilities(shared_address(storage_.probabilities[0]), probabilities);
+      named_barrier_arrive(kProbabilities1, C::kMathThreads);
+      wgmma_fence();
+      multiply_registers(1, probabilities);
+      wgmma_wait<3>();
+      release(0, kCols256);
+      wgmma_wait<2>();
+      release(0, kCols384);
+      release(0, kRope);
+      wgmma_wait<1>();
+      release(1, kCols256);
+      wgmma_wait<0>();
+      release(1, kCols384);
+      phases_.advance(1);
+    } else {
+      wgmma_wait<1>();
+      release(0, kCols256);
+      wgmma_wait<0>();
+      release(0, kCols384);
+      release(0, kRope);
+    }
+    phases_.advance(0);
+  }
+
+  // ---- the parts of a step
+  // Scores of this side's slot, groups of slices kBegin to kEnd in the order in which they arrive.
+  template <int kBegin, int kEnd>
+  __device__ __forceinline__ void issue_scores(float (&scores)[32]) {
+    const Descriptor q(shared_address(storage_.q), 16), k(shared_address(storage_.k[kSide]), 16);
+    bool accumulate = kBegin > 0;
+#pragma unroll
+    for (int order = kBegin; order < kEnd; ++order) {
+      const int group = C::load_order(kSide, order);
+      if (C::num_slices(group) == 0) {
+        continue;
+      }
+      mbarrier_wait(shared_address(&storage_.k_full[kSide][group]), phases_.parity(kSide));
+      wgmma_fence();
+#pragma unroll
+      for (int s = C::first_slice(group); s < C::first_slice(group) + C::num_slices(group); ++s) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          wgmma_ss<typename Atoms::Scores>(scores, q.at(s * C::kSliceBytes + j * 32), k.at(s * C::kSliceBytes + j * 32), accumulate);
+          accumulate = true;
+        }
+      }
+    }
+    wgmma_commit();
+  }
+
+  // Scores -> probabilities of one tile. `before_rescale` waits for products that are still writing the output.
+  template <class BeforeRescale>
+  __device__ __forceinline__ void softmax(float (&scores)[32], uint32_t (&probabilities)[16], const Piece& piece, int tile, BeforeRescale&& before_rescale) {
+    if (tile >= unmasked_tiles_) {
+      int limit[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        limit[r] = row_limit(piece, row_ + 8 * r) - (piece.begin_tile + tile) * C::kKeys;
+      }
+      mask_scores(scores, limit, lane_);
+    }
+    float largest[2];
+    row_maximum(scores, largest);
+    bool outgrown = false;
+    float next[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float scaled = largest[r] * params_.scale_log2;
+      const bool grows = scaled > reference_[r] + kSlack;
+      next[r] = grows ? scaled : reference_[r];
+      outgrown |= grows;
+    }
+    if (__any_sync(~0u, outgrown)) {
+      before_rescale();
+      rescale(next);
+    }
+    if (lane_ % 4 == 0) {
+      storage_.row_max[row_] = reference_[0];
+      storage_.row_max[row_ + 8] = reference_[1];
+    }
+    exponentiate<T>(scores, params_.scale_log2, reference_, sum_, probabilities);
+  }
+
+  // How many keys a row of the tile sees.
+  __device__ __forceinline__ int row_limit(const Piece& piece, int row) const {
+    const int token = (place_.row_tile * C::kRows + row) / params_.group;
+    return params_.causal ? piece.seqlen - (params_.s_q - 1 - token) : piece.seqlen;
+  }
+
+  // What every row of the tile sees: only the last tiles of a request need a mask.
+  __device__ __forceinline__ int least_limit(const Piece& piece) const { return max(row_limit(piece, 0), 0); }
+
+  __device__ __forceinline__ void rescale(const float (&next)[2]) {
+    const float factor[2] = {exp2_approx(reference_[0] - next[0]), exp2_approx(reference_[1] - next[1])};
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      sum_[r] *= factor[r];
+      reference_[r] = next[r];
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int i = 0; i < 64; ++i) {
+        output_[half][i] *= factor[(i / 2) % 2];
+      }
+    }
+  }
+
+  // The other warpgroup may have moved the reference; the products into this one's output have ended.
+  __device__ __forceinline__ void adopt_reference() {
+    const float next[2] = {storage_.row_max[row_], storage_.row_max[row_ + 8]};
+    if (__any_sync(~0u, next[0] != reference_[0] || next[1] != reference_[1])) {
+      rescale(next);
+    }
+  }
+
+  // d_qk 576: the probabilities of slot 0 lie in its RoPE slice, which is dead once it is scored. Else in two tiles by turns, since the other warpgroup may still read those of the step before.
+  __device__ __forceinline__ uint32_t probabilities0() const {
+    if constexpr (C::kHasRope) {
+      return shared_address(storage_.k[0]) + 8 * C::kSliceBytes;
+    } else {
+      return shared_address(storage_.probabilities[1 + phases_.parity(0)]);
+    }
+  }
+
+  __device__ __forceinline__ void store_probabilities(uint32_t tile, const uint32_t (&probabilities)[16]) {
+    const int row = thread_ / 32 * 16 + lane_ % 16;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int unit = 2 * j + lane_ / 16;
+      store_matrix_x4(tile + row * kSliceRowBytes + ((unit ^ (row & 7)) * 16), &probabilities[4 * j]);
+    }
+    fence_async_proxy();
+  }
+
+  // output += probabilities (registers) x this side's value columns of a slot; one commit for each half of the columns.
+  __device__ __forceinline__ void multiply_registers(int slot, const uint32_t (&probabilities)[16]) {
+    const Descriptor values(shared_address(storage_.k[slot]), C::kSliceBytes);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        wgmma_rs<typename Atoms::OutputRS>(output_[half], &probabilities[4 * j], values.at(values_offset(half, j)), true);
+      }
+      wgmma_commit();
+    }
+  }
+
+  __device__ __forceinline__ void multiply_shared(int slot, uint32_t probabilities) {
+    const Descriptor values(shared_address(storage_.k[slot]), C::kSliceBytes), p(probabilities, 16);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        wgmma_ss<typename Atoms::OutputSS>(output_[half], p.at(j * 32), values.at(values_offset(half, j)), true);
+      }
+      wgmma_commit();
+    }
+  }
+
+  // Where in a slot 16 keys x 128 columns of the values lie, which are the first 512 columns of the keys.
+  static constexpr uint32_t values_offset(int half, int j) { return C::first_slice(kFirstGroup + half) * C::kSliceBytes + j * 16 * kSliceRowBytes; }
+
+  // The other warpgroup has seen these tiles arrive; the async proxy wants every reader to.
+  __device__ __forceinline__ void wait_for_values(int slot) {
+    mbarrier_wait(shared_address(&storage_.k_full[slot][kFirstGroup]), phases_.parity(slot));
+    mbarrier_wait(shared_address(&storage_.k_full[slot][kFirstGroup + 1]), phases_.parity(slot));
+  }
+
+  __device__ __forceinline__ void release(int slot, int group) {
+    if (lane_ == 0) {
+      mbarrier_arrive(shared_address(&storage_.k_empty[slot][group]));
+    }
+  }
+
+  __device__ __forceinline__ void release_q() {
+    if (lane_ == 0) {
+      mbarrier_arrive(shared_address(&storage_.q_empty));
+    }
+  }
+
+  __device__ __forceinline__ void clear_output() {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int i = 0; i < 64; ++i) {
+        output_[half][i] = 0;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void finish_piece(const Piece& piece, int piece_parity) {
+    float* sums = storage_.row_sum[piece_parity][kSide];
+    const float own[2] = {quad_sum(sum_[0]), quad_sum(sum_[1])};
+    if (lane_ % 4 == 0) {
+      sums[row_] = own[0];
+      sums[row_ + 8] = own[1];
+    }
+    named_barrier_sync(kRowSums, C::kMathThreads);
+    const float* others = storage_.row_sum[piece_parity][1 - kSide];
+    const float total[2] = {own[0] + others[row_], own[1] + others[row_ + 8]};
+    int row = row_;
+    asm volatile("" : "+r"(row));  // keeps the epilogue's addresses out of the loop over pieces
+    write_piece<T, kSide>(params_, place_, piece, row, lane_, output_, reference_, total);
+  }
+
+  const DenseDecodeParams& params_;
+  Storage<C>& storage_;
+  const Place place_;
+  const int thread_, lane_, row_;  // row_: the first of the thread's two rows, the other is 8 further
+  SlotPhases phases_;
+  int unmasked_tiles_ = 0;  // of the piece
+  float output_[2][64];
+  float reference_[2], sum_[2];
+};
+
+}  // namespace flash_mla::sm90::dense_decode

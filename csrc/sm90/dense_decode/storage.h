@@ -1,0 +1,26 @@
+// Shared-memory map of the dense decode kernel. Slices are 64 rows x 64 columns of 16-bit values in TMA's 128-byte swizzle.
+#pragma once
+
+#include "sm90/dense_decode/config.h"
+
+namespace flash_mla::sm90::dense_decode {
+
+template <class C>
+struct Storage {
+  static constexpr int kProbabilityTiles = C::kHasRope ? 1 : 3;  // d_qk 576: slot 0's live in its RoPE slice
+
+  alignas(1024) unsigned char q[C::kTileBytes];
+  alignas(1024) unsigned char k[2][C::kTileBytes];
+  alignas(1024) unsigned char probabilities[kProbabilityTiles][C::kSliceBytes];
+  float row_max[C::kRows];        // the reference maximum that both math warpgroups scale by, base 2
+  float row_sum[2][2][C::kRows];  // by parity of the piece, by warpgroup
+  uint64_t k_full[2][kNumGroups];
+  uint64_t k_empty[2][kNumGroups];
+  uint64_t q_full, q_empty;
+  volatile int tiles_issued;  // how far the TMA warp has come, for the prefetch warp
+};
+
+template <class C>
+constexpr bool kStorageFits = sizeof(Storage<C>) <= 232448;
+
+}  // namespace flash_mla::sm90::dense_decode
