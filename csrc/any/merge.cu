@@ -29,8 +29,10 @@ __global__ void __launch_bounds__(32 * kWarps) merge_kernel(const __grid_constan
   __shared__ float all_weights[kWarps][kMaxMergeParts];
   const int lane = threadIdx.x % 32;
   float* weights = all_weights[threadIdx.x / 32];
-  for (int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32; row < params.num_rows; row += static_cast<int64_t>(gridDim.x) * kWarps) {
-    const int64_t head = row % params.heads, token = row / params.heads % params.tokens, batch = row / params.heads / params.tokens;
+  for (int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32; row < params.num_rows;
+       row += static_cast<int64_t>(gridDim.x) * kWarps) {
+    const int64_t head = row % params.heads, token = row / params.heads % params.tokens,
+                  batch = row / params.heads / params.tokens;
     auto lse_of = [&](int part) {
       const auto& stride = params.stride_lse[part];
       return params.lses[part][batch * stride[0] + token * stride[1] + head * stride[2]];
@@ -57,14 +59,17 @@ __global__ void __launch_bounds__(32 * kWarps) merge_kernel(const __grid_constan
       for (int part = 0; part < params.num_parts; ++part) {
         const auto& stride = params.stride_out[part];
         if (weights[part] > 0) {
-          sum += weights[part] * to_float(static_cast<const T*>(params.outs[part])[batch * stride[0] + token * stride[1] + head * stride[2] + column]);
+          sum += weights[part] *
+                 to_float(static_cast<const T*>(
+                     params.outs[part])[batch * stride[0] + token * stride[1] + head * stride[2] + column]);
         }
       }
       out[column] = from_float<T>(total > 0 ? sum / total : 0.0f);
     }
     if (lane == 0) {
       const auto& stride = params.stride_merged_lse;
-      params.lse[batch * stride[0] + token * stride[1] + head * stride[2]] = total > 0 ? largest + logf(total) : INFINITY;
+      params.lse[batch * stride[0] + token * stride[1] + head * stride[2]] =
+          total > 0 ? largest + logf(total) : INFINITY;
     }
   }
 }
@@ -75,9 +80,12 @@ void launch_merge(const MergeParams& params, void* stream) {
   if (params.num_rows == 0) {
     return;
   }
-  const auto kernel = params.element == 0 ? merge_kernel<__nv_bfloat16> : params.element == 1 ? merge_kernel<__half> : merge_kernel<float>;
+  const auto kernel = params.element == 0   ? merge_kernel<__nv_bfloat16>
+                      : params.element == 1 ? merge_kernel<__half>
+                                            : merge_kernel<float>;
   const int64_t ctas = ceil_div(params.num_rows, static_cast<int64_t>(kWarps));
-  device::launch_dependent("merge_attention_states", kernel, static_cast<unsigned>(ctas < 4096 ? ctas : 4096), 32 * kWarps, 0, stream, params);
+  device::launch_dependent("merge_attention_states", kernel, static_cast<unsigned>(ctas < 4096 ? ctas : 4096),
+                           32 * kWarps, 0, stream, params);
 }
 
 }  // namespace flash_mla

@@ -1,8 +1,10 @@
 // The split-KV plan, made on the device by one CTA: any number of requests, no word from the host.
 //
-// The requests lie one after another on a line; a request is as long as its blocks plus a fixed overhead for a piece's set-up and epilogue. Part p begins at p / num_parts of the line.
-// Two plans are weighed. The even plan cuts there, but moves a cut near a request's edge to that edge, since a piece of a few blocks does not pay for itself. The whole plan moves every
-// cut to the nearest edge: nothing is split, nothing needs combining. The whole plan is taken when its longest part is no longer than the even plan's parts with what their cuts cost.
+// The requests lie one after another on a line; a request is as long as its blocks plus a fixed overhead for a piece's
+// set-up and epilogue. Part p begins at p / num_parts of the line. Two plans are weighed. The even plan cuts there, but
+// moves a cut near a request's edge to that edge, since a piece of a few blocks does not pay for itself. The whole plan
+// moves every cut to the nearest edge: nothing is split, nothing needs combining. The whole plan is taken when its
+// longest part is no longer than the even plan's parts with what their cuts cost.
 #include <cuda_runtime.h>
 
 #include "any/kernels.h"
@@ -66,9 +68,12 @@ __device__ int64_t maximum(Shared& shared, int64_t value) {
   return value;
 }
 
-__device__ int request_blocks(const PlanParams& params, int request) { return max(ceil_div(max(params.cache_seqlens[request], 0), kScheduleBlock), 1); }
+__device__ int request_blocks(const PlanParams& params, int request) {
+  return max(ceil_div(max(params.cache_seqlens[request], 0), kScheduleBlock), 1);
+}
 
-// The block at which a cut `offset` behind a request's start takes effect; num_blocks stands for the next request's start.
+// The block at which a cut `offset` behind a request's start takes effect; num_blocks stands for the next request's
+// start.
 __device__ int snap(int64_t offset, int num_blocks, int tolerance) {
   const int64_t block = offset - kPieceOverhead;
   if (block <= min(tolerance, num_blocks / 2)) {
@@ -111,13 +116,26 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const PlanParams params)
   __shared__ Shared shared;
   asm volatile("griddepcontrol.wait;" ::: "memory");
   const int per_thread = ceil_div(params.b, kThreads), num_parts = params.num_parts, part = threadIdx.x;
-  const int begin = static_cast<int>(min(static_cast<int64_t>(threadIdx.x) * per_thread, static_cast<int64_t>(params.b))), end = min(begin + per_thread, params.b);
+  const int begin =
+                static_cast<int>(min(static_cast<int64_t>(threadIdx.x) * per_thread, static_cast<int64_t>(params.b))),
+            end = min(begin + per_thread, params.b);
   const bool has_part = part < num_parts;
+  if (params.b == 0) {
+    if (has_part) {
+      params.schedule[part] = {};
+    }
+    if (part == 0) {
+      params.num_splits[0] = 0;
+    }
+    return;
+  }
 
   const int64_t length = place_cuts(params, shared, begin, end);
   __syncthreads();
   const int64_t longest = maximum(shared, has_part ? shared.whole_position[part + 1] - shared.whole_position[part] : 0);
-  const int64_t even = ceil_div(length + static_cast<int64_t>(num_parts - 1) * kPieceOverhead, static_cast<int64_t>(num_parts)) + kCombineOverhead;
+  const int64_t even =
+      ceil_div(length + static_cast<int64_t>(num_parts - 1) * kPieceOverhead, static_cast<int64_t>(num_parts)) +
+      kCombineOverhead;
   const Cut* cuts = longest <= even ? shared.whole : shared.even;
 
   // Parts that begin where another one does have no work; the others close ranks.
@@ -125,7 +143,8 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const PlanParams params)
   const bool works = cut.request < params.b && (part == 0 || !cut.same_as(cuts[part - 1]));
   const bool inside = works && cut.block > 0;
   int64_t totals = 0;
-  const int64_t before = exclusive_sum(shared, static_cast<int64_t>(works) | static_cast<int64_t>(inside) << 32, totals);
+  const int64_t before =
+      exclusive_sum(shared, static_cast<int64_t>(works) | static_cast<int64_t>(inside) << 32, totals);
   const int row_index = static_cast<int>(before & 0xffffffff), inside_before = static_cast<int>(before >> 32);
   const int num_working = static_cast<int>(totals & 0xffffffff), num_inside = static_cast<int>(totals >> 32);
   if (inside) {
@@ -137,7 +156,8 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const PlanParams params)
     int low = 0, high = num_inside;
     while (low < high) {
       const int middle = (low + high) / 2;
-      (shared.cut_requests[middle] < request ? low : high) = shared.cut_requests[middle] < request ? middle + 1 : middle;
+      (shared.cut_requests[middle] < request ? low : high) =
+          shared.cut_requests[middle] < request ? middle + 1 : middle;
     }
     return low;
   };
@@ -174,6 +194,8 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const PlanParams params)
 
 }  // namespace
 
-void launch_plan(const PlanParams& params, void* stream) { device::launch_dependent("plan", plan_kernel, 1, kThreads, 0, stream, params); }
+void launch_plan(const PlanParams& params, void* stream) {
+  device::launch_dependent("plan", plan_kernel, 1, kThreads, 0, stream, params);
+}
 
 }  // namespace flash_mla

@@ -13,7 +13,8 @@ namespace {
 int attribute(cudaDeviceAttr which, int device) {
   int value = 0;
   const cudaError_t status = cudaDeviceGetAttribute(&value, which, device);
-  check(status == cudaSuccess, ErrorKind::kCuda, "cudaDeviceGetAttribute for cuda:", device, ": ", cudaGetErrorString(status));
+  check(status == cudaSuccess, ErrorKind::kCuda, "cudaDeviceGetAttribute for cuda:", device, ": ",
+        cudaGetErrorString(status));
   return value;
 }
 
@@ -23,9 +24,11 @@ const DeviceFacts& device_facts(int device) {
   constexpr int kMaxDevices = 64;
   static std::array<DeviceFacts, kMaxDevices> facts;
   static std::array<std::once_flag, kMaxDevices> once;
-  check(device >= 0 && device < kMaxDevices, ErrorKind::kValue, "device index must be in 0 to ", kMaxDevices - 1, ", got ", device);
+  check(device >= 0 && device < kMaxDevices, ErrorKind::kValue, "device index must be in 0 to ", kMaxDevices - 1,
+        ", got ", device);
   std::call_once(once[device], [&] {
-    const int major = attribute(cudaDevAttrComputeCapabilityMajor, device), minor = attribute(cudaDevAttrComputeCapabilityMinor, device);
+    const int major = attribute(cudaDevAttrComputeCapabilityMajor, device),
+              minor = attribute(cudaDevAttrComputeCapabilityMinor, device);
     facts[device] = {10 * major + minor, attribute(cudaDevAttrMultiProcessorCount, device)};
   });
   return facts[device];

@@ -17,22 +17,28 @@
 namespace flash_mla::api {
 namespace {
 
-std::string build_info() { return "version=" FLASH_MLA_VERSION "\ncuda=" FLASH_MLA_CUDA_VERSION "\narchs=" FLASH_MLA_ARCHES "\ntorch_target=2.10\n"; }
+std::string build_info() {
+  return "version=" FLASH_MLA_VERSION "\ncuda=" FLASH_MLA_CUDA_VERSION "\narchs=" FLASH_MLA_ARCHES
+         "\ntorch_target=2.10\n";
+}
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY(flash_mla, m) {
   m.def(
-      "dense_decode(Tensor q, Tensor k_cache, Tensor block_table, Tensor cache_seqlens, Tensor? tile_scheduler_metadata, Tensor? num_splits, Tensor? attn_sink, int head_dim_v, "
+      "dense_decode(Tensor q, Tensor k_cache, Tensor block_table, Tensor cache_seqlens, Tensor? "
+      "tile_scheduler_metadata, Tensor? num_splits, Tensor? attn_sink, int head_dim_v, "
       "float softmax_scale, bool causal, bool batch_invariant) -> (Tensor, Tensor)");
   m.def(
-      "dense_decode_out(Tensor q, Tensor k_cache, Tensor block_table, Tensor cache_seqlens, Tensor? tile_scheduler_metadata, Tensor? num_splits, Tensor? attn_sink, int head_dim_v, "
+      "dense_decode_out(Tensor q, Tensor k_cache, Tensor block_table, Tensor cache_seqlens, Tensor? "
+      "tile_scheduler_metadata, Tensor? num_splits, Tensor? attn_sink, int head_dim_v, "
       "float softmax_scale, bool causal, bool batch_invariant, Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def("plan_dense_decode(Tensor cache_seqlens, int s_q, int h_q, int h_kv) -> (Tensor, Tensor)");
   m.def("num_sm_parts(int device_index, int s_q, int h_q, int h_kv) -> int");
   m.def("merge_attention_states(Tensor[] outs, Tensor[] lses) -> (Tensor, Tensor)");
   m.def(
-      "dense_decode_why_not(int compute_capability, int scalar_type, int b, int s_q, int h_q, int h_kv, int d_qk, int d_v, int page_block_size, float softmax_scale) -> str");
+      "dense_decode_why_not(int compute_capability, int scalar_type, int b, int s_q, int h_q, int h_kv, int d_qk, int "
+      "d_v, int page_block_size, float softmax_scale) -> str");
   m.def("build_info() -> str");
 }
 

@@ -5,14 +5,16 @@
 namespace flash_mla::api {
 
 std::tuple<Tensor, Tensor> merge_attention_states(const std::vector<Tensor>& outs, const std::vector<Tensor>& lses) {
-  check(!outs.empty() && outs.size() == lses.size() && outs.size() <= kMaxMergeParts, ErrorKind::kValue, "outs and lses must be of one length, 1 to ", kMaxMergeParts, ", got ",
-        outs.size(), " and ", lses.size());
+  check(!outs.empty() && outs.size() == lses.size() && outs.size() <= kMaxMergeParts, ErrorKind::kValue,
+        "outs and lses must be of one length, 1 to ", kMaxMergeParts, ", got ", outs.size(), " and ", lses.size());
   const View first("outs[0]", outs[0]);
   check(first.device >= 0, ErrorKind::kValue, "outs must be on CUDA");
-  check(first.dim == 4 || first.dim == 3, ErrorKind::kValue, "outs[0] must have shape [b, s_q, h_q, d] or [tokens, h_q, d], got ", shape_text(first));
+  check(first.dim == 4 || first.dim == 3, ErrorKind::kValue,
+        "outs[0] must have shape [b, s_q, h_q, d] or [tokens, h_q, d], got ", shape_text(first));
   // Four dimensions: lse is [b, h_q, s_q]. Three: lse is [tokens, h_q].
   const bool batched = first.dim == 4;
-  const int64_t b = batched ? first.size(0) : 1, tokens = first.size(batched ? 1 : 0), heads = first.size(batched ? 2 : 1), d = first.size(batched ? 3 : 2);
+  const int64_t b = batched ? first.size(0) : 1, tokens = first.size(batched ? 1 : 0),
+                heads = first.size(batched ? 2 : 1), d = first.size(batched ? 3 : 2);
   MergeParams params{};
   params.num_parts = static_cast<int>(outs.size());
   for (int part = 0; part < params.num_parts; ++part) {
@@ -44,11 +46,17 @@ std::tuple<Tensor, Tensor> merge_attention_states(const std::vector<Tensor>& out
       lse_stride[0] = 0, lse_stride[1] = lse.stride(0), lse_stride[2] = lse.stride(1);
     }
   }
-  params.element = first.dtype == ScalarType::BFloat16 ? 0 : first.dtype == ScalarType::Half ? 1 : first.dtype == ScalarType::Float ? 2 : -1;
-  check(params.element >= 0, ErrorKind::kType, "outs must have dtype BFloat16, Half or Float, got ", dtype_text(first.dtype));
+  params.element = first.dtype == ScalarType::BFloat16 ? 0
+                   : first.dtype == ScalarType::Half   ? 1
+                   : first.dtype == ScalarType::Float  ? 2
+                                                       : -1;
+  check(params.element >= 0, ErrorKind::kType, "outs must have dtype BFloat16, Half or Float, got ",
+        dtype_text(first.dtype));
   const torch::stable::accelerator::DeviceGuard guard(first.device);
-  Tensor out = batched ? empty(outs[0], first.dtype, {b, tokens, heads, d}) : empty(outs[0], first.dtype, {tokens, heads, d});
-  Tensor lse = batched ? empty(outs[0], ScalarType::Float, {b, heads, tokens}) : empty(outs[0], ScalarType::Float, {tokens, heads});
+  Tensor out =
+      batched ? empty(outs[0], first.dtype, {b, tokens, heads, d}) : empty(outs[0], first.dtype, {tokens, heads, d});
+  Tensor lse = batched ? empty(outs[0], ScalarType::Float, {b, heads, tokens})
+                       : empty(outs[0], ScalarType::Float, {tokens, heads});
   params.out = out.data_ptr();
   params.lse = static_cast<float*>(lse.data_ptr());
   params.stride_merged_lse[0] = heads * tokens;

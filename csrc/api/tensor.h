@@ -1,4 +1,5 @@
-// The one vocabulary of tensor checks, and torch's tensors as the plain values that kernels take. Stable-ABI headers only.
+// The one vocabulary of tensor checks, and torch's tensors as the plain values that kernels take. Stable-ABI headers
+// only.
 #pragma once
 
 #include <dlfcn.h>
@@ -59,7 +60,8 @@ inline void check_device(const View& view, int device) {
 }
 
 inline void check_dtype(const View& view, ScalarType dtype) {
-  check(view.dtype == dtype, ErrorKind::kType, view.name, " must have dtype ", dtype_text(dtype), ", got ", dtype_text(view.dtype));
+  check(view.dtype == dtype, ErrorKind::kType, view.name, " must have dtype ", dtype_text(dtype), ", got ",
+        dtype_text(view.dtype));
 }
 
 inline void check_dim(const View& view, int dim, const char* what) {
@@ -67,12 +69,14 @@ inline void check_dim(const View& view, int dim, const char* what) {
 }
 
 inline void check_size(const View& view, int d, int64_t size, const char* what) {
-  check(view.sizes[d] == size, ErrorKind::kValue, view.name, " must have shape ", what, ", so size ", size, " in dimension ", d, ", got ", shape_text(view));
+  check(view.sizes[d] == size, ErrorKind::kValue, view.name, " must have shape ", what, ", so size ", size,
+        " in dimension ", d, ", got ", shape_text(view));
 }
 
 inline void check_contiguous_last(const View& view) {
   const int last = view.dim - 1;
-  check(view.strides[last] == 1 || view.sizes[last] <= 1, ErrorKind::kValue, view.name, " must be contiguous in its last dimension, got stride ", view.strides[last]);
+  check(view.strides[last] == 1 || view.sizes[last] <= 1, ErrorKind::kValue, view.name,
+        " must be contiguous in its last dimension, got stride ", view.strides[last]);
 }
 
 // Kernels move 16 bytes at a time.
@@ -81,10 +85,12 @@ inline void check_aligned(const View& view, int element_bytes) {
   for (int d = 0; d + 1 < view.dim; ++d) {
     aligned &= view.sizes[d] <= 1 || view.strides[d] * element_bytes % 16 == 0;
   }
-  check(aligned, ErrorKind::kUnsupported, view.name, " must have an address and strides that are multiples of 16 bytes");
+  check(aligned, ErrorKind::kUnsupported, view.name,
+        " must have an address and strides that are multiples of 16 bytes");
 }
 
-// The stream on which torch queues work for this device. Its getter lives in libtorch_cuda.so, which a CPU build of torch lacks: it is looked up in the process when the first CUDA op runs.
+// The stream on which torch queues work for this device. Its getter lives in libtorch_cuda.so, which a CPU build of
+// torch lacks: it is looked up in the process when the first CUDA op runs.
 inline void* current_stream(int device) {
   using Getter = AOTITorchError (*)(int32_t, void**);
   static const Getter getter = [] {
@@ -98,6 +104,8 @@ inline void* current_stream(int device) {
   return stream;
 }
 
-inline Tensor empty(const Tensor& like, ScalarType dtype, std::initializer_list<int64_t> sizes) { return torch::stable::new_empty(like, sizes, dtype); }
+inline Tensor empty(const Tensor& like, ScalarType dtype, std::initializer_list<int64_t> sizes) {
+  return torch::stable::new_empty(like, sizes, dtype);
+}
 
 }  // namespace flash_mla::api

@@ -1,4 +1,5 @@
-// A run-time value becomes a compile-time constant: dispatch<512, 576>(d_qk, "d_qk", [&](auto D) { launch<D()>(...); });
+// A run-time value becomes a compile-time constant: dispatch<512, 576>(d_qk, "d_qk", [&](auto D) { launch<D()>(...);
+// });
 #pragma once
 
 #include <type_traits>

@@ -1,4 +1,5 @@
-// One error path for host code. A message starts with the class that Python raises for it, in square brackets behind the library's name.
+// One error path for host code. A message starts with the class that Python raises for it, in square brackets behind
+// the library's name.
 #pragma once
 
 #include <sstream>

@@ -1,5 +1,5 @@
-// A kernel table lists the kernels of one op in order of preference. It is the only place that says what a kernel can do:
-// dispatch, error texts, Python's `why_not` and the README's support matrix all read it.
+// A kernel table lists the kernels of one op in order of preference. It is the only place that says what a kernel can
+// do: dispatch, error texts, Python's `why_not` and the README's support matrix all read it.
 #pragma once
 
 #include <span>
@@ -29,7 +29,8 @@ std::string explain(std::span<const Kernel<Problem, Params>> table, const Proble
 }
 
 template <class Problem, class Params>
-const Kernel<Problem, Params>& select(const char* op, std::span<const Kernel<Problem, Params>> table, const Problem& problem) {
+const Kernel<Problem, Params>& select(const char* op, std::span<const Kernel<Problem, Params>> table,
+                                      const Problem& problem) {
   for (const auto& kernel : table) {
     if (kernel.why_not(problem) == nullptr) {
       return kernel;

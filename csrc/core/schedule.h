@@ -8,7 +8,8 @@ namespace flash_mla {
 // Keys are handed out in blocks of this many, whatever the page size.
 constexpr int kScheduleBlock = 64;
 
-// One row of `tile_scheduler_metadata`: a contiguous run of blocks in the order of the requests. Engines write these rows themselves, so the layout is part of the interface.
+// One row of `tile_scheduler_metadata`: a contiguous run of blocks in the order of the requests. Engines write these
+// rows themselves, so the layout is part of the interface.
 struct ScheduleRow {
   int32_t begin_request;  // the number of requests, where the part has no work
   int32_t end_request;    // inclusive
@@ -27,7 +28,8 @@ constexpr int kPartialsPerPart = 2;
 // The most parts that a plan of our own has; engines may write more rows.
 constexpr int kMaxPlannedParts = 1024;
 
-// Cuts of the batch-invariant mode depend on the request alone: up to `max_cuts` pieces of equal length, none shorter than kMinCutBlocks.
+// Cuts of the batch-invariant mode depend on the request alone: up to `max_cuts` pieces of equal length, none shorter
+// than kMinCutBlocks.
 constexpr int kMaxCuts = 32;
 constexpr int kMinCutBlocks = 8;
 
@@ -41,30 +43,12 @@ constexpr int fixed_cut_blocks(int num_blocks, int max_cuts) {
   return even > kMinCutBlocks ? even : kMinCutBlocks;
 }
 
-// Number of parts for `num_tiles` CTAs per part (row tiles times key heads) on a machine with `num_sms` SMs, one CTA each: the choice with the
-// fewest idle SMs over all waves; finer cuts must pay for themselves.
-inline int choose_num_parts(int64_t num_tiles, int num_sms) {
-  if (num_tiles <= num_sms) {
-    const int64_t one_wave = num_sms / num_tiles;
-    const double busy = static_cast<double>(one_wave * num_tiles) / num_sms;
-    if (busy > 0.85) {
-      return static_cast<int>(one_wave);
-    }
-  }
-  constexpr int kMaxWaves = 4;
-  constexpr double kCostOfAPart = 0.01;
-  int best = 1;
-  double best_score = -1;
-  for (int64_t parts = 1; parts == 1 || (parts * num_tiles <= static_cast<int64_t>(kMaxWaves) * num_sms); ++parts) {
-    const int64_t ctas = parts * num_tiles;
-    const double busy = static_cast<double>(ctas) / (ceil_div<int64_t>(ctas, num_sms) * num_sms);
-    const double score = busy - kCostOfAPart * static_cast<double>(ceil_div<int64_t>(ctas, num_sms));
-    if (score > best_score) {
-      best_score = score;
-      best = static_cast<int>(parts);
-    }
-  }
-  return best;
+// Number of parts for `num_tiles` CTAs per part (row tiles times key heads) on a machine with `num_sms` SMs, one CTA
+// each: one wave. More parts would balance better where the tiles do not divide the SMs, but the memory for partial
+// results grows with parts * tiles and is bounded by one wave's.
+constexpr int choose_num_parts(int64_t num_tiles, int num_sms) {
+  const int64_t parts = num_sms / num_tiles;
+  return static_cast<int>(parts < 1 ? 1 : parts > kMaxPlannedParts ? kMaxPlannedParts : parts);
 }
 
 }  // namespace flash_mla

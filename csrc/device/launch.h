@@ -5,11 +5,13 @@
 
 #include "core/error.h"
 
-namespace flash_mla::device {
+namespace flash_mla::inline device {
 
-// The kernel may start while the one before it in the stream still runs: it has to execute griddepcontrol.wait before it touches global memory.
+// The kernel may start while the one before it in the stream still runs: it has to execute griddepcontrol.wait before
+// it touches global memory.
 template <class... Parameters, class... Arguments>
-void launch_dependent(const char* name, void (*kernel)(Parameters...), unsigned grid, unsigned threads, size_t shared_bytes, void* stream, const Arguments&... arguments) {
+void launch_dependent(const char* name, void (*kernel)(Parameters...), unsigned grid, unsigned threads,
+                      size_t shared_bytes, void* stream, const Arguments&... arguments) {
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -21,7 +23,8 @@ void launch_dependent(const char* name, void (*kernel)(Parameters...), unsigned 
   config.attrs = &attribute;
   config.numAttrs = 1;
   const cudaError_t status = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
-  check(status == cudaSuccess, ErrorKind::kCuda, name, ": ", cudaGetErrorString(status), " (grid ", grid, ", ", threads, " threads, ", shared_bytes, " bytes of shared memory)");
+  check(status == cudaSuccess, ErrorKind::kCuda, name, ": ", cudaGetErrorString(status), " (grid ", grid, ", ", threads,
+        " threads, ", shared_bytes, " bytes of shared memory)");
 }
 
-}  // namespace flash_mla::device
+}  // namespace flash_mla::inline device

@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-namespace flash_mla::device {
+namespace flash_mla::inline device {
 
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
@@ -56,4 +56,4 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&w)[4], int lane) {
   }
 }
 
-}  // namespace flash_mla::device
+}  // namespace flash_mla::inline device

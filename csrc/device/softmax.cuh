@@ -1,15 +1,16 @@
-// Online softmax on wgmma's accumulator fragment: 64 x 64 scores in 32 registers a thread. Register i holds row (i / 2) % 2 * 8 + lane / 4 of the warp's 16 and
-// column i / 4 * 8 + lane % 4 * 2 + i % 2. All exponents are base 2.
+// Online softmax on wgmma's accumulator fragment: 64 x 64 scores in 32 registers a thread. Register i holds row (i / 2)
+// % 2 * 8 + lane / 4 of the warp's 16 and column i / 4 * 8 + lane % 4 * 2 + i % 2. All exponents are base 2.
 #pragma once
 
 #include "device/numeric.cuh"
 
-namespace flash_mla::device {
+namespace flash_mla::inline device {
 
 // Stands for "no key yet": finite, so that differences of references are never NaN, and far below any score.
 constexpr float kNoMax = -1.0e38f;
 
-// The reference maximum moves only when a score outgrows it by 2^kSlack: sums stay far from overflow and rescaling the output becomes rare.
+// The reference maximum moves only when a score outgrows it by 2^kSlack: sums stay far from overflow and rescaling the
+// output becomes rare.
 constexpr float kSlack = 8.0f;
 
 __device__ __forceinline__ float quad_max(float x) {
@@ -46,14 +47,17 @@ __device__ __forceinline__ void row_maximum(const float (&scores)[32], float (&l
   }
 }
 
-// scores -> 2^(scores * scale - reference), packed as the A operand of the next product; adds the row's part to `sum` (this thread's columns only).
+// scores -> 2^(scores * scale - reference), packed as the A operand of the next product; adds the row's part to `sum`
+// (this thread's columns only).
 template <class T>
-__device__ __forceinline__ void exponentiate(const float (&scores)[32], float scale, const float (&reference)[2], float (&sum)[2], uint32_t (&packed)[16]) {
+__device__ __forceinline__ void exponentiate(const float (&scores)[32], float scale, const float (&reference)[2],
+                                             float (&sum)[2], uint32_t (&packed)[16]) {
   float partial[2][2] = {};
 #pragma unroll
   for (int i = 0; i < 32; i += 2) {
     const int r = (i / 2) % 2;
-    const float x = exp2_approx(fmaf(scores[i], scale, -reference[r])), y = exp2_approx(fmaf(scores[i + 1], scale, -reference[r]));
+    const float x = exp2_approx(fmaf(scores[i], scale, -reference[r])),
+                y = exp2_approx(fmaf(scores[i + 1], scale, -reference[r]));
     partial[r][0] += x;
     partial[r][1] += y;
     packed[i / 2] = pack2<T>(x, y);
@@ -62,4 +66,4 @@ __device__ __forceinline__ void exponentiate(const float (&scores)[32], float sc
   sum[1] += partial[1][0] + partial[1][1];
 }
 
-}  // namespace flash_mla::device
+}  // namespace flash_mla::inline device

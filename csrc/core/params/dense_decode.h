@@ -1,4 +1,5 @@
-// What the dense decode kernels are given. Strides are in elements. Row r of a row tile is query token r / group, head kv_head * group + r % group.
+// What the dense decode kernels are given. Strides are in elements. Row r of a row tile is query token r / group, head
+// kv_head * group + r % group.
 #pragma once
 
 #include <cstdint>
@@ -43,8 +44,9 @@ struct DenseDecodeParams {
   int group;  // query heads per key head
   int num_row_tiles;
   int page, num_pages, max_pages;  // max_pages: entries of a block table's row
-  int box_rows;  // rows of a TMA box, 0: pages that TMA cannot tile
-  int prefetch_tiles, prefetch_mode, prefetch_shared;
+  int box_rows;                    // rows of a TMA box, 0: pages that TMA cannot tile
+  int page_shift;                  // log2(page), -1: not a power of two
+  int num_sms;
   int num_parts;
   int max_cuts;       // fixed cuts: pieces per request at the most
   int first_request;  // fixed cuts: the launch serves requests from here on

@@ -1,11 +1,11 @@
-// Copies into shared memory: TMA tiles, 16-byte asynchronous copies, prefetch into L2; and stores of matrix fragments.
+// Copies into shared memory: TMA tiles, 16-byte asynchronous copies; and stores of matrix fragments.
 #pragma once
 
 #include <cuda.h>
 
 #include <cstdint>
 
-namespace flash_mla::device {
+namespace flash_mla::inline device {
 
 struct TmaCoordinates {
   int column, row, slice, head, page;
@@ -15,26 +15,19 @@ __device__ __forceinline__ void tma_prefetch_descriptor(const CUtensorMap* map) 
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-__device__ __forceinline__ void tma_load(uint32_t destination, const CUtensorMap* map, const TmaCoordinates& at, uint32_t barrier) {
-  asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5, %6}], [%7];" ::"r"(destination),
-               "l"(map), "r"(at.column), "r"(at.row), "r"(at.slice), "r"(at.head), "r"(at.page), "r"(barrier)
-               : "memory");
-}
-
-__device__ __forceinline__ void tma_prefetch_l2(const CUtensorMap* map, const TmaCoordinates& at) {
-  asm volatile("cp.async.bulk.prefetch.tensor.5d.L2.global.tile [%0, {%1, %2, %3, %4, %5}];" ::"l"(map), "r"(at.column), "r"(at.row), "r"(at.slice),
-               "r"(at.head), "r"(at.page)
-               : "memory");
-}
-
-// Contiguous bytes, a multiple of 16.
-__device__ __forceinline__ void bulk_prefetch_l2(const void* source, uint32_t bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes) : "memory");
+__device__ __forceinline__ void tma_load(uint32_t destination, const CUtensorMap* map, const TmaCoordinates& at,
+                                         uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5, %6}], "
+      "[%7];" ::"r"(destination),
+      "l"(map), "r"(at.column), "r"(at.row), "r"(at.slice), "r"(at.head), "r"(at.page), "r"(barrier)
+      : "memory");
 }
 
 // 16 bytes; zeros where `valid` is false, and then the source is not read.
 __device__ __forceinline__ void async_copy16(uint32_t destination, const void* source, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(valid ? 16 : 0) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(valid ? 16 : 0)
+               : "memory");
 }
 
 __device__ __forceinline__ void async_copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -46,9 +39,9 @@ __device__ __forceinline__ void async_copy_wait() {
 
 // Four 8 x 8 matrices of 16-bit values; each lane names the address of one row.
 __device__ __forceinline__ void store_matrix_x4(uint32_t row, const uint32_t* fragment) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(fragment[0]), "r"(fragment[1]), "r"(fragment[2]),
-               "r"(fragment[3])
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(fragment[0]),
+               "r"(fragment[1]), "r"(fragment[2]), "r"(fragment[3])
                : "memory");
 }
 
-}  // namespace flash_mla::device
+}  // namespace flash_mla::inline device

@@ -1,4 +1,5 @@
-// Warpgroup matrix products on tiles in 128-byte-swizzled slices: a slice is R rows x 64 16-bit columns, row r at 128 r, its 16-byte units permuted by r % 8.
+// Warpgroup matrix products on tiles in 128-byte-swizzled slices: a slice is R rows x 64 16-bit columns, row r at 128
+// r, its 16-byte units permuted by r % 8.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -9,7 +10,7 @@
 #include <type_traits>
 #include <utility>
 
-namespace flash_mla::device {
+namespace flash_mla::inline device {
 
 constexpr int kSliceColumns = 64;
 constexpr int kSliceRowBytes = 128;
@@ -22,11 +23,13 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Shared-memory descriptor of an operand with 128-byte swizzle. `leading` bytes lie between slices (used where the operand spans several), 1,024 between groups of 8 rows. Only the low
-// word depends on the address, so a step of so many bytes is one addition: descriptors that are built anew for each product keep the tensor cores waiting.
+// Shared-memory descriptor of an operand with 128-byte swizzle. `leading` bytes lie between slices (used where the
+// operand spans several), 1,024 between groups of 8 rows. Only the low word depends on the address, so a step of so
+// many bytes is one addition: descriptors that are built anew for each product keep the tensor cores waiting.
 class Descriptor {
  public:
-  __device__ __forceinline__ Descriptor(uint32_t address, uint32_t leading) : low_((address >> 4) | (leading >> 4) << 16) {}
+  __device__ __forceinline__ Descriptor(uint32_t address, uint32_t leading)
+      : low_((address >> 4) | (leading >> 4) << 16) {}
   __device__ __forceinline__ uint64_t at(uint32_t bytes) const {
     constexpr uint32_t kHigh = (8 * kSliceRowBytes >> 4) | 1u << 30;
     return static_cast<uint64_t>(kHigh) << 32 | (low_ + (bytes >> 4));
@@ -54,15 +57,18 @@ struct WgmmaAtoms {
 template <class Atom, int kRegisters>
 __device__ __forceinline__ void wgmma_ss(float (&d)[kRegisters], uint64_t a, uint64_t b, bool accumulate) {
   const auto scale = accumulate ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero;
-  [&]<int... kIndex>(std::integer_sequence<int, kIndex...>) { Atom::fma(a, b, d[kIndex]..., scale); }(std::make_integer_sequence<int, kRegisters>());
+  [&]<int... kIndex>(std::integer_sequence<int, kIndex...>) {
+    Atom::fma(a, b, d[kIndex]..., scale);
+  }(std::make_integer_sequence<int, kRegisters>());
 }
 
 // The same with A, a 64 x 16 fragment, from registers.
 template <class Atom, int kRegisters>
 __device__ __forceinline__ void wgmma_rs(float (&d)[kRegisters], const uint32_t* a, uint64_t b, bool accumulate) {
   const auto scale = accumulate ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero;
-  [&]<int... kIndex>(std::integer_sequence<int, kIndex...>) { Atom::fma(a[0], a[1], a[2], a[3], b, d[kIndex]..., scale); }
-  (std::make_integer_sequence<int, kRegisters>());
+  [&]<int... kIndex>(std::integer_sequence<int, kIndex...>) {
+    Atom::fma(a[0], a[1], a[2], a[3], b, d[kIndex]..., scale);
+  }(std::make_integer_sequence<int, kRegisters>());
 }
 
-}  // namespace flash_mla::device
+}  // namespace flash_mla::inline device

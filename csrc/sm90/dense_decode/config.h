@@ -24,27 +24,27 @@ struct Config {
 
   static constexpr int kThreads = 384;
   static constexpr int kMathThreads = 256;
-  // Registers per thread after the roles part: 2 * 128 * 224 + 128 * 56 <= 64 K.
-  static constexpr int kMathRegisters = 224;
-  static constexpr int kProducerRegisters = 56;
+  // Registers per thread after the roles part: 2 * 128 * 232 + 128 * 40 <= 64 K.
+  static constexpr int kMathRegisters = 232;
+  static constexpr int kProducerRegisters = 40;
 
   static constexpr int first_slice(int group) { return group == kRope ? 8 : 2 * (group - 1); }
   static constexpr int num_slices(int group) { return group == kRope ? (kHasRope ? 1 : 0) : 2; }
 
-  // The order in which the products of one step release a slot's slices, so the order in which they are loaded and scored. Slot 0 keeps its
-  // probabilities in the RoPE slice, which therefore comes free last.
+  // The order in which the products of one step release a slot's slices, so the order in which they are loaded and
+  // scored. Slot 0 keeps its probabilities in the RoPE slice, which therefore comes free last.
   static constexpr int load_order(int slot, int i) {
-    constexpr uint32_t kOrder[2] = {kCols0 | kCols128 << 3 | kCols256 << 6 | kCols384 << 9 | kRope << 12, kRope | kCols256 << 3 | kCols0 << 6 | kCols384 << 9 | kCols128 << 12};
+    constexpr uint32_t kOrder[2] = {kCols0 | kCols128 << 3 | kCols256 << 6 | kCols384 << 9 | kRope << 12,
+                                    kRope | kCols256 << 3 | kCols0 << 6 | kCols384 << 9 | kCols128 << 12};
     return (slot == 0 ? kOrder[0] : kOrder[1]) >> (3 * i) & 7;
   }
 };
 
 // Who runs where.
-constexpr int kTmaWarp = 0;        // of the producer warpgroup
-constexpr int kFirstRowWarp = 1;   // two warps load Q, partial tiles and pages that TMA cannot tile
+constexpr int kTmaWarp = 0;       // of the producer warpgroup
+constexpr int kFirstRowWarp = 1;  // two warps load Q, partial tiles and pages that TMA cannot tile
 constexpr int kNumRowWarps = 2;
-constexpr int kPrefetchWarp = 3;
 
-enum NamedBarrier : int { kScores0Issued = 1, kProbabilities0 = 2, kProbabilities1 = 3, kRowSums = 4, kScores1Issued = 5 };
+enum NamedBarrier : int { kScores0Issued = 1, kProbabilities0 = 2, kProbabilities1 = 3, kRowSums = 4 };
 
 }  // namespace flash_mla::sm90::dense_decode

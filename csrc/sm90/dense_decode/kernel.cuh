@@ -20,7 +20,8 @@ __device__ __forceinline__ void init_barriers(Storage<C>& storage) {
 }
 
 template <class T, int kHeadDim>
-__global__ void __launch_bounds__(384, 1) dense_decode_kernel(const __grid_constant__ DenseDecodeParams params, const __grid_constant__ CUtensorMap map) {
+__global__ void __launch_bounds__(384, 1)
+    dense_decode_kernel(const __grid_constant__ DenseDecodeParams params, const __grid_constant__ CUtensorMap map) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using C = Config<T, kHeadDim>;
   extern __shared__ __align__(1024) unsigned char shared[];
@@ -38,10 +39,10 @@ __global__ void __launch_bounds__(384, 1) dense_decode_kernel(const __grid_const
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(C::kProducerRegisters));
     const int warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0), lane = threadIdx.x % 32;
     if (warp == kTmaWarp) {
-      TmaWarp<C>::run(params, map, storage, Place(params), lane);
-    } else if (warp == kPrefetchWarp) {
-      PrefetchWarp<C>::run(params, map, storage, Place(params), lane);
-    } else {
+      if (params.box_rows > 0 && elect_one()) {
+        TmaThread<C>(params, map, storage, Place(params)).run();
+      }
+    } else if (warp < kFirstRowWarp + kNumRowWarps) {
       RowWarps<C>::run(params, storage, Place(params), warp - kFirstRowWarp, lane);
     }
   } else if (warpgroup == 0) {

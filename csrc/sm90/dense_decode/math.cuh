@@ -1,9 +1,9 @@
-// The two math warpgroups. Warpgroup 0 scores the tile in slot 0 and keeps output columns 0 to 255, warpgroup 1 scores slot 1 and keeps columns 256 to 511; each multiplies both tiles'
-// probabilities with its half of the values.
+// The two math warpgroups. Warpgroup 0 scores the tile in slot 0 and keeps output columns 0 to 255, warpgroup 1 scores
+// slot 1 and keeps columns 256 to 511; each multiplies both tiles' probabilities with its half of the values.
 #pragma once
 
-#include "device/softmax.cuh"
 #include "device/sm90/wgmma.cuh"
+#include "device/softmax.cuh"
 #include "sm90/dense_decode/epilogue.cuh"
 #include "sm90/dense_decode/producer.cuh"
 
@@ -17,7 +17,12 @@ class MathWarpgroup {
 
  public:
   __device__ __forceinline__ MathWarpgroup(const DenseDecodeParams& params, Storage<C>& storage)
-      : params_(params), storage_(storage), place_(params), thread_(threadIdx.x % 128), lane_(threadIdx.x % 32), row_(thread_ / 32 * 16 + lane_ / 4) {}
+      : params_(params),
+        storage_(storage),
+        place_(params),
+        thread_(threadIdx.x % 128),
+        lane_(threadIdx.x % 32),
+        row_(thread_ / 32 * 16 + lane_ / 4) {}
 
   __device__ __forceinline__ void run() {
     Pieces pieces(params_, place_.part, place_.causal_cut);
@@ -42,8 +47,9 @@ class MathWarpgroup {
   }
 
  private:
-  // A step takes the tiles in both slots, or, at the end of a piece of odd length, the one in slot 0. The last step is apart from the loop, so that no product is in flight where the
-  // compiler would have to merge accumulators (it serialises all products otherwise).
+  // A step takes the tiles in both slots, or, at the end of a piece of odd length, the one in slot 0. The last step is
+  // apart from the loop, so that no product is in flight where the compiler would have to merge accumulators (it
+  // serialises all products otherwise).
 
   // ---- warpgroup 0: scores of slot 0; both products into columns 0 to 255
   __device__ __forceinline__ void run_left(const Piece& piece) {
@@ -74,10 +80,6 @@ class MathWarpgroup {
     store_probabilities(probabilities0(), probabilities);
     named_barrier_arrive(kProbabilities0, C::kMathThreads);
 
-    // The other warpgroup's scores go first: these products then cover its softmax.
-    if constexpr (kPair) {
-      named_barrier_sync(kScores1Issued, C::kMathThreads);
-    }
     wgmma_fence();
     multiply_registers(0, probabilities);
     wgmma_wait<1>();
@@ -130,7 +132,6 @@ class MathWarpgroup {
       named_barrier_sync(kScores0Issued, C::kMathThreads);
       wgmma_fence();
       issue_scores<0, kNumGroups>(scores);
-      named_barrier_arrive(kScores1Issued, C::kMathThreads);
       wgmma_wait<0>();
       release(1, kRope);
     }
@@ -144,16 +145,16 @@ class MathWarpgroup {
     multiply_shared(0, probabilities0());
     if constexpr (kPair) {
       uint32_t probabilities[16];
-      softmax(scores, probabilities, piece, tile + 1, [] { wgmma_wait<0>(); });
+      softmax(scores, probabilities, piece, tile + 1, [this] {
+        wgmma_wait<0>();
+        release(0, kCols256);
+        release(0, kCols384);
+        release(0, kRope);
+      });
       store_probabilities(shared_address(storage_.probabilities[0]), probabilities);
       named_barrier_arrive(kProbabilities1, C::kMathThreads);
       wgmma_fence();
       multiply_registers(1, probabilities);
-      wgmma_wait<3>();
-      release(0, kCols256);
-      wgmma_wait<2>();
-      release(0, kCols384);
-      release(0, kRope);
       wgmma_wait<1>();
       release(1, kCols256);
       wgmma_wait<0>();
@@ -187,7 +188,8 @@ class MathWarpgroup {
       for (int s = C::first_slice(group); s < C::first_slice(group) + C::num_slices(group); ++s) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          wgmma_ss<typename Atoms::Scores>(scores, q.at(s * C::kSliceBytes + j * 32), k.at(s * C::kSliceBytes + j * 32), accumulate);
+          wgmma_ss<typename Atoms::Scores>(scores, q.at(s * C::kSliceBytes + j * 32), k.at(s * C::kSliceBytes + j * 32),
+                                           accumulate);
           accumulate = true;
         }
       }
@@ -195,9 +197,11 @@ class MathWarpgroup {
     wgmma_commit();
   }
 
-  // Scores -> probabilities of one tile. `before_rescale` waits for products that are still writing the output.
-  template <class BeforeRescale>
-  __device__ __forceinline__ void softmax(float (&scores)[32], uint32_t (&probabilities)[16], const Piece& piece, int tile, BeforeRescale&& before_rescale) {
+  // Scores -> probabilities of one tile. `before_exponentials` ends the products that still write the output; about
+  // then they are done anyway.
+  template <class BeforeExponentials>
+  __device__ __forceinline__ void softmax(float (&scores)[32], uint32_t (&probabilities)[16], const Piece& piece,
+                                          int tile, BeforeExponentials&& before_exponentials) {
     if (tile >= unmasked_tiles_) {
       int limit[2];
 #pragma unroll
@@ -217,8 +221,8 @@ class MathWarpgroup {
       next[r] = grows ? scaled : reference_[r];
       outgrown |= grows;
     }
+    before_exponentials();
     if (__any_sync(~0u, outgrown)) {
-      before_rescale();
       rescale(next);
     }
     if (lane_ % 4 == 0) {
@@ -261,7 +265,8 @@ class MathWarpgroup {
     }
   }
 
-  // d_qk 576: the probabilities of slot 0 lie in its RoPE slice, which is dead once it is scored. Else in two tiles by turns, since the other warpgroup may still read those of the step before.
+  // d_qk 576: the probabilities of slot 0 lie in its RoPE slice, which is dead once it is scored. Else in two tiles by
+  // turns, since the other warpgroup may still read those of the step before.
   __device__ __forceinline__ uint32_t probabilities0() const {
     if constexpr (C::kHasRope) {
       return shared_address(storage_.k[0]) + 8 * C::kSliceBytes;
@@ -287,7 +292,8 @@ class MathWarpgroup {
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        wgmma_rs<typename Atoms::OutputRS>(output_[half], &probabilities[4 * j], values.at(values_offset(half, j)), true);
+        wgmma_rs<typename Atoms::OutputRS>(output_[half], &probabilities[4 * j], values.at(values_offset(half, j)),
+                                           true);
       }
       wgmma_commit();
     }
@@ -306,7 +312,9 @@ class MathWarpgroup {
   }
 
   // Where in a slot 16 keys x 128 columns of the values lie, which are the first 512 columns of the keys.
-  static constexpr uint32_t values_offset(int half, int j) { return C::first_slice(kFirstGroup + half) * C::kSliceBytes + j * 16 * kSliceRowBytes; }
+  static constexpr uint32_t values_offset(int half, int j) {
+    return C::first_slice(kFirstGroup + half) * C::kSliceBytes + j * 16 * kSliceRowBytes;
+  }
 
   // The other warpgroup has seen these tiles arrive; the async proxy wants every reader to.
   __device__ __forceinline__ void wait_for_values(int slot) {

@@ -1,4 +1,5 @@
-// The pieces of work of one CTA: for each request of its part a run of key tiles. Every role walks the same sequence by itself.
+// The pieces of work of one CTA: for each request of its part a run of key tiles. Every role walks the same sequence by
+// itself.
 #pragma once
 
 #include "core/params/dense_decode.h"
@@ -13,15 +14,18 @@ struct Piece {
   int partial;  // index of the partial result, -1: the piece is the whole request
 };
 
-// The schedule may have been made for other lengths (a captured graph that is replayed later). Cuts between parts are taken from the schedule; the part that holds a request's last
-// piece goes on to the request's present end. So every key is seen once whatever the lengths were.
+// The schedule may have been made for other lengths (a captured graph that is replayed later). Cuts between parts are
+// taken from the schedule; the part that holds a request's last piece goes on to the request's present end. So every
+// key is seen once whatever the lengths were.
 //
 // Little is kept between pieces: the math warpgroups have no registers to spare.
 class Pieces {
  public:
   // `causal_cut`: keys at the end of a request that no row of this row tile sees.
-  __device__ __forceinline__ Pieces(const DenseDecodeParams& params, int part, int causal_cut) : params_(params), part_(part), causal_cut_(causal_cut) {
-    request_ = params.schedule == nullptr ? params.first_request + part / params.max_cuts : params.schedule[part].begin_request;
+  __device__ __forceinline__ Pieces(const DenseDecodeParams& params, int part, int causal_cut)
+      : params_(params), part_(part), causal_cut_(causal_cut) {
+    request_ = params.schedule == nullptr ? params.first_request + part / params.max_cuts
+                                          : params.schedule[part].begin_request;
     next_seqlen_ = request_ < params.b ? params.cache_seqlens[request_] : 0;
   }
 
@@ -47,7 +51,8 @@ class Pieces {
         return false;
       }
       const bool first = request_ == row.begin_request;
-      const bool continues = request_ == end_request && part_ + 1 < params_.num_parts && params_.schedule[part_ + 1].begin_request == request_;
+      const bool continues = request_ == end_request && part_ + 1 < params_.num_parts &&
+                             params_.schedule[part_ + 1].begin_request == request_;
       begin = first ? row.begin_block : 0;
       end = continues ? row.end_block : INT_MAX;
       partial = begin == 0 && !continues ? -1 : kPartialsPerPart * part_ + (first ? 0 : 1);

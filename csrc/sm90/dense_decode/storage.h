@@ -1,4 +1,5 @@
-// Shared-memory map of the dense decode kernel. Slices are 64 rows x 64 columns of 16-bit values in TMA's 128-byte swizzle.
+// Shared-memory map of the dense decode kernel. Slices are 64 rows x 64 columns of 16-bit values in TMA's 128-byte
+// swizzle.
 #pragma once
 
 #include "sm90/dense_decode/config.h"
@@ -17,7 +18,7 @@ struct Storage {
   uint64_t k_full[2][kNumGroups];
   uint64_t k_empty[2][kNumGroups];
   uint64_t q_full, q_empty;
-  volatile int tiles_issued;  // how far the TMA warp has come, for the prefetch warp
+  volatile int tiles_issued;  // how far the TMA thread has come
 };
 
 template <class C>
