@@ -230,7 +230,13 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
 
 void launch_combine(const DenseDecodeParams& params, void* stream) {
   const auto kernel = params.element == Element::kBFloat16 ? combine_kernel<__nv_bfloat16> : combine_kernel<__half>;
-  device::launch_dependent("combine", kernel, static_cast<unsigned>(kCtasPerSm * params.num_sms), kThreads, 0, stream,
+  // No more requests can be split than there are, nor than there are cuts.
+  const int64_t rows = static_cast<int64_t>(params.s_q) * params.h_q *
+                       (params.schedule == nullptr    ? params.num_requests
+                        : params.b < params.num_parts ? params.b
+                                                      : params.num_parts);
+  const int64_t full = static_cast<int64_t>(kCtasPerSm) * params.num_sms;
+  device::launch_dependent("combine", kernel, static_cast<unsigned>(rows < full ? rows : full), kThreads, 0, stream,
                            params);
 }
 

@@ -110,9 +110,9 @@ void check_outputs(const View& out, const View& lse, const View& q, const Shapes
 }
 
 // Memory for partial results: the accumulators, then their log-sum-exps.
-Tensor allocate_partials(const Tensor& like, DenseDecodeParams& params, int64_t num_partials) {
+Tensor allocate_partials(int device, DenseDecodeParams& params, int64_t num_partials) {
   const int64_t rows = num_partials * params.h_kv * params.num_row_tiles * kRowTile;
-  Tensor memory = empty(like, ScalarType::Float, {rows * (kHeadDimV + 1)});
+  Tensor memory = empty(device, ScalarType::Float, {rows * (kHeadDimV + 1)});
   params.partial_out = static_cast<float*>(memory.data_ptr());
   params.partial_lse = params.partial_out + rows * kHeadDimV;
   return memory;
@@ -125,10 +125,9 @@ int choose_max_cuts(int64_t tiles_per_request, int num_sms) {
   return static_cast<int>(fits < 1 ? 1 : fits > kMaxCuts ? kMaxCuts : fits);
 }
 
-void run(const Tensor& q_tensor, const View& q, const View& k, const View& table, const View& seqlens,
-         const std::optional<View>& schedule, const std::optional<View>& num_splits, const std::optional<View>& sink,
-         int64_t head_dim_v, double softmax_scale, bool causal, bool batch_invariant, const Shapes& s, const View& out,
-         const View& lse) {
+void run(const View& q, const View& k, const View& table, const View& seqlens, const std::optional<View>& schedule,
+         const std::optional<View>& num_splits, const std::optional<View>& sink, int64_t head_dim_v,
+         double softmax_scale, bool causal, bool batch_invariant, const Shapes& s, const View& out, const View& lse) {
   const DeviceFacts& facts = device_facts(q.device);
   const DenseDecodeProblem problem{facts.compute_capability, element_of(q.dtype),
                                    static_cast<int>(s.b),    static_cast<int>(s.s_q),
@@ -179,7 +178,7 @@ void run(const Tensor& q_tensor, const View& q, const View& k, const View& table
             : std::max<int64_t>(kPartialsPerPart * facts.num_sms / (tiles_per_part * params.max_cuts), 1);
     std::optional<Tensor> partials;
     if (params.max_cuts > 1) {
-      partials = allocate_partials(q_tensor, params, std::min(at_once, s.b) * params.max_cuts);
+      partials = allocate_partials(q.device, params, std::min(at_once, s.b) * params.max_cuts);
     }
     for (int64_t first = 0; first < s.b; first += at_once) {
       params.first_request = static_cast<int>(first);
@@ -199,7 +198,7 @@ void run(const Tensor& q_tensor, const View& q, const View& k, const View& table
   params.num_parts = static_cast<int>(schedule->size(0));
   std::optional<Tensor> partials;
   if (params.num_parts > 1) {
-    partials = allocate_partials(q_tensor, params, static_cast<int64_t>(kPartialsPerPart) * params.num_parts);
+    partials = allocate_partials(q.device, params, static_cast<int64_t>(kPartialsPerPart) * params.num_parts);
   }
   kernel.launch(params, stream);
   if (params.num_parts > 1) {
@@ -252,9 +251,9 @@ std::tuple<Tensor, Tensor> dense_decode(const Tensor& q, const Tensor& k_cache, 
                   softmax_scale);
   const torch::stable::accelerator::DeviceGuard guard(call.q.device);
   const Shapes& s = call.shapes;
-  Tensor out = empty(q, call.q.dtype, {s.b, s.s_q, s.h_q, kHeadDimV});
-  Tensor lse = empty(q, ScalarType::Float, {s.b, s.h_q, s.s_q});
-  run(q, call.q, call.k, call.table, call.seqlens, call.schedule, call.num_splits, call.sink, head_dim_v, softmax_scale,
+  Tensor out = empty(call.q.device, call.q.dtype, {s.b, s.s_q, s.h_q, kHeadDimV});
+  Tensor lse = empty(call.q.device, ScalarType::Float, {s.b, s.h_q, s.s_q});
+  run(call.q, call.k, call.table, call.seqlens, call.schedule, call.num_splits, call.sink, head_dim_v, softmax_scale,
       causal, batch_invariant, s, View("out", out), View("lse", lse));
   return {out, lse};
 }
@@ -268,7 +267,7 @@ void dense_decode_out(const Tensor& q, const Tensor& k_cache, const Tensor& bloc
   const torch::stable::accelerator::DeviceGuard guard(call.q.device);
   const View out_view("out", out), lse_view("lse", lse);
   check_outputs(out_view, lse_view, call.q, call.shapes);
-  run(q, call.q, call.k, call.table, call.seqlens, call.schedule, call.num_splits, call.sink, head_dim_v, softmax_scale,
+  run(call.q, call.k, call.table, call.seqlens, call.schedule, call.num_splits, call.sink, head_dim_v, softmax_scale,
       causal, batch_invariant, call.shapes, out_view, lse_view);
 }
 
@@ -287,8 +286,8 @@ std::tuple<Tensor, Tensor> plan_dense_decode(const Tensor& cache_seqlens, int64_
   check(seqlens.size(0) <= 1 || seqlens.stride(0) == 1, ErrorKind::kValue, "cache_seqlens must be contiguous");
   const torch::stable::accelerator::DeviceGuard guard(seqlens.device);
   const int64_t b = seqlens.size(0), parts = num_sm_parts(seqlens.device, s_q, h_q, h_kv);
-  Tensor schedule = empty(cache_seqlens, ScalarType::Int, {parts, 8});
-  Tensor num_splits = empty(cache_seqlens, ScalarType::Int, {b + 1});
+  Tensor schedule = empty(seqlens.device, ScalarType::Int, {parts, 8});
+  Tensor num_splits = empty(seqlens.device, ScalarType::Int, {b + 1});
   launch_plan({static_cast<const int32_t*>(seqlens.data), static_cast<ScheduleRow*>(schedule.data_ptr()),
                static_cast<int32_t*>(num_splits.data_ptr()), static_cast<int>(b), static_cast<int>(parts)},
               current_stream(seqlens.device));

@@ -53,10 +53,10 @@ std::tuple<Tensor, Tensor> merge_attention_states(const std::vector<Tensor>& out
   check(params.element >= 0, ErrorKind::kType, "outs must have dtype BFloat16, Half or Float, got ",
         dtype_text(first.dtype));
   const torch::stable::accelerator::DeviceGuard guard(first.device);
-  Tensor out =
-      batched ? empty(outs[0], first.dtype, {b, tokens, heads, d}) : empty(outs[0], first.dtype, {tokens, heads, d});
-  Tensor lse = batched ? empty(outs[0], ScalarType::Float, {b, heads, tokens})
-                       : empty(outs[0], ScalarType::Float, {tokens, heads});
+  Tensor out = batched ? empty(first.device, first.dtype, {b, tokens, heads, d})
+                       : empty(first.device, first.dtype, {tokens, heads, d});
+  Tensor lse = batched ? empty(first.device, ScalarType::Float, {b, heads, tokens})
+                       : empty(first.device, ScalarType::Float, {tokens, heads});
   params.out = out.data_ptr();
   params.lse = static_cast<float*>(lse.data_ptr());
   params.stride_merged_lse[0] = heads * tokens;

@@ -104,8 +104,27 @@ inline void* current_stream(int device) {
   return stream;
 }
 
-inline Tensor empty(const Tensor& like, ScalarType dtype, std::initializer_list<int64_t> sizes) {
-  return torch::stable::new_empty(like, sizes, dtype);
+// A new contiguous CUDA tensor. Straight through the C interface: torch::stable::new_empty goes through the boxed
+// dispatcher, at several times the cost.
+template <size_t kDim>
+Tensor empty(int device, ScalarType dtype, const int64_t (&sizes)[kDim]) {
+  int64_t strides[kDim];
+  int64_t stride = 1;
+  for (size_t d = kDim; d-- > 0;) {
+    strides[d] = stride;
+    stride *= sizes[d] > 1 ? sizes[d] : 1;
+  }
+  static const int32_t cuda = aoti_torch_device_type_cuda();
+  static const int32_t bfloat16 = aoti_torch_dtype_bfloat16(), half = aoti_torch_dtype_float16(),
+                       single = aoti_torch_dtype_float32(), int32 = aoti_torch_dtype_int32();
+  const int32_t code = dtype == ScalarType::BFloat16 ? bfloat16
+                       : dtype == ScalarType::Half   ? half
+                       : dtype == ScalarType::Float  ? single
+                                                     : int32;
+  AtenTensorHandle handle = nullptr;
+  check(aoti_torch_empty_strided(kDim, sizes, strides, code, cuda, device, &handle) == 0, ErrorKind::kCuda,
+        "torch could not allocate a tensor of ", stride, " elements");
+  return Tensor(handle);
 }
 
 }  // namespace flash_mla::api

@@ -15,8 +15,9 @@ __device__ __forceinline__ void init_barriers(Storage<C>& storage) {
   }
   mbarrier_init(shared_address(&storage.q_full), kNumRowWarps);
   mbarrier_init(shared_address(&storage.q_empty), 2 * kWarpsOfAWarpgroup);
+  mbarrier_init(shared_address(&storage.row_warps_turn[0]), 1);
+  mbarrier_init(shared_address(&storage.row_warps_turn[1]), 1);
   fence_mbarrier_init();
-  storage.tiles_issued = 0;
 }
 
 template <class T, int kHeadDim>

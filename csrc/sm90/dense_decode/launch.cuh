@@ -34,7 +34,7 @@ CUtensorMap make_cache_map(const DenseDecodeParams& params) {
   CUtensorMap map;
   const CUresult status = encode(&map, kType, 5, const_cast<void*>(params.k_cache), sizes, strides, box, steps,
                                  CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   check(status == CUDA_SUCCESS, ErrorKind::kCuda, "cuTensorMapEncodeTiled failed with ", static_cast<int>(status),
         " for k_cache of ", params.num_pages, " pages of ", params.page, " rows, strides ", params.stride_k_page, ", ",
         params.stride_k_row, ", ", params.stride_k_h);

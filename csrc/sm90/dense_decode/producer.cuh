@@ -36,7 +36,6 @@ class TmaThread {
 
   __device__ __forceinline__ void run() {
     Pieces pieces(params_, place_.part, place_.causal_cut);
-    int issued = 0;
     for (Piece piece; pieces.next(piece);) {
       const int32_t* table = params_.block_table + piece.request * params_.stride_table_b;
       const int end = piece.begin_tile + piece.num_tiles;
@@ -49,7 +48,6 @@ class TmaThread {
         if (tile + 1 < end && by_tma(params_, piece, tile + 1)) {
           first_page = table[page_of((tile + 1) * C::kKeys)];  // arrives while this tile waits for its slot
         }
-        storage_.tiles_issued = ++issued;
         if ((tile - piece.begin_tile) % 2 == 0) {
           issue<0>(tile, page, table, load);
         } else {
@@ -91,6 +89,9 @@ class TmaThread {
         }
       }
     }
+    if (!load) {
+      mbarrier_arrive(shared_address(&storage_.row_warps_turn[kSlot]));
+    }
     phases_.advance(kSlot);
   }
 
@@ -119,9 +120,8 @@ struct RowWarps {
   static __device__ void run(const DenseDecodeParams& params, Storage<C>& storage, const Place& place, int warp,
                              int lane) {
     Pieces pieces(params, place.part, place.causal_cut);
-    SlotPhases phases;
+    SlotPhases phases, turns;
     uint32_t q_parity = 1;
-    int count = 0;
     const int first_row = warp * kRowsPerWarp;
     for (Piece piece; pieces.next(piece);) {
       if (piece.num_tiles == 0) {
@@ -132,11 +132,12 @@ struct RowWarps {
       const int32_t* table = params.block_table + piece.request * params.stride_table_b;
       for (int i = 0; i < piece.num_tiles; ++i) {
         const int slot = i & 1, tile = piece.begin_tile + i;
-        ++count;
         if (!by_tma(params, piece, tile)) {
-          // The tiles before this one were not this warp's: parities mean something once the TMA warp has come here.
-          while (params.box_rows > 0 && storage.tiles_issued < count) {
-            __nanosleep(500);
+          // The tiles before this one were not these warps': the parity of the slot means nothing to them until the TMA
+          // thread, which follows every tile, has seen the slot come free.
+          if (params.box_rows > 0) {
+            mbarrier_wait(shared_address(&storage.row_warps_turn[slot]), turns.parity(slot));
+            turns.advance(slot);
           }
           load_keys(params, storage, place, table, piece.seqlen, tile, slot, phases.parity(slot) ^ 1, first_row, lane);
         }

@@ -18,7 +18,7 @@ struct Storage {
   uint64_t k_full[2][kNumGroups];
   uint64_t k_empty[2][kNumGroups];
   uint64_t q_full, q_empty;
-  volatile int tiles_issued;  // how far the TMA thread has come
+  uint64_t row_warps_turn[2];  // the slot is free, and the row warps are to fill it
 };
 
 template <class C>
