@@ -12,7 +12,8 @@ struct PlanParams {
   ScheduleRow* schedule;         // [num_parts]
   int32_t* num_splits;           // [b + 1], cumulative
   int b;
-  int num_parts;
+  int num_parts;  // rows of the schedule
+  int rows;       // query rows of a row tile, 64 at the most
 };
 
 void launch_plan(const PlanParams& params, void* stream);

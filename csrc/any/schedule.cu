@@ -19,6 +19,12 @@ constexpr int kPieceOverhead = 3;    // in blocks
 constexpr int kCombineOverhead = 3;  // in blocks: what joining split requests costs the whole call
 constexpr int kMaxTolerance = 4;
 
+// Pieces shorter than this cost more in partial results (64 rows x 512 columns, written and read again) than their
+// parallel work saves; few rows make small results.
+constexpr int kMinPieceBlocks = 3;
+constexpr int kMinPieceBlocksFewRows = 1;
+constexpr int kFewRows = 16;
+
 struct Cut {
   int request, block;
   __device__ bool same_as(const Cut& other) const { return request == other.request && block == other.block; }
@@ -83,15 +89,21 @@ __device__ int snap(int64_t offset, int num_blocks, int tolerance) {
 }
 
 // Both plans' cuts, each by the thread that owns the request in which it falls.
-__device__ int64_t place_cuts(const PlanParams& params, Shared& shared, int begin, int end) {
+// Returns the line's length; `num_parts` becomes the number of parts that get work: short requests are not cut into
+// more than pays.
+__device__ int64_t place_cuts(const PlanParams& params, Shared& shared, int begin, int end, int& num_parts) {
   int64_t own = 0;
   for (int r = begin; r < end; ++r) {
     own += request_blocks(params, r) + kPieceOverhead;
   }
   int64_t length = 0;
   int64_t position = exclusive_sum(shared, own, length);
-  const int num_parts = params.num_parts;
-  const int tolerance = static_cast<int>(min(length / num_parts / 16, static_cast<int64_t>(kMaxTolerance)));
+  const int least_blocks = params.rows <= kFewRows ? kMinPieceBlocksFewRows : kMinPieceBlocks;
+  const int64_t useful =
+      max((length - static_cast<int64_t>(params.b) * kPieceOverhead) / least_blocks, static_cast<int64_t>(params.b));
+  num_parts = static_cast<int>(min(useful, static_cast<int64_t>(params.num_parts)));
+  const int64_t per_part = length / num_parts;
+  const int tolerance = static_cast<int>(min(per_part / 8, static_cast<int64_t>(kMaxTolerance)));
   auto cut_at = [&](int64_t part) { return length * part / num_parts; };
   for (int r = begin; r < end; ++r) {
     const int blocks = request_blocks(params, r), extent = blocks + kPieceOverhead;
@@ -115,13 +127,13 @@ __device__ int64_t place_cuts(const PlanParams& params, Shared& shared, int begi
 __global__ void __launch_bounds__(kThreads) plan_kernel(const PlanParams params) {
   __shared__ Shared shared;
   asm volatile("griddepcontrol.wait;" ::: "memory");
-  const int per_thread = ceil_div(params.b, kThreads), num_parts = params.num_parts, part = threadIdx.x;
+  const int per_thread = ceil_div(params.b, kThreads), part = threadIdx.x;
   const int begin =
                 static_cast<int>(min(static_cast<int64_t>(threadIdx.x) * per_thread, static_cast<int64_t>(params.b))),
             end = min(begin + per_thread, params.b);
-  const bool has_part = part < num_parts;
+  const bool has_row = part < params.num_parts;
   if (params.b == 0) {
-    if (has_part) {
+    if (has_row) {
       params.schedule[part] = {};
     }
     if (part == 0) {
@@ -130,7 +142,9 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const PlanParams params)
     return;
   }
 
-  const int64_t length = place_cuts(params, shared, begin, end);
+  int num_parts = 0;
+  const int64_t length = place_cuts(params, shared, begin, end, num_parts);
+  const bool has_part = part < num_parts;
   __syncthreads();
   const int64_t longest = maximum(shared, has_part ? shared.whole_position[part + 1] - shared.whole_position[part] : 0);
   const int64_t even =
@@ -187,7 +201,7 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const PlanParams params)
     finish_row(num_working - 1, {params.b, 0});
     params.num_splits[params.b] = params.b + num_inside;
   }
-  if (has_part && part >= num_working) {
+  if (has_row && part >= num_working) {
     params.schedule[part] = {params.b, 0, 0, 0, 0, 0, 0, 0};
   }
 }

@@ -288,8 +288,10 @@ std::tuple<Tensor, Tensor> plan_dense_decode(const Tensor& cache_seqlens, int64_
   const int64_t b = seqlens.size(0), parts = num_sm_parts(seqlens.device, s_q, h_q, h_kv);
   Tensor schedule = empty(seqlens.device, ScalarType::Int, {parts, 8});
   Tensor num_splits = empty(seqlens.device, ScalarType::Int, {b + 1});
+  const int64_t rows = s_q * (h_q / h_kv);
   launch_plan({static_cast<const int32_t*>(seqlens.data), static_cast<ScheduleRow*>(schedule.data_ptr()),
-               static_cast<int32_t*>(num_splits.data_ptr()), static_cast<int>(b), static_cast<int>(parts)},
+               static_cast<int32_t*>(num_splits.data_ptr()), static_cast<int>(b), static_cast<int>(parts),
+               static_cast<int>(rows < kRowTile ? rows : kRowTile)},
               current_stream(seqlens.device));
   return {schedule, num_splits};
 }
