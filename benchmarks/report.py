@@ -140,9 +140,15 @@ def fill_readme(readme: Path, text: str) -> bool:
     return True
 
 
+def _without_baselines(record: Record) -> Record:
+    """Older builds of ours are for whoever tunes; what is published compares with the peers."""
+    return {**record, "peers": {name: peer for name, peer in record["peers"].items() if not peer.get("baseline")}}
+
+
 def plot(results: Path, plots: Path, readme: Path) -> int:
     """Draws the plots, and fills the README with the tables of the goal shapes and the plots."""
     records = latest(results)
+    records = {gpu: [_without_baselines(record) for record in of_gpu] for gpu, of_gpu in records.items()}
     if not records:
         print(f"no results in {results}", file=sys.stderr)
         return 1

@@ -456,7 +456,10 @@ def test_a_cache_beyond_4_gib(cuda: Target) -> None:
 
 
 def scratch_bytes(call: object) -> int:
-    """Peak device memory that a call asks for beside what it returns, which must be preallocated. What the allocator rounds up does not count."""
+    """Peak device memory that a call asks for beside what it returns, which must be preallocated.
+
+    What the allocator rounds up does not count.
+    """
 
     def requested(which: str) -> int:
         return torch.cuda.memory_stats()[f"requested_bytes.all.{which}"]

@@ -22,7 +22,6 @@ constexpr int kMaxTolerance = 4;
 // Pieces shorter than this cost more in partial results (64 rows x 512 columns, written and read again) than their
 // parallel work saves; few rows make small results.
 constexpr int kMinPieceBlocks = 3;
-constexpr int kMinPieceBlocksFewRows = 1;
 constexpr int kFewRows = 16;
 
 struct Cut {
@@ -98,12 +97,13 @@ __device__ int64_t place_cuts(const PlanParams& params, Shared& shared, int begi
   }
   int64_t length = 0;
   int64_t position = exclusive_sum(shared, own, length);
-  const int least_blocks = params.rows <= kFewRows ? kMinPieceBlocksFewRows : kMinPieceBlocks;
-  const int64_t useful =
-      max((length - static_cast<int64_t>(params.b) * kPieceOverhead) / least_blocks, static_cast<int64_t>(params.b));
-  num_parts = static_cast<int>(min(useful, static_cast<int64_t>(params.num_parts)));
-  const int64_t per_part = length / num_parts;
-  const int tolerance = static_cast<int>(min(per_part / 8, static_cast<int64_t>(kMaxTolerance)));
+  num_parts = params.num_parts;
+  if (params.rows > kFewRows) {
+    const int64_t blocks = length - static_cast<int64_t>(params.b) * kPieceOverhead;
+    const int64_t useful = max(blocks / kMinPieceBlocks, static_cast<int64_t>(params.b));
+    num_parts = static_cast<int>(min(useful, static_cast<int64_t>(num_parts)));
+  }
+  const int tolerance = static_cast<int>(min(length / num_parts / 16, static_cast<int64_t>(kMaxTolerance)));
   auto cut_at = [&](int64_t part) { return length * part / num_parts; };
   for (int r = begin; r < end; ++r) {
     const int blocks = request_blocks(params, r), extent = blocks + kPieceOverhead;
