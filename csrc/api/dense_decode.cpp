@@ -285,6 +285,7 @@ std::tuple<Tensor, Tensor> plan_dense_decode(const Tensor& cache_seqlens, int64_
   check(seqlens.device >= 0, ErrorKind::kValue, "cache_seqlens must be on CUDA");
   check(seqlens.size(0) <= 1 || seqlens.stride(0) == 1, ErrorKind::kValue, "cache_seqlens must be contiguous");
   const torch::stable::accelerator::DeviceGuard guard(seqlens.device);
+  check_built_for("plan_dense_decode", seqlens.device);
   const int64_t b = seqlens.size(0), parts = num_sm_parts(seqlens.device, s_q, h_q, h_kv);
   Tensor schedule = empty(seqlens.device, ScalarType::Int, {parts, 8});
   Tensor num_splits = empty(seqlens.device, ScalarType::Int, {b + 1});

@@ -34,4 +34,19 @@ const DeviceFacts& device_facts(int device) {
   return facts[device];
 }
 
+void check_built_for(const char* op, int device) {
+  const int found = device_facts(device).compute_capability;
+#ifdef FLASH_MLA_WITH_SM90
+  constexpr int kBuilt[] = {90};
+#else
+  constexpr int kBuilt[] = {0};
+#endif
+  bool built = false;
+  for (const int compute_capability : kBuilt) {
+    built |= compute_capability == found;
+  }
+  check(built, ErrorKind::kUnsupported, op, ": this build has no code for compute capability ", found / 10, ".",
+        found % 10);
+}
+
 }  // namespace flash_mla::api

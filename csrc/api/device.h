@@ -10,4 +10,7 @@ struct DeviceFacts {
 
 const DeviceFacts& device_facts(int device);
 
+// For ops whose kernels are those of csrc/any: an error unless this build has code for the device.
+void check_built_for(const char* op, int device);
+
 }  // namespace flash_mla::api

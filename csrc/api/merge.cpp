@@ -1,6 +1,7 @@
 #include "api/merge.h"
 
 #include "any/kernels.h"
+#include "api/device.h"
 
 namespace flash_mla::api {
 
@@ -52,6 +53,7 @@ std::tuple<Tensor, Tensor> merge_attention_states(const std::vector<Tensor>& out
                                                        : -1;
   check(params.element >= 0, ErrorKind::kType, "outs must have dtype BFloat16, Half or Float, got ",
         dtype_text(first.dtype));
+  check_built_for("merge_attention_states", first.device);
   const torch::stable::accelerator::DeviceGuard guard(first.device);
   Tensor out = batched ? empty(first.device, first.dtype, {b, tokens, heads, d})
                        : empty(first.device, first.dtype, {tokens, heads, d});

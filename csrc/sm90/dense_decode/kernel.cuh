@@ -1,3 +1,4 @@
+// Set-up, the switch between the warp roles, tear-down. Roles, registers, barriers and the schedule: design.md.
 #pragma once
 
 #include "sm90/dense_decode/math.cuh"
