@@ -43,12 +43,11 @@ Shapes check_inputs(const View& q, const View& k, const View& table, const View&
   check_dtype(k, q.dtype);
   check_device(k, q.device);
   const Shapes s{q.size(0), q.size(1), q.size(2), q.size(3), k.size(0), k.size(1), k.size(2)};
-  check(s.d_qk == 576 || s.d_qk == 512, ErrorKind::kValue, "q must have d_qk 576 or 512, got ", shape_text(q));
+  check(s.d_qk == 576 || s.d_qk == 512, ErrorKind::kValue, "q must have d_qk 576 or 512, got ", ShapeText{q});
   check_size(k, 3, s.d_qk, "[num_blocks, page, h_kv, d_qk]");
-  check(s.s_q > 0 && s.h_q > 0, ErrorKind::kValue, "q must have at least one query token and head, got ",
-        shape_text(q));
+  check(s.s_q > 0 && s.h_q > 0, ErrorKind::kValue, "q must have at least one query token and head, got ", ShapeText{q});
   check(s.num_pages > 0 && s.page > 0 && s.h_kv > 0, ErrorKind::kValue, "k_cache must not be empty, got ",
-        shape_text(k));
+        ShapeText{k});
   check(s.h_q % s.h_kv == 0, ErrorKind::kValue, "q's heads must be a multiple of k_cache's heads, got ", s.h_q, " and ",
         s.h_kv);
   check(head_dim_v == kHeadDimV, ErrorKind::kValue, "head_dim_v must be 512, got ", head_dim_v);
@@ -66,10 +65,10 @@ Shapes check_inputs(const View& q, const View& k, const View& table, const View&
   check_device(seqlens, q.device);
   check(seqlens.stride(0) == 1 || s.b <= 1, ErrorKind::kValue, "cache_seqlens must be contiguous");
   check(table.size(1) * s.page <= INT32_MAX - kScheduleBlock, ErrorKind::kValue,
-        "block_table must cover fewer than 2^31 keys per request, got ", shape_text(table), " pages of ", s.page);
+        "block_table must cover fewer than 2^31 keys per request, got ", ShapeText{table}, " pages of ", s.page);
   constexpr int64_t kMaxRows = int64_t{1} << 30;
   check(s.b < kMaxRows && s.s_q * s.h_q < kMaxRows, ErrorKind::kValue,
-        "q must have fewer than 2^30 requests and rows per request, got ", shape_text(q));
+        "q must have fewer than 2^30 requests and rows per request, got ", ShapeText{q});
   check_aligned(q, 2);
   check_aligned(k, 2);
   return s;

@@ -11,7 +11,7 @@ std::tuple<Tensor, Tensor> merge_attention_states(const std::vector<Tensor>& out
   const View first("outs[0]", outs[0]);
   check(first.device >= 0, ErrorKind::kValue, "outs must be on CUDA");
   check(first.dim == 4 || first.dim == 3, ErrorKind::kValue,
-        "outs[0] must have shape [b, s_q, h_q, d] or [tokens, h_q, d], got ", shape_text(first));
+        "outs[0] must have shape [b, s_q, h_q, d] or [tokens, h_q, d], got ", ShapeText{first});
   // Four dimensions: lse is [b, h_q, s_q]. Three: lse is [tokens, h_q].
   const bool batched = first.dim == 4;
   const int64_t b = batched ? first.size(0) : 1, tokens = first.size(batched ? 1 : 0),

@@ -44,19 +44,33 @@ struct View {
   int64_t stride(int d) const { return strides[d]; }
 };
 
-inline std::string shape_text(const View& view) {
-  std::string text = "[";
-  for (int d = 0; d < view.dim; ++d) {
-    text += cat(d ? ", " : "", view.sizes[d]);
+// Arguments of `check` are evaluated whether it fails or not, so texts that have to be put together are put together by
+// operator<<, which only a failing check calls.
+struct ShapeText {
+  const View& view;
+};
+
+inline std::ostream& operator<<(std::ostream& out, const ShapeText& shape) {
+  out << "[";
+  for (int d = 0; d < shape.view.dim; ++d) {
+    out << (d ? ", " : "") << shape.view.sizes[d];
   }
-  return text + "]";
+  return out << "]";
+}
+
+struct DeviceText {
+  int device;
+};
+
+inline std::ostream& operator<<(std::ostream& out, const DeviceText& text) {
+  return text.device < 0 ? out << "a tensor that is not on CUDA" : out << "cuda:" << text.device;
 }
 
 inline const char* dtype_text(ScalarType dtype) { return torch::headeronly::toString(dtype); }
 
 inline void check_device(const View& view, int device) {
   check(view.device == device, ErrorKind::kValue, view.name, " must be on the device of q (cuda:", device, "), got ",
-        view.device < 0 ? std::string("a tensor that is not on CUDA") : cat("cuda:", view.device));
+        DeviceText{view.device});
 }
 
 inline void check_dtype(const View& view, ScalarType dtype) {
@@ -65,12 +79,12 @@ inline void check_dtype(const View& view, ScalarType dtype) {
 }
 
 inline void check_dim(const View& view, int dim, const char* what) {
-  check(view.dim == dim, ErrorKind::kValue, view.name, " must have shape ", what, ", got ", shape_text(view));
+  check(view.dim == dim, ErrorKind::kValue, view.name, " must have shape ", what, ", got ", ShapeText{view});
 }
 
 inline void check_size(const View& view, int d, int64_t size, const char* what) {
   check(view.sizes[d] == size, ErrorKind::kValue, view.name, " must have shape ", what, ", so size ", size,
-        " in dimension ", d, ", got ", shape_text(view));
+        " in dimension ", d, ", got ", ShapeText{view});
 }
 
 inline void check_contiguous_last(const View& view) {
