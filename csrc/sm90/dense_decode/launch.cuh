@@ -25,8 +25,11 @@ CUtensorMap make_cache_map(const DenseDecodeParams& params) {
   constexpr uint64_t kBytes = sizeof(typename C::Element);
   const cuuint64_t sizes[5] = {64, static_cast<cuuint64_t>(params.page), C::kSlices,
                                static_cast<cuuint64_t>(params.h_kv), static_cast<cuuint64_t>(params.num_pages)};
-  const cuuint64_t strides[4] = {params.stride_k_row * kBytes, 64 * kBytes, params.stride_k_h * kBytes,
-                                 params.stride_k_page * kBytes};
+  // A dimension of size 1 may have any stride in torch; TMA wants multiples of 16 bytes all the same.
+  auto stride_bytes = [](int64_t stride, int size) { return static_cast<cuuint64_t>(size > 1 ? stride : 64) * kBytes; };
+  const cuuint64_t strides[4] = {params.stride_k_row * kBytes, 64 * kBytes,
+                                 stride_bytes(params.stride_k_h, params.h_kv),
+                                 stride_bytes(params.stride_k_page, params.num_pages)};
   const cuuint32_t box[5] = {64, static_cast<cuuint32_t>(params.box_rows), 1, 1, 1};
   const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
   constexpr auto kType =

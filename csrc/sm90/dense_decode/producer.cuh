@@ -9,7 +9,7 @@
 
 namespace flash_mla::sm90::dense_decode {
 
-// A full barrier of a key group takes one arrival from each of the two row warps, or both from the TMA warp.
+// A full barrier of a key group takes one arrival from each of the two row warps, or both from the TMA thread.
 constexpr int kFullArrivals = kNumRowWarps;
 
 // Which tiles go by TMA: those whose 64 keys all exist, where a page is made of whole boxes.
