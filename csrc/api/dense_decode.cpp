@@ -173,7 +173,7 @@ void run(const View& q, const View& k, const View& table, const View& seqlens, c
     params.max_cuts = choose_max_cuts(tiles_per_part, facts.num_sms);
     const int64_t at_once =
         params.max_cuts == 1
-            ? s.b
+            ? std::max<int64_t>(std::min(s.b, INT32_MAX / tiles_per_part), 1)
             : std::max<int64_t>(kPartialsPerPart * facts.num_sms / (tiles_per_part * params.max_cuts), 1);
     std::optional<Tensor> partials;
     if (params.max_cuts > 1) {

@@ -1,13 +1,11 @@
 """Which implementation serves a call: an ordered registry, and the choice from it.
 
 Order: the CUDA kernels, then the reference. (Triton kernels will stand between them.) The first whose `why_not` has
-    nothing
-against the problem serves it. `FLASH_MLA_BACKEND=cuda|reference`, or `use(...)`, allows one backend only.
+nothing against the problem serves it. `FLASH_MLA_BACKEND=cuda|reference`, or `use(...)`, allows one backend only.
 
-The public functions do not walk this list on each call: they call `active`, whose operators torch dispatches by
-    device and
-whose native implementation asks the kernel table. Only when that declines, before any launch, is the list consulted.
-A launch that failed is never repeated elsewhere.
+The public functions do not walk this list on each call: they call `active`, whose operators torch dispatches by device
+and whose native implementation asks the kernel table. Only when that declines, before any launch, is the list
+consulted. A launch that failed is never repeated elsewhere.
 """
 
 import os

@@ -13,7 +13,6 @@ enum Group : int { kRope = 0, kCols0 = 1, kCols128 = 2, kCols256 = 3, kCols384 =
 template <class T, int kHeadDim>
 struct Config {
   using Element = T;
-  static constexpr int kHeadDimQK = kHeadDim;
   static constexpr bool kHasRope = kHeadDim > kHeadDimV;
 
   static constexpr int kRows = kRowTile;

@@ -52,13 +52,11 @@ __device__ __forceinline__ void write_piece(const DenseDecodeParams& params, con
         const float scale = 1.0f / sum[r];
         float* out = params.partial_out + (tile * kRowTile + tile_row) * kHeadDimV + kSide * 256 + lane % 4 * 2;
 #pragma unroll
-        for (int i = 0; i < 64; i += 2) {
-          if ((i / 2) % 2 == 0) {
-            const int at = i + 2 * r, column = i / 4 * 8;
-            *reinterpret_cast<float2*>(out + column) = make_float2(output[0][at] * scale, output[0][at + 1] * scale);
-            *reinterpret_cast<float2*>(out + 128 + column) =
-                make_float2(output[1][at] * scale, output[1][at + 1] * scale);
-          }
+        for (int i = 0; i < 64; i += 4) {
+          const int at = i + 2 * r, column = 2 * i;
+          *reinterpret_cast<float2*>(out + column) = make_float2(output[0][at] * scale, output[0][at + 1] * scale);
+          *reinterpret_cast<float2*>(out + 128 + column) =
+              make_float2(output[1][at] * scale, output[1][at + 1] * scale);
         }
       }
     }

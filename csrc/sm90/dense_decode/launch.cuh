@@ -9,7 +9,7 @@
 
 namespace flash_mla::sm90::dense_decode {
 
-// The cache as TMA sees it: 64-column slices as a dimension of their own, so that one instruction loads several.
+// The cache as TMA sees it: 64-column slices, the width of the swizzle, as a dimension of their own.
 template <class C>
 CUtensorMap make_cache_map(const DenseDecodeParams& params) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
@@ -54,6 +54,7 @@ void launch(const DenseDecodeParams& params, void* stream) {
   check(attribute_status == cudaSuccess, ErrorKind::kCuda, "sm90_dense_decode: ", cudaGetErrorString(attribute_status));
   const CUtensorMap map = params.box_rows > 0 ? make_cache_map<C>(params) : CUtensorMap{};
   const int64_t ctas = static_cast<int64_t>(params.num_parts) * params.h_kv * params.num_row_tiles;
+  check(ctas <= INT32_MAX, ErrorKind::kUnsupported, "sm90_dense_decode: ", ctas, " CTAs are more than a grid has");
   device::launch_dependent("sm90_dense_decode", kKernel, static_cast<unsigned>(ctas), C::kThreads, sizeof(Storage<C>),
                            stream, params, map);
 }

@@ -39,14 +39,14 @@ class TmaThread {
     for (Piece piece; pieces.next(piece);) {
       const int32_t* table = params_.block_table + piece.request * params_.stride_table_b;
       const int end = piece.begin_tile + piece.num_tiles;
-      int first_page = piece.num_tiles > 0 && by_tma(params_, piece, piece.begin_tile)
-                           ? table[page_of(piece.begin_tile * C::kKeys)]
-                           : 0;
+      int next_page = piece.num_tiles > 0 && by_tma(params_, piece, piece.begin_tile)
+                          ? table[page_of(piece.begin_tile * C::kKeys)]
+                          : 0;
       for (int tile = piece.begin_tile; tile < end; ++tile) {
         const bool load = by_tma(params_, piece, tile);
-        const int page = first_page;
+        const int page = next_page;
         if (tile + 1 < end && by_tma(params_, piece, tile + 1)) {
-          first_page = table[page_of((tile + 1) * C::kKeys)];  // arrives while this tile waits for its slot
+          next_page = table[page_of((tile + 1) * C::kKeys)];  // arrives while this tile waits for its slot
         }
         if ((tile - piece.begin_tile) % 2 == 0) {
           issue<0>(tile, page, table, load);
