@@ -2,10 +2,10 @@
 // in the order of the splits, so that the bits do not depend on which part came last. A partial result without a key
 // has lse -inf and counts for nothing, whatever its memory holds.
 //
-// Every CTA lists the split requests of the schedule, then takes rows in turn. A row is 512 columns: 128 threads with
-// four columns each. A CTA has two such groups: they take two rows at once where requests have few splits, and share
-// one row's splits where they have many. Results and their weights are loaded together: a row costs one round trip to
-// memory.
+// Every CTA lists the split requests of the schedule, then takes work in turn. A unit of work is one warp wide: 32
+// columns of a group of 16 rows, of which each lane has two rows and four pairs of columns, as the accumulators of the
+// decode kernel had them. So a lane's weights serve 16 values, and loads are runs of 512 bytes. Where there are fewer
+// units than warps, several warps of a CTA share a unit's splits.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -17,49 +17,62 @@
 namespace flash_mla {
 namespace {
 
-constexpr int kGroupThreads = kHeadDimV / 4;
-constexpr int kGroups = 2;
-constexpr int kThreads = kGroups * kGroupThreads;
-constexpr int kCtasPerSm = 4;
-constexpr int kUnroll = 4;
-constexpr int kManySplits = 2 * kUnroll;
+constexpr int kWarps = 8;
+constexpr int kThreads = kWarps * 32;
+constexpr int kUnitBlocks = 4;                              // of 8 columns
+constexpr int kGroupUnits = kPartialBlocks / kUnitBlocks;  // units of a group of 16 rows
+constexpr int kCtasPerSm = 2;
+constexpr int kUnroll = 4;    // partial results in flight per warp
 constexpr int kListed = 256;  // split requests per round of listing
 
+// The batch-invariant mode sums in an order that depends on the request alone.
+constexpr int kFixedSharing = 4;
+
 struct SplitRequest {
-  int request, first_partial, stride_partial, second_partial, num_splits;
-  // Index of the i-th partial result. The first may lie in its part's second place; the others each begin their part.
-  __device__ int partial(int i) const { return i == 0 ? first_partial : second_partial + (i - 1) * stride_partial; }
+  int request, num_splits;
+  // Indices of the partial results: the first may lie in its part's second place, the others each begin their part.
+  int first_partial, second_partial, stride_partial;
 };
 
-// A weighted sum of partial results: weights are relative to `largest`, base 2.
-struct Sum {
-  float4 value = make_float4(0, 0, 0, 0);
-  float weight = 0;
-  float largest = -INFINITY;
+// Stands for the logarithm of a sum without a key: finite, so that differences are numbers, and far below any other.
+constexpr float kNoKey = -1e38f;
 
-  __device__ void rescale(float to) {
-    const float factor = largest == to ? 1.0f : exp2f(largest - to);
-    value.x *= factor;
-    value.y *= factor;
-    value.z *= factor;
-    value.w *= factor;
-    weight *= factor;
-    largest = to;
+// A lane's weighted sum of partial results. Weights are relative to `largest`, base 2; index 0 is row lane / 4 of the
+// group, 1 the row 8 further.
+struct Sum {
+  float4 value[kUnitBlocks] = {};  // (row 0, column 0), (0, 1), (1, 0), (1, 1)
+  float weight[2] = {0, 0};
+  float largest[2] = {kNoKey, kNoKey};
+
+  __device__ __forceinline__ void rescale(float to0, float to1) {
+    const float x = device::exp2_approx(largest[0] - to0), y = device::exp2_approx(largest[1] - to1);
+    for (float4& v : value) {
+      v = make_float4(v.x * x, v.y * x, v.z * y, v.w * y);
+    }
+    weight[0] *= x;
+    weight[1] *= y;
+    largest[0] = to0;
+    largest[1] = to1;
   }
-  __device__ void add(float4 other, float factor) {
-    value.x += factor * other.x;
-    value.y += factor * other.y;
-    value.z += factor * other.z;
-    value.w += factor * other.w;
+  // `other` is relative to `other_largest`, which is not above `largest`.
+  __device__ __forceinline__ void add(const float4 (&other)[kUnitBlocks], const float (&other_weight)[2],
+                                      const float (&other_largest)[2]) {
+    const float x = device::exp2_approx(other_largest[0] - largest[0]),
+                y = device::exp2_approx(other_largest[1] - largest[1]);
+    weight[0] = fmaf(x, other_weight[0], weight[0]);
+    weight[1] = fmaf(y, other_weight[1], weight[1]);
+#pragma unroll
+    for (int b = 0; b < kUnitBlocks; ++b) {
+      value[b] = make_float4(fmaf(x, other[b].x, value[b].x), fmaf(x, other[b].y, value[b].y),
+                             fmaf(y, other[b].z, value[b].z), fmaf(y, other[b].w, value[b].w));
+    }
   }
 };
 
 struct Shared {
   SplitRequest requests[kListed];
-  int first_item[kListed + 1];
-  int count;
-  float4 values[kGroupThreads];
-  float weight, largest;
+  int count, most_splits;
+  Sum sums[kWarps][32];
 };
 
 // The request that is split and begins in this part (fixed cuts: with this index).
@@ -69,7 +82,7 @@ __device__ bool split_request(const DenseDecodeParams& params, int index, SplitR
     const int blocks =
         max(ceil_div(min(max(params.cache_seqlens[request], 0), params.max_pages * params.page), kScheduleBlock), 1);
     const int cut_blocks = fixed_cut_blocks(blocks, params.max_cuts);
-    found = {request, index * params.max_cuts, 1, index * params.max_cuts + 1, ceil_div(blocks, cut_blocks)};
+    found = {request, ceil_div(blocks, cut_blocks), index * params.max_cuts, index * params.max_cuts + 1, 1};
     return cut_blocks < blocks;
   }
   const ScheduleRow& row = params.schedule[index];
@@ -83,87 +96,133 @@ __device__ bool split_request(const DenseDecodeParams& params, int index, SplitR
     return false;  // begins in an earlier part
   }
   const int num_splits = min(params.num_splits[request + 1] - params.num_splits[request], params.num_parts - index);
-  found = {request, kPartialsPerPart * index + (only ? 0 : 1), kPartialsPerPart, kPartialsPerPart * (index + 1),
-           num_splits};
+  found = {request, num_splits, kPartialsPerPart * index + (only ? 0 : 1), kPartialsPerPart * (index + 1),
+           kPartialsPerPart};
   return true;
 }
 
-// One warp lists the split requests from `base` on, in order, with the number of work items before each.
+// One warp lists the split requests from `base` on, in order.
 __device__ void list_split_requests(const DenseDecodeParams& params, Shared& shared, int base, int num_candidates,
-                                    int num_rows, int lane) {
-  int count = 0, items = 0;
+                                    int lane) {
+  int count = 0;
+  int most = 0;
   const int end = min(base + kListed, num_candidates);
   for (int at = base; at < end; at += 32) {
     SplitRequest found;
     const bool is = at + lane < end && split_request(params, at + lane, found);
     const unsigned votes = __ballot_sync(~0u, is);
-    const int mine = is ? (found.num_splits >= kManySplits ? num_rows : ceil_div(num_rows, kGroups)) : 0;
-    int upto = mine;
-    for (int step = 1; step < 32; step *= 2) {
-      const int below = __shfl_up_sync(~0u, upto, step);
-      upto += lane >= step ? below : 0;
-    }
     if (is) {
-      const int index = count + __popc(votes & ((1u << lane) - 1));
-      shared.requests[index] = found;
-      shared.first_item[index] = items + upto - mine;
+      shared.requests[count + __popc(votes & ((1u << lane) - 1))] = found;
+      most = max(most, found.num_splits);
     }
     count += __popc(votes);
-    items += __shfl_sync(~0u, upto, 31);
   }
+  most = __reduce_max_sync(~0u, most);
   if (lane == 0) {
     shared.count = count;
-    shared.first_item[count] = items;
+    shared.most_splits = most;
   }
 }
 
-// The part of a row's sum that splits first, first + step, ... make.
-__device__ Sum accumulate(const DenseDecodeParams& params, const SplitRequest& split, int64_t row_offset,
-                          int64_t partial_rows, int first, int step, int column) {
+// How many warps share a unit: as many as leave no warp of the grid without work.
+__device__ int choose_sharing(int num_groups, int most_splits) {
+  int sharing = 1;
+  while (sharing < kWarps && 2 * sharing <= most_splits &&
+         num_groups * kGroupUnits / kWarps * sharing <= static_cast<int>(gridDim.x)) {
+    sharing *= 2;
+  }
+  return sharing;
+}
+
+// What splits first, first + step, ... make. `values` and `lses` are where the lane's share lies in partial result 0.
+__device__ __forceinline__ Sum accumulate(const SplitRequest& split, const float* values, const float* lses,
+                                          int64_t partial_tiles, int first, int step) {
   Sum sum;
+#pragma unroll 1
   for (int i = first; i < split.num_splits; i += kUnroll * step) {
-    float lse[kUnroll];
-    float4 value[kUnroll];
+    float lse[kUnroll][2];
+    float4 value[kUnroll][kUnitBlocks];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int at = i + u * step;
       const bool exists = at < split.num_splits;
-      const int64_t row = exists ? split.partial(at) * partial_rows + row_offset : 0;
-      lse[u] = exists ? params.partial_lse[row] : -INFINITY;
-      value[u] = exists ? *reinterpret_cast<const float4*>(params.partial_out + row * kHeadDimV + column)
-                        : make_float4(0, 0, 0, 0);
-    }
-    float largest = sum.largest;
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      largest = fmaxf(largest, lse[u]);
-    }
-    sum.rescale(largest);
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (lse[u] > -INFINITY) {  // else the memory may hold anything
-        const float factor = exp2f(lse[u] - largest);
-        sum.weight += factor;
-        sum.add(value[u], factor);
+      const int64_t tile =
+          (at == 0 ? split.first_partial : split.second_partial + (at - 1) * split.stride_partial) * partial_tiles;
+      lse[u][0] = lse[u][1] = -INFINITY;
+      if (exists) {
+        const float2 pair = *reinterpret_cast<const float2*>(lses + tile * kRowTile);
+        lse[u][0] = pair.x;
+        lse[u][1] = pair.y;
       }
+#pragma unroll
+      for (int b = 0; b < kUnitBlocks; ++b) {
+        value[u][b] = make_float4(0, 0, 0, 0);
+        if (exists) {
+          value[u][b] = *reinterpret_cast<const float4*>(values + tile * kPartialTile + b * kPartialBlock);
+        }
+      }
+    }
+    float largest[2] = {sum.largest[0], sum.largest[1]};
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      largest[0] = fmaxf(largest[0], lse[u][0]);
+      largest[1] = fmaxf(largest[1], lse[u][1]);
+    }
+    sum.rescale(largest[0], largest[1]);
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      sum.add(value[u], {1, 1}, lse[u]);
     }
   }
   return sum;
 }
 
+// The sums of the warps that share a unit, joined by the first of them, which returns true.
+__device__ __forceinline__ bool join(Shared& shared, int warp, int lane, int sharing, Sum& sum) {
+  if (sharing == 1) {
+    return true;
+  }
+  __syncthreads();  // the sums of the unit before have been read
+  shared.sums[warp][lane] = sum;
+  __syncthreads();
+  if (warp % sharing != 0) {
+    return false;
+  }
+#pragma unroll 1
+  for (int w = 1; w < sharing; ++w) {
+    const Sum& other = shared.sums[warp + w][lane];
+    sum.rescale(fmaxf(sum.largest[0], other.largest[0]), fmaxf(sum.largest[1], other.largest[1]));
+    sum.add(other.value, other.weight, other.largest);
+  }
+  return true;
+}
+
+// The lane's share of row `row` of the rows of a key head, 8 of the unit's 32 columns after a transposition, or nothing
+// where there is no such row.
 template <class T>
-__device__ void store_row(const DenseDecodeParams& params, int request, int token, int head, int column,
-                          const Sum& sum) {
-  const bool any_key = sum.weight > 0;
-  const float sink = params.attn_sink && any_key ? exp2f(params.attn_sink[head] * device::kLog2E - sum.largest) : 0.0f;
-  const float scale = any_key ? 1.0f / (sum.weight + sink) : 0.0f;
-  T* out = static_cast<T*>(params.out) + request * params.stride_out_b + token * params.stride_out_s +
-           head * params.stride_out_h + column;
-  *reinterpret_cast<uint2*>(out) = make_uint2(device::pack2<T>(sum.value.x * scale, sum.value.y * scale),
-                                              device::pack2<T>(sum.value.z * scale, sum.value.w * scale));
-  if (column == 0) {
-    params.lse[request * params.stride_lse_b + head * params.stride_lse_h + token * params.stride_lse_s] =
-        any_key ? (sum.largest + log2f(sum.weight)) * device::kLn2 : INFINITY;
+__device__ __forceinline__ void store_row(const DenseDecodeParams& params, int request, int kv_head, int row, int column,
+                                          int lane, const Sum& sum, int r) {
+  const bool exists = row < params.s_q * params.group, any_key = sum.weight[r] != 0;
+  const int token = row / params.group, head = kv_head * params.group + row - token * params.group;
+  const float sink = params.attn_sink && exists && any_key
+                         ? exp2f(params.attn_sink[head] * device::kLog2E - sum.largest[r])
+                         : 0.0f;
+  const float scale = any_key ? 1.0f / (sum.weight[r] + sink) : 0.0f;
+  uint32_t words[kUnitBlocks];
+#pragma unroll
+  for (int b = 0; b < kUnitBlocks; ++b) {
+    const float4& v = sum.value[b];
+    words[b] = device::pack2<T>((r == 0 ? v.x : v.z) * scale, (r == 0 ? v.y : v.w) * scale);
+  }
+  device::transpose_quad(words, lane);
+  if (exists) {
+    T* out = static_cast<T*>(params.out) + request * params.stride_out_b + token * params.stride_out_s +
+             head * params.stride_out_h + column + lane % 4 * 8;
+    *reinterpret_cast<uint4*>(out) = make_uint4(words[0], words[1], words[2], words[3]);
+    if (column == 0 && lane % 4 == 0) {
+      params.lse[request * params.stride_lse_b + head * params.stride_lse_h + token * params.stride_lse_s] =
+          any_key ? (sum.largest[r] + log2f(sum.weight[r])) * device::kLn2 : INFINITY;
+    }
   }
 }
 
@@ -171,58 +230,48 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, kCtasPerSm)
     combine_kernel(const __grid_constant__ DenseDecodeParams params) {
   __shared__ Shared shared;
-  const int thread = threadIdx.x, group = thread / kGroupThreads, column = thread % kGroupThreads * 4;
-  const int num_rows = params.s_q * params.h_q;
-  const int64_t partial_rows = static_cast<int64_t>(params.h_kv) * params.num_row_tiles * kRowTile;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int groups_per_head = ceil_div(params.s_q * params.group, 16), groups = groups_per_head * params.h_kv;
+  const int64_t partial_tiles = static_cast<int64_t>(params.h_kv) * params.num_row_tiles;
   const int num_candidates = params.schedule == nullptr ? params.num_requests : params.num_parts;
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 
+  // The schedule and the lengths are older than the kernel that wrote the partial results and started this one: what
+  // follows from them is done while that one still runs.
+  bool waited = false;
   for (int base = 0; base < num_candidates; base += kListed) {
     __syncthreads();
-    if (thread < 32) {
-      list_split_requests(params, shared, base, num_candidates, num_rows, thread);
+    if (warp == 0) {
+      list_split_requests(params, shared, base, num_candidates, lane);
     }
-    // The schedule is older than the kernel that wrote the partial results and started this one, so the list is made
-    // while that one still runs.
-    asm volatile("griddepcontrol.wait;" ::: "memory");
     __syncthreads();
-    const int items = shared.first_item[shared.count];
-    int index = 0;
-    for (int item = blockIdx.x; item < items; item += gridDim.x) {
-      while (shared.first_item[index + 1] <= item) {
-        ++index;
+    const int sharing =
+        params.schedule == nullptr ? kFixedSharing : choose_sharing(shared.count * groups, shared.most_splits);
+    const int cta_units = kWarps / sharing, ctas_per_group = kGroupUnits / cta_units;
+    const int64_t items = static_cast<int64_t>(shared.count) * groups * ctas_per_group;
+    for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
+      const int all_groups = static_cast<int>(item / ctas_per_group);
+      const int unit = static_cast<int>(item % ctas_per_group) * cta_units + warp / sharing;
+      const SplitRequest split = shared.requests[all_groups / groups];
+      const int kv_head = all_groups % groups / groups_per_head, group = all_groups % groups_per_head;
+      const int64_t tile = static_cast<int64_t>(kv_head) * params.num_row_tiles + group / 4;
+      const float* values = params.partial_out + tile * kPartialTile + group % 4 * kPartialGroup +
+                            unit * kUnitBlocks * kPartialBlock + lane * 4;
+      const float* lses = params.partial_lse + tile * kRowTile + group % 4 * 16 + lane / 4 * 2;
+      if (!waited) {
+        asm volatile("griddepcontrol.wait;" ::: "memory");
+        waited = true;
       }
-      const SplitRequest split = shared.requests[index];
-      const bool together = split.num_splits >= kManySplits;
-      const int row = together ? item - shared.first_item[index] : (item - shared.first_item[index]) * kGroups + group;
-      // Rows of a partial tile: by key head, then token, then head within the group.
-      const int token = row / params.h_q, head = row % params.h_q;
-      const int64_t row_offset = static_cast<int64_t>(head / params.group) * params.num_row_tiles * kRowTile +
-                                 token * params.group + head % params.group;
-      Sum sum;
-      if (row < num_rows) {
-        sum = accumulate(params, split, row_offset, partial_rows, together ? group : 0, together ? kGroups : 1, column);
-      }
-      if (together) {
-        if (group == 1) {
-          shared.values[column / 4] = sum.value;
-          shared.weight = sum.weight;
-          shared.largest = sum.largest;
-        }
-        __syncthreads();
-        if (group == 0) {
-          const float largest = fmaxf(sum.largest, shared.largest);
-          sum.rescale(largest);
-          const float factor = shared.largest > -INFINITY ? exp2f(shared.largest - largest) : 0.0f;
-          sum.weight += factor * shared.weight;
-          sum.add(shared.values[column / 4], factor);
-        }
-        __syncthreads();
-      }
-      if (row < num_rows && (group == 0 || !together)) {
-        store_row<T>(params, split.request, token, head, column, sum);
+      Sum sum = accumulate(split, values, lses, partial_tiles, warp % sharing, sharing);
+      if (join(shared, warp, lane, sharing, sum)) {
+        const int row = group * 16 + lane / 4, column = unit * kUnitBlocks * 8;
+        store_row<T>(params, split.request, kv_head, row, column, lane, sum, 0);
+        store_row<T>(params, split.request, kv_head, row + 8, column, lane, sum, 1);
       }
     }
+  }
+  if (!waited) {  // what comes next in the stream takes this kernel's end for the end of the one before, too
+    asm volatile("griddepcontrol.wait;" ::: "memory");
   }
 }
 
@@ -231,12 +280,12 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
 void launch_combine(const DenseDecodeParams& params, void* stream) {
   const auto kernel = params.element == Element::kBFloat16 ? combine_kernel<__nv_bfloat16> : combine_kernel<__half>;
   // No more requests can be split than there are, nor than there are cuts.
-  const int64_t rows = static_cast<int64_t>(params.s_q) * params.h_q *
-                       (params.schedule == nullptr    ? params.num_requests
-                        : params.b < params.num_parts ? params.b
-                                                      : params.num_parts);
-  const int64_t full = static_cast<int64_t>(kCtasPerSm) * params.num_sms;
-  device::launch_dependent("combine", kernel, static_cast<unsigned>(rows < full ? rows : full), kThreads, 0, stream,
+  const int64_t groups = static_cast<int64_t>(params.h_kv) * ceil_div(params.s_q * params.group, 16);
+  const int64_t requests = params.schedule == nullptr    ? params.num_requests
+                           : params.b < params.num_parts ? params.b
+                                                         : params.num_parts;
+  const int64_t full = static_cast<int64_t>(kCtasPerSm) * params.num_sms, items = requests * groups * kGroupUnits;
+  device::launch_dependent("combine", kernel, static_cast<unsigned>(items < full ? items : full), kThreads, 0, stream,
                            params);
 }
 

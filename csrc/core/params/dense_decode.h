@@ -13,6 +13,15 @@ enum class Element : int { kBFloat16 = 0, kFloat16 = 1, kOther = 2 };
 constexpr int kRowTile = 64;
 constexpr int kHeadDimV = 512;
 
+// A partial result is a row tile of float32 in the order in which wgmma's accumulators hold it, so that a warp stores
+// and loads runs of 512 bytes: 16-row group, 8-column block, lane, then (row, column), (row, column + 1) and the same
+// columns of row + 8, where row is lane / 4 of the group and column lane % 4 * 2 of the block. Rows r and r + 8 of a
+// group are a pair; log-sum-exps lie pair by pair.
+constexpr int kPartialBlocks = kHeadDimV / 8;
+constexpr int kPartialTile = kRowTile * kHeadDimV;
+constexpr int kPartialGroup = 16 * kHeadDimV;
+constexpr int kPartialBlock = 16 * 8;
+
 // What a call asks for, as far as the choice of a kernel goes.
 struct DenseDecodeProblem {
   int compute_capability;
@@ -31,8 +40,8 @@ struct DenseDecodeParams {
   const float* attn_sink;  // null: none
   void* out;               // [b, s_q, h_q, 512]
   float* lse;              // [b, h_q, s_q]
-  float* partial_out;      // [partials, h_kv, row tiles, 64, 512]; null: nothing can be split
-  float* partial_lse;      // [partials, h_kv, row tiles, 64], base 2
+  float* partial_out;      // [partials, h_kv, row tiles, kPartialTile]; null: nothing can be split
+  float* partial_lse;      // [partials, h_kv, row tiles, pairs, 2], base 2; -inf: no key, the result is not to be read
 
   int64_t stride_q_b, stride_q_s, stride_q_h;
   int64_t stride_k_page, stride_k_row, stride_k_h;

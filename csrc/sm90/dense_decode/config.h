@@ -23,9 +23,9 @@ struct Config {
 
   static constexpr int kThreads = 384;
   static constexpr int kMathThreads = 256;
-  // Registers per thread after the roles part: 2 * 128 * 232 + 128 * 40 <= 64 K.
-  static constexpr int kMathRegisters = 232;
-  static constexpr int kProducerRegisters = 40;
+  // Registers per thread after the roles part: 2 * 128 * 224 + 128 * 56 <= 64 K.
+  static constexpr int kMathRegisters = 224;
+  static constexpr int kProducerRegisters = 56;
 
   static constexpr int first_slice(int group) { return group == kRope ? 8 : 2 * (group - 1); }
   static constexpr int num_slices(int group) { return group == kRope ? (kHasRope ? 1 : 0) : 2; }

@@ -7,58 +7,62 @@
 
 namespace flash_mla::sm90::dense_decode {
 
-template <class T, int kSide>
-__device__ __forceinline__ void write_piece(const DenseDecodeParams& params, const Place& place, const Piece& piece,
-                                            int row, int lane, float (&output)[2][64], const float (&reference)[2],
-                                            const float (&sum)[2]) {
-  const int num_rows = params.s_q * params.group;
-  const bool direct = piece.partial < 0;
+// `row` is the first of the thread's two rows of the tile, the other is 8 further.
+// `side`: which half of the columns.
+__device__ __forceinline__ void write_partial(const DenseDecodeParams& params, const Place& place, const Piece& piece,
+                                              int side, int row, int lane, const float (&output)[2][64],
+                                              const float (&reference)[2], const float (&sum)[2]) {
+  const int group = row / 16;
+  if (place.row_tile * kRowTile + group * 16 >= params.s_q * params.group) {
+    return;
+  }
+  const int64_t tile =
+      (static_cast<int64_t>(piece.partial) * params.h_kv + place.kv_head) * params.num_row_tiles + place.row_tile;
+  const float scale[2] = {sum[0] != 0 ? 1.0f / sum[0] : 0.0f, sum[1] != 0 ? 1.0f / sum[1] : 0.0f};
+  if (side == 0 && lane % 4 == 0) {
+    // No sum is a logarithm of -inf.
+    *reinterpret_cast<float2*>(params.partial_lse + tile * kRowTile + group * 16 + lane / 4 * 2) =
+        make_float2(reference[0] + log2f(sum[0]), reference[1] + log2f(sum[1]));
+  }
+  float* out = params.partial_out + tile * kPartialTile + group * kPartialGroup +
+               side * kPartialBlocks / 2 * kPartialBlock + lane * 4;
+#pragma unroll
+  for (int block = 0; block < kPartialBlocks / 2; ++block) {
+    const float* values = &output[block / 16][block % 16 * 4];
+    *reinterpret_cast<float4*>(out + block * kPartialBlock) =
+        make_float4(values[0] * scale[0], values[1] * scale[0], values[2] * scale[1], values[3] * scale[1]);
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void write_final(const DenseDecodeParams& params, const Place& place, const Piece& piece,
+                                            int side, int row, int lane, const float (&output)[2][64],
+                                            const float (&reference)[2], const float (&sum)[2]) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int tile_row = row + 8 * r, global_row = place.row_tile * kRowTile + tile_row;
-    const bool any_key = sum[r] > 0;
-    const float lse2 = reference[r] + log2f(sum[r]);
-    if (direct) {
-      const bool exists = global_row < num_rows;
-      const int token = global_row / params.group, head = place.kv_head * params.group + global_row % params.group;
-      const float sink = params.attn_sink && exists ? exp2f(params.attn_sink[head] * kLog2E - reference[r]) : 0.0f;
-      const float scale = any_key ? 1.0f / (sum[r] + sink) : 0.0f;
-      T* out = static_cast<T*>(params.out) + piece.request * params.stride_out_b + token * params.stride_out_s +
-               head * params.stride_out_h + kSide * 256;
+    const int global_row = place.row_tile * kRowTile + row + 8 * r;
+    const bool exists = global_row < params.s_q * params.group, any_key = sum[r] != 0;
+    const int token = global_row / params.group, head = place.kv_head * params.group + global_row % params.group;
+    const float sink = params.attn_sink && exists ? exp2f(params.attn_sink[head] * kLog2E - reference[r]) : 0.0f;
+    const float scale = any_key ? 1.0f / (sum[r] + sink) : 0.0f;
+    T* out = static_cast<T*>(params.out) + piece.request * params.stride_out_b + token * params.stride_out_s +
+             head * params.stride_out_h + side * 256;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {  // 32 columns: a quad's four words become four runs of 8 columns
-        uint32_t words[4];
+    for (int i = 0; i < 8; ++i) {  // 32 columns: a quad's four words become four runs of 8 columns
+      uint32_t words[4];
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const int at = i % 4 * 16 + j * 4 + 2 * r;
-          words[j] = pack2<T>(output[i / 4][at] * scale, output[i / 4][at + 1] * scale);
-        }
-        transpose_quad(words, lane);
-        if (exists) {
-          *reinterpret_cast<uint4*>(out + i * 32 + lane % 4 * 8) = make_uint4(words[0], words[1], words[2], words[3]);
-        }
+      for (int j = 0; j < 4; ++j) {
+        const int at = i % 4 * 16 + j * 4 + 2 * r;
+        words[j] = pack2<T>(output[i / 4][at] * scale, output[i / 4][at + 1] * scale);
       }
-      if (kSide == 0 && exists && lane % 4 == 0) {
-        params.lse[piece.request * params.stride_lse_b + head * params.stride_lse_h + token * params.stride_lse_s] =
-            any_key ? lse2 * kLn2 : INFINITY;
+      transpose_quad(words, lane);
+      if (exists) {
+        *reinterpret_cast<uint4*>(out + i * 32 + lane % 4 * 8) = make_uint4(words[0], words[1], words[2], words[3]);
       }
-    } else {
-      const int64_t tile =
-          (static_cast<int64_t>(piece.partial) * params.h_kv + place.kv_head) * params.num_row_tiles + place.row_tile;
-      if (kSide == 0 && lane % 4 == 0) {
-        params.partial_lse[tile * kRowTile + tile_row] = any_key ? lse2 : -INFINITY;
-      }
-      if (global_row < num_rows && any_key) {
-        const float scale = 1.0f / sum[r];
-        float* out = params.partial_out + (tile * kRowTile + tile_row) * kHeadDimV + kSide * 256 + lane % 4 * 2;
-#pragma unroll
-        for (int i = 0; i < 64; i += 4) {
-          const int at = i + 2 * r, column = 2 * i;
-          *reinterpret_cast<float2*>(out + column) = make_float2(output[0][at] * scale, output[0][at + 1] * scale);
-          *reinterpret_cast<float2*>(out + 128 + column) =
-              make_float2(output[1][at] * scale, output[1][at + 1] * scale);
-        }
-      }
+    }
+    if (side == 0 && exists && lane % 4 == 0) {
+      params.lse[piece.request * params.stride_lse_b + head * params.stride_lse_h + token * params.stride_lse_s] =
+          any_key ? (reference[r] + log2f(sum[r])) * kLn2 : INFINITY;
     }
   }
 }

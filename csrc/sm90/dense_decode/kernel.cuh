@@ -21,20 +21,33 @@ __device__ __forceinline__ void init_barriers(Storage<C>& storage) {
   fence_mbarrier_init();
 }
 
+// Nothing that this kernel reads may still be written by the kernels before it in the stream, the schedule included, so
+// each role waits; and before that does what depends on the parameters alone, which also fetches these.
+__device__ __forceinline__ Place wait_in_place(const DenseDecodeParams& params) {
+  const Place place(params);
+  asm volatile("" ::"r"(place.row_tile), "r"(place.kv_head), "r"(place.part), "r"(place.causal_cut));
+  asm volatile("" ::"l"(params.q), "l"(params.k_cache), "l"(params.schedule), "l"(params.stride_q_b),
+               "l"(params.stride_k_page), "l"(params.stride_table_b), "l"(params.stride_out_b), "l"(params.stride_lse_b),
+               "r"(params.page_shift), "f"(params.scale_log2));
+  wait_for_dependencies();
+  // Not before the wait: the combine kernel reads the schedule as soon as it starts.
+  launch_dependents();
+  return place;
+}
+
 template <class T, int kHeadDim>
 __global__ void __launch_bounds__(384, 1)
-    dense_decode_kernel(const __grid_constant__ DenseDecodeParams params, const __grid_constant__ CUtensorMap map) {
+    dense_decode_kernel(const __grid_constant__ DenseDecodeParams params, const __grid_constant__ CacheMaps maps) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using C = Config<T, kHeadDim>;
   extern __shared__ __align__(1024) unsigned char shared[];
   auto& storage = *reinterpret_cast<Storage<C>*>(shared);
   if (threadIdx.x == 0) {
-    tma_prefetch_descriptor(&map);
+    tma_prefetch_descriptor(&maps.two_slices);
+    tma_prefetch_descriptor(&maps.one_slice);
     init_barriers(storage);
   }
   __syncthreads();
-  wait_for_dependencies();
-  launch_dependents();
 
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
   if (warpgroup == 2) {
@@ -42,17 +55,17 @@ __global__ void __launch_bounds__(384, 1)
     const int warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0), lane = threadIdx.x % 32;
     if (warp == kTmaWarp) {
       if (params.box_rows > 0 && elect_one()) {
-        TmaThread<C>(params, map, storage, Place(params)).run();
+        const Place place = wait_in_place(params);
+        TmaThread<C>(params, maps, storage, place).run();
       }
     } else if (warp < kFirstRowWarp + kNumRowWarps) {
-      RowWarps<C>::run(params, storage, Place(params), warp - kFirstRowWarp, lane);
+      const Place place = wait_in_place(params);
+      RowWarps<C>::run(params, storage, place, warp - kFirstRowWarp, lane);
     }
-  } else if (warpgroup == 0) {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C::kMathRegisters));
-    MathWarpgroup<C, 0>(params, storage).run();
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C::kMathRegisters));
-    MathWarpgroup<C, 1>(params, storage).run();
+    const Place place = wait_in_place(params);
+    MathWarpgroup<C>(params, storage, place, warpgroup).run();
   }
 #endif
 }

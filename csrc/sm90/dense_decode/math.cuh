@@ -9,23 +9,24 @@
 
 namespace flash_mla::sm90::dense_decode {
 
-template <class C, int kSide>
+template <class C>
 class MathWarpgroup {
   using T = typename C::Element;
   using Atoms = WgmmaAtoms<T>;
-  static constexpr int kFirstGroup = kSide == 0 ? kCols0 : kCols256;  // of this side's two groups of value columns
 
  public:
-  __device__ __forceinline__ MathWarpgroup(const DenseDecodeParams& params, Storage<C>& storage)
+  __device__ __forceinline__ MathWarpgroup(const DenseDecodeParams& params, Storage<C>& storage, const Place& place,
+                                           int side)
       : params_(params),
         storage_(storage),
-        place_(params),
+        place_(place),
+        side_(side),
         thread_(threadIdx.x % 128),
         lane_(threadIdx.x % 32),
         row_(thread_ / 32 * 16 + lane_ / 4) {}
 
   __device__ __forceinline__ void run() {
-    Pieces pieces(params_, place_.part, place_.causal_cut);
+    Pieces<false> pieces(params_, place_.part, place_.causal_cut);
     int piece_parity = 0;
     uint32_t q_parity = 0;
     for (Piece piece; pieces.next(piece); piece_parity ^= 1) {
@@ -36,7 +37,7 @@ class MathWarpgroup {
       if (piece.num_tiles > 0) {
         mbarrier_wait(shared_address(&storage_.q_full), q_parity);
         q_parity ^= 1;
-        if constexpr (kSide == 0) {
+        if (side_ == 0) {
           run_left(piece);
         } else {
           run_right(piece);
@@ -47,142 +48,110 @@ class MathWarpgroup {
   }
 
  private:
-  // A step takes the tiles in both slots, or, at the end of a piece of odd length, the one in slot 0. The last step is
-  // apart from the loop, so that no product is in flight where the compiler would have to merge accumulators (it
-  // serialises all products otherwise).
+  // A step takes the tiles in both slots, or, at the end of a piece of odd length, the one in slot 0. No product is in
+  // flight at a loop's back edge, where the compiler would have to merge accumulators: it serialises all products then.
+  // There is one copy of each step in the code, since small calls spend much of their time fetching instructions.
 
   // ---- warpgroup 0: scores of slot 0; both products into columns 0 to 255
   __device__ __forceinline__ void run_left(const Piece& piece) {
-    float scores[32];
-    wgmma_fence();
-    issue_scores<0, kNumGroups>(scores);
-    if (piece.num_tiles > 1) {
-      named_barrier_arrive(kScores0Issued, C::kMathThreads);
-    }
-    wgmma_wait<0>();
-    int tile = 0;
-    for (; tile + 2 < piece.num_tiles; tile += 2) {
-      left_step<true, true>(scores, piece, tile);
-    }
-    release_q();
-    if (tile + 1 < piece.num_tiles) {
-      left_step<true, false>(scores, piece, tile);
-    } else {
-      left_step<false, false>(scores, piece, tile);
-    }
-  }
-
-  // Takes the scores of its tile and, where there is a next step, leaves those of the next.
-  template <bool kPair, bool kNext>
-  __device__ __forceinline__ void left_step(float (&scores)[32], const Piece& piece, int tile) {
-    uint32_t probabilities[16];
-    softmax(scores, probabilities, piece, tile, [] {});
-    store_probabilities(probabilities0(), probabilities);
-    named_barrier_arrive(kProbabilities0, C::kMathThreads);
-
-    wgmma_fence();
-    multiply_registers(0, probabilities);
-    wgmma_wait<1>();
-    release(0, kCols0);
-    wgmma_wait<0>();
-    release(0, kCols128);
-    phases_.advance(0);
-
-    if constexpr (kPair) {
-      named_barrier_sync(kProbabilities1, C::kMathThreads);
-      adopt_reference();
-      wait_for_values(1);
-      wgmma_fence();
-      multiply_shared(1, shared_address(storage_.probabilities[0]));
-      wgmma_wait<1>();
-      release(1, kCols0);
-      if constexpr (kNext) {
-        // The next scores queue up behind the products.
-        issue_scores<0, 2>(scores);
-        wgmma_wait<1>();
-        release(1, kCols128);
-        issue_scores<2, kNumGroups>(scores);
-        if (tile + 3 < piece.num_tiles) {
-          named_barrier_arrive(kScores0Issued, C::kMathThreads);
-        }
-        wgmma_wait<0>();
-      } else {
-        wgmma_wait<0>();
-        release(1, kCols128);
+#pragma unroll 1
+    for (int tile = 0; tile < piece.num_tiles; tile += 2) {
+      const bool pair = tile + 1 < piece.num_tiles;
+      float scores[32];
+      issue_scores<0>(scores);
+      if (pair) {
+        named_barrier_arrive(kScores0Issued, C::kMathThreads);
       }
-      phases_.advance(1);
+      wgmma_wait<0>();
+      if (tile + 2 >= piece.num_tiles) {
+        release_q();
+      }
+      uint32_t probabilities[16];
+      softmax(scores, probabilities, piece, tile, [] {});
+      store_probabilities(probabilities0(), probabilities);
+      named_barrier_arrive(kProbabilities0, C::kMathThreads);
+
+      wgmma_fence();
+      multiply_registers<0>(0, probabilities);
+      wgmma_wait<1>();
+      release(0, kCols0);
+      wgmma_wait<0>();
+      release(0, kCols128);
+      phases_.advance(0);
+
+      if (pair) {
+        named_barrier_sync(kProbabilities1, C::kMathThreads);
+        adopt_reference();
+        wait_for_values(1, kCols0);
+        wgmma_fence();
+        multiply_shared<0>(1, shared_address(storage_.probabilities[0]));
+        wgmma_wait<1>();
+        release(1, kCols0);
+        wgmma_wait<0>();
+        release(1, kCols128);
+        phases_.advance(1);
+      }
     }
   }
 
   // ---- warpgroup 1: scores of slot 1; both products into columns 256 to 511
   __device__ __forceinline__ void run_right(const Piece& piece) {
-    int tile = 0;
-    for (; tile + 1 < piece.num_tiles; tile += 2) {
-      right_step<true>(piece, tile);
-    }
-    if (tile < piece.num_tiles) {
-      right_step<false>(piece, tile);
-    }
-  }
-
-  template <bool kPair>
-  __device__ __forceinline__ void right_step(const Piece& piece, int tile) {
-    float scores[32];
-    if constexpr (kPair) {
-      named_barrier_sync(kScores0Issued, C::kMathThreads);
+#pragma unroll 1
+    for (int tile = 0; tile < piece.num_tiles; tile += 2) {
+      const bool pair = tile + 1 < piece.num_tiles;
+      float scores[32];
+      if (pair) {
+        named_barrier_sync(kScores0Issued, C::kMathThreads);
+        issue_scores<1>(scores);
+        wgmma_wait<0>();
+        release(1, kRope);
+      }
+      if (tile + 2 >= piece.num_tiles) {
+        release_q();
+      }
+      named_barrier_sync(kProbabilities0, C::kMathThreads);
+      adopt_reference();
+      wait_for_values(0, kCols256);
       wgmma_fence();
-      issue_scores<0, kNumGroups>(scores);
-      wgmma_wait<0>();
-      release(1, kRope);
-    }
-    if (tile + 2 >= piece.num_tiles) {
-      release_q();
-    }
-    named_barrier_sync(kProbabilities0, C::kMathThreads);
-    adopt_reference();
-    wait_for_values(0);
-    wgmma_fence();
-    multiply_shared(0, probabilities0());
-    if constexpr (kPair) {
-      uint32_t probabilities[16];
-      softmax(scores, probabilities, piece, tile + 1, [this] {
+      multiply_shared<1>(0, probabilities0());
+      auto finish_slot0 = [this] {
         wgmma_wait<0>();
         release(0, kCols256);
         release(0, kCols384);
         release(0, kRope);
-      });
-      store_probabilities(shared_address(storage_.probabilities[0]), probabilities);
-      named_barrier_arrive(kProbabilities1, C::kMathThreads);
-      wgmma_fence();
-      multiply_registers(1, probabilities);
-      wgmma_wait<1>();
-      release(1, kCols256);
-      wgmma_wait<0>();
-      release(1, kCols384);
-      phases_.advance(1);
-    } else {
-      wgmma_wait<1>();
-      release(0, kCols256);
-      wgmma_wait<0>();
-      release(0, kCols384);
-      release(0, kRope);
+      };
+      if (pair) {
+        uint32_t probabilities[16];
+        softmax(scores, probabilities, piece, tile + 1, finish_slot0);
+        store_probabilities(shared_address(storage_.probabilities[0]), probabilities);
+        named_barrier_arrive(kProbabilities1, C::kMathThreads);
+        wgmma_fence();
+        multiply_registers<1>(1, probabilities);
+        wgmma_wait<1>();
+        release(1, kCols256);
+        wgmma_wait<0>();
+        release(1, kCols384);
+        phases_.advance(1);
+      } else {
+        finish_slot0();
+      }
+      phases_.advance(0);
     }
-    phases_.advance(0);
   }
 
   // ---- the parts of a step
-  // Scores of this side's slot, groups of slices kBegin to kEnd in the order in which they arrive.
-  template <int kBegin, int kEnd>
+  // Scores of a slot, groups of slices in the order in which they arrive.
+  template <int kSlot>
   __device__ __forceinline__ void issue_scores(float (&scores)[32]) {
-    const Descriptor q(shared_address(storage_.q), 16), k(shared_address(storage_.k[kSide]), 16);
-    bool accumulate = kBegin > 0;
+    const Descriptor q(shared_address(storage_.q), 16), k(shared_address(storage_.k[kSlot]), 16);
+    bool accumulate = false;
 #pragma unroll
-    for (int order = kBegin; order < kEnd; ++order) {
-      const int group = C::load_order(kSide, order);
+    for (int order = 0; order < kNumGroups; ++order) {
+      const int group = C::load_order(kSlot, order);
       if (C::num_slices(group) == 0) {
         continue;
       }
-      mbarrier_wait(shared_address(&storage_.k_full[kSide][group]), phases_.parity(kSide));
+      mbarrier_wait(shared_address(&storage_.k_full[kSlot][group]), phases_.parity(kSlot));
       wgmma_fence();
 #pragma unroll
       for (int s = C::first_slice(group); s < C::first_slice(group) + C::num_slices(group); ++s) {
@@ -285,41 +254,43 @@ class MathWarpgroup {
     fence_async_proxy();
   }
 
-  // output += probabilities (registers) x this side's value columns of a slot; one commit for each half of the columns.
+  // output += probabilities (registers) x one side's value columns of a slot; one commit for each half of the columns.
+  template <int kSide>
   __device__ __forceinline__ void multiply_registers(int slot, const uint32_t (&probabilities)[16]) {
     const Descriptor values(shared_address(storage_.k[slot]), C::kSliceBytes);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        wgmma_rs<typename Atoms::OutputRS>(output_[half], &probabilities[4 * j], values.at(values_offset(half, j)),
+        wgmma_rs<typename Atoms::OutputRS>(output_[half], &probabilities[4 * j], values.at(values_offset(kSide, half, j)),
                                            true);
       }
       wgmma_commit();
     }
   }
 
+  template <int kSide>
   __device__ __forceinline__ void multiply_shared(int slot, uint32_t probabilities) {
     const Descriptor values(shared_address(storage_.k[slot]), C::kSliceBytes), p(probabilities, 16);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        wgmma_ss<typename Atoms::OutputSS>(output_[half], p.at(j * 32), values.at(values_offset(half, j)), true);
+        wgmma_ss<typename Atoms::OutputSS>(output_[half], p.at(j * 32), values.at(values_offset(kSide, half, j)), true);
       }
       wgmma_commit();
     }
   }
 
   // Where in a slot 16 keys x 128 columns of the values lie, which are the first 512 columns of the keys.
-  static constexpr uint32_t values_offset(int half, int j) {
-    return C::first_slice(kFirstGroup + half) * C::kSliceBytes + j * 16 * kSliceRowBytes;
+  static constexpr uint32_t values_offset(int side, int half, int j) {
+    return (side * 4 + half * 2) * C::kSliceBytes + j * 16 * kSliceRowBytes;
   }
 
   // The other warpgroup has seen these tiles arrive; the async proxy wants every reader to.
-  __device__ __forceinline__ void wait_for_values(int slot) {
-    mbarrier_wait(shared_address(&storage_.k_full[slot][kFirstGroup]), phases_.parity(slot));
-    mbarrier_wait(shared_address(&storage_.k_full[slot][kFirstGroup + 1]), phases_.parity(slot));
+  __device__ __forceinline__ void wait_for_values(int slot, int first_group) {
+    mbarrier_wait(shared_address(&storage_.k_full[slot][first_group]), phases_.parity(slot));
+    mbarrier_wait(shared_address(&storage_.k_full[slot][first_group + 1]), phases_.parity(slot));
   }
 
   __device__ __forceinline__ void release(int slot, int group) {
@@ -345,23 +316,28 @@ class MathWarpgroup {
   }
 
   __device__ __forceinline__ void finish_piece(const Piece& piece, int piece_parity) {
-    float* sums = storage_.row_sum[piece_parity][kSide];
+    float* sums = storage_.row_sum[piece_parity][side_];
     const float own[2] = {quad_sum(sum_[0]), quad_sum(sum_[1])};
     if (lane_ % 4 == 0) {
       sums[row_] = own[0];
       sums[row_ + 8] = own[1];
     }
     named_barrier_sync(kRowSums, C::kMathThreads);
-    const float* others = storage_.row_sum[piece_parity][1 - kSide];
+    const float* others = storage_.row_sum[piece_parity][1 - side_];
     const float total[2] = {own[0] + others[row_], own[1] + others[row_ + 8]};
     int row = row_;
     asm volatile("" : "+r"(row));  // keeps the epilogue's addresses out of the loop over pieces
-    write_piece<T, kSide>(params_, place_, piece, row, lane_, output_, reference_, total);
+    if (piece.partial >= 0) {
+      write_partial(params_, place_, piece, side_, row, lane_, output_, reference_, total);
+    } else {
+      write_final<T>(params_, place_, piece, side_, row, lane_, output_, reference_, total);
+    }
   }
 
   const DenseDecodeParams& params_;
   Storage<C>& storage_;
   const Place place_;
+  const int side_;
   const int thread_, lane_, row_;  // row_: the first of the thread's two rows, the other is 8 further
   SlotPhases phases_;
   int unmasked_tiles_ = 0;  // of the piece

@@ -30,83 +30,104 @@ struct SlotPhases {
 template <class C>
 class TmaThread {
  public:
-  __device__ __forceinline__ TmaThread(const DenseDecodeParams& params, const CUtensorMap& map, Storage<C>& storage,
+  __device__ __forceinline__ TmaThread(const DenseDecodeParams& params, const CacheMaps& maps, Storage<C>& storage,
                                        const Place& place)
-      : params_(params), map_(map), storage_(storage), place_(place), boxes_(C::kKeys / params.box_rows) {}
+      : params_(params), maps_(maps), storage_(storage), place_(place), boxes_(C::kKeys / params.box_rows) {}
 
   __device__ __forceinline__ void run() {
-    Pieces pieces(params_, place_.part, place_.causal_cut);
+    Pieces<true> pieces(params_, place_.part, place_.causal_cut);
+    // A piece's first page is looked up together with its length; what a request without keys has there is not used.
+    Position ahead = look_ahead(pieces);
     for (Piece piece; pieces.next(piece);) {
       const int32_t* table = params_.block_table + piece.request * params_.stride_table_b;
-      const int end = piece.begin_tile + piece.num_tiles;
-      int next_page = piece.num_tiles > 0 && by_tma(params_, piece, piece.begin_tile)
-                          ? table[page_of(piece.begin_tile * C::kKeys)]
-                          : 0;
-      for (int tile = piece.begin_tile; tile < end; ++tile) {
-        const bool load = by_tma(params_, piece, tile);
-        const int page = next_page;
-        if (tile + 1 < end && by_tma(params_, piece, tile + 1)) {
-          next_page = table[page_of((tile + 1) * C::kKeys)];  // arrives while this tile waits for its slot
+      Position at = ahead;
+      if (at.tile != piece.begin_tile && piece.num_tiles > 0) {
+        at = look_up(piece.request, piece.begin_tile);
+      }
+      ahead = look_ahead(pieces);
+#pragma unroll 1
+      for (int i = 0; i < piece.num_tiles; ++i) {
+        const bool load = by_tma(params_, piece, at.tile);
+        Position next = advance(at);
+        if (i + 1 < piece.num_tiles && by_tma(params_, piece, next.tile)) {
+          next.page = table[next.index];  // arrives while this tile waits for its slot
         }
-        if ((tile - piece.begin_tile) % 2 == 0) {
-          issue<0>(tile, page, table, load);
-        } else {
-          issue<1>(tile, page, table, load);
-        }
+        issue(i & 1, at, table, load);
+        at = next;
       }
     }
   }
 
  private:
-  __device__ __forceinline__ int page_of(int key) const {
-    return params_.page_shift >= 0 ? key >> params_.page_shift : key / params_.page;
+  // Where a tile begins: entry `index` of the block table, which is `page`, and a row of that.
+  struct Position {
+    int tile, index, row, page;
+  };
+
+  __device__ __forceinline__ Position look_up(int request, int tile) const {
+    const int key = tile * C::kKeys;
+    Position at{tile, params_.page_shift >= 0 ? key >> params_.page_shift : key / params_.page, 0, 0};
+    at.row = key - at.index * params_.page;
+    if (request < params_.b && at.index < params_.max_pages) {
+      at.page = params_.block_table[request * params_.stride_table_b + at.index];
+    }
+    return at;
   }
 
-  template <int kSlot>
-  __device__ __forceinline__ void issue(int tile, int page, const int32_t* table, bool load) {
-    const int key = tile * C::kKeys;
-    const int row = key - page_of(key) * params_.page;
+  __device__ __forceinline__ Position look_ahead(const Pieces<true>& pieces) const {
+    return look_up(pieces.next_request(), pieces.next_begin());
+  }
+
+  // A page holds whole tiles, or a tile whole pages. The page stays that of `at`.
+  __device__ __forceinline__ Position advance(const Position& at) const {
+    const bool same_page = at.row + C::kKeys < params_.page;
+    return {at.tile + 1, same_page ? at.index : at.index + boxes_, same_page ? at.row + C::kKeys : 0, at.page};
+  }
+
+  __device__ __forceinline__ void issue(int slot, const Position& at, const int32_t* table, bool load) {
+    const uint32_t tile = shared_address(storage_.k[0]) + slot * C::kTileBytes;
 #pragma unroll
     for (int order = 0; order < kNumGroups; ++order) {
-      const int group = C::load_order(kSlot, order);
-      if (C::num_slices(group) == 0) {
+      const int group = C::load_order(slot, order);
+      if (!C::kHasRope && group == kRope) {
         continue;
       }
+      const int first_slice = group == kRope ? 8 : 2 * (group - 1);
+      const uint32_t bytes = group == kRope ? C::kSliceBytes : 2 * C::kSliceBytes;
       // Also where the row warps load the tile: a wait that is left out would make the next one pass a phase too early.
-      mbarrier_wait(shared_address(&storage_.k_empty[kSlot][group]), phases_.parity(kSlot) ^ 1);
+      mbarrier_wait(shared_address(&storage_.k_empty[slot][group]), phases_.parity(slot) ^ 1);
       if (load) {
-        const uint32_t full = shared_address(&storage_.k_full[kSlot][group]);
+        const uint32_t full = shared_address(&storage_.k_full[slot][group]);
         mbarrier_arrive(full);
-        mbarrier_arrive_expect_bytes(full, C::num_slices(group) * C::kSliceBytes);
+        mbarrier_arrive_expect_bytes(full, bytes);
+        const uint32_t destination = tile + first_slice * C::kSliceBytes;
         if (boxes_ == 1) {
-          load_slices<kSlot>(group, 0, {0, row, 0, place_.kv_head, page}, full);
+          const CUtensorMap* map = group == kRope ? &maps_.one_slice : &maps_.two_slices;
+          tma_load(destination, map, {0, at.row, first_slice, place_.kv_head, at.page}, full);
         } else {
-#pragma unroll 1
-          for (int box = 0; box < boxes_; ++box) {
-            load_slices<kSlot>(group, box * params_.box_rows, {0, 0, 0, place_.kv_head, table[page_of(key) + box]},
-                               full);
-          }
+          load_small_pages(destination, first_slice, group == kRope ? 1 : 2, table + at.index, full);
         }
       }
     }
     if (!load) {
-      mbarrier_arrive(shared_address(&storage_.row_warps_turn[kSlot]));
+      mbarrier_arrive(shared_address(&storage_.row_warps_turn[slot]));
     }
-    phases_.advance(kSlot);
+    phases_.advance(slot);
   }
 
-  template <int kSlot>
-  __device__ __forceinline__ void load_slices(int group, int row, TmaCoordinates at, uint32_t full) {
-    const uint32_t destination = shared_address(storage_.k[kSlot]) + row * kSliceRowBytes;
-#pragma unroll
-    for (int s = 0; s < C::num_slices(group); ++s) {
-      at.slice = C::first_slice(group) + s;
-      tma_load(destination + at.slice * C::kSliceBytes, &map_, at, full);
+  // Tiles of several pages.
+  __device__ __forceinline__ void load_small_pages(uint32_t destination, int first_slice, int num_slices,
+                                                   const int32_t* table, uint32_t full) {
+#pragma unroll 1
+    for (int i = 0; i < boxes_ * num_slices; ++i) {
+      const int box = i % boxes_, slice = i / boxes_;
+      tma_load(destination + slice * C::kSliceBytes + box * params_.box_rows * kSliceRowBytes, &maps_.one_slice,
+               {0, 0, first_slice + slice, place_.kv_head, table[box]}, full);
     }
   }
 
   const DenseDecodeParams& params_;
-  const CUtensorMap& map_;
+  const CacheMaps& maps_;
   Storage<C>& storage_;
   const Place place_;
   const int boxes_;
@@ -119,7 +140,7 @@ struct RowWarps {
 
   static __device__ void run(const DenseDecodeParams& params, Storage<C>& storage, const Place& place, int warp,
                              int lane) {
-    Pieces pieces(params, place.part, place.causal_cut);
+    Pieces<true> pieces(params, place.part, place.causal_cut);
     SlotPhases phases, turns;
     uint32_t q_parity = 1;
     const int first_row = warp * kRowsPerWarp;

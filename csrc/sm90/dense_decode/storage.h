@@ -2,6 +2,8 @@
 // swizzle.
 #pragma once
 
+#include <cuda.h>
+
 #include "sm90/dense_decode/config.h"
 
 namespace flash_mla::sm90::dense_decode {
@@ -19,6 +21,11 @@ struct Storage {
   uint64_t k_empty[2][kNumGroups];
   uint64_t q_full, q_empty;
   uint64_t row_warps_turn[2];  // the slot is free, and the row warps are to fill it
+};
+
+// How TMA sees the cache: boxes of two slices, and of one for the RoPE columns and for pages of less than a tile.
+struct CacheMaps {
+  CUtensorMap two_slices, one_slice;
 };
 
 template <class C>
