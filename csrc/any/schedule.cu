@@ -21,7 +21,7 @@ constexpr int kMaxTolerance = 4;
 
 // Pieces shorter than this cost more in partial results (64 rows x 512 columns, written and read again) than their
 // parallel work saves; few rows make small results.
-constexpr int kMinPieceBlocks = 3;
+constexpr int kMinPieceBlocks = 2;
 constexpr int kFewRows = 16;
 
 struct Cut {
