@@ -10,8 +10,6 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <climits>
-
 #include "any/kernels.h"
 #include "device/launch.h"
 #include "device/numeric.cuh"
@@ -25,7 +23,7 @@ constexpr int kUnitBlocks = 4;                              // of 8 columns
 constexpr int kGroupUnits = kPartialBlocks / kUnitBlocks;  // units of a group of 16 rows
 constexpr int kCtasPerSm = 2;
 constexpr int kUnroll = 4;    // partial results in flight per warp
-constexpr int kListed = 256;  // split requests per round of listing
+constexpr int kListed = kThreads;  // candidates per round of listing
 
 // The batch-invariant mode sums in an order that depends on the request alone.
 constexpr int kFixedSharing = 4;
@@ -35,8 +33,6 @@ struct SplitRequest {
   // Indices of the partial results: the first may lie in its part's second place, the others each begin their part.
   int first_partial, second_partial, stride_partial;
 };
-
-constexpr int kNoRow = INT_MAX - 8;
 
 // Stands for the logarithm of a sum without a key: finite, so that differences are numbers, and far below any other.
 constexpr float kNoKey = -1e38f;
@@ -75,7 +71,7 @@ struct Sum {
 
 struct Shared {
   SplitRequest requests[kListed];
-  int count, most_splits;
+  int warp_counts[kWarps], warp_most[kWarps];
   Sum sums[kWarps][32];
 };
 
@@ -90,14 +86,11 @@ __device__ bool split_request(const DenseDecodeParams& params, int index, SplitR
     return cut_blocks < blocks;
   }
   const ScheduleRow& row = params.schedule[index];
-  const int request = row.end_request;
-  if (row.begin_request >= params.b || index + 1 >= params.num_parts ||
-      params.schedule[index + 1].begin_request != request) {
-    return false;
-  }
-  const bool only = row.begin_request == request;
-  if (only && row.begin_block > 0) {
-    return false;  // begins in an earlier part
+  const int begin_request = row.begin_request, begin_block = row.begin_block, request = row.end_request;
+  const int next_begin_request = index + 1 < params.num_parts ? params.schedule[index + 1].begin_request : -1;
+  const bool only = begin_request == request;
+  if (begin_request >= params.b || next_begin_request != request || (only && begin_block > 0)) {
+    return false;  // without work, not split, or begun in an earlier part
   }
   const int num_splits = min(params.num_splits[request + 1] - params.num_splits[request], params.num_parts - index);
   found = {request, num_splits, kPartialsPerPart * index + (only ? 0 : 1), kPartialsPerPart * (index + 1),
@@ -105,27 +98,28 @@ __device__ bool split_request(const DenseDecodeParams& params, int index, SplitR
   return true;
 }
 
-// One warp lists the split requests from `base` on, in order.
-__device__ void list_split_requests(const DenseDecodeParams& params, Shared& shared, int base, int num_candidates,
-                                    int lane) {
-  int count = 0;
-  int most = 0;
-  const int end = min(base + kListed, num_candidates);
-  for (int at = base; at < end; at += 32) {
-    SplitRequest found;
-    const bool is = at + lane < end && split_request(params, at + lane, found);
-    const unsigned votes = __ballot_sync(~0u, is);
-    if (is) {
-      shared.requests[count + __popc(votes & ((1u << lane) - 1))] = found;
-      most = max(most, found.num_splits);
-    }
-    count += __popc(votes);
-  }
-  most = __reduce_max_sync(~0u, most);
+// Lists the split requests from `base` on, in order, one candidate a thread: on an SM that the decode kernel has just left
+// this is time that the whole call takes longer.
+__device__ void list_split_requests(const DenseDecodeParams& params, Shared& shared, int base, int num_candidates) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, at = base + static_cast<int>(threadIdx.x);
+  SplitRequest found;
+  const bool is = at < num_candidates && split_request(params, at, found);
+  const unsigned votes = __ballot_sync(~0u, is);
+  const int most = __reduce_max_sync(~0u, is ? found.num_splits : 0);
+  __syncthreads();  // the list of the round before has been read
   if (lane == 0) {
-    shared.count = count;
-    shared.most_splits = most;
+    shared.warp_counts[warp] = __popc(votes);
+    shared.warp_most[warp] = most;
   }
+  __syncthreads();
+  int before = 0;
+  for (int w = 0; w < warp; ++w) {
+    before += shared.warp_counts[w];
+  }
+  if (is) {
+    shared.requests[before + __popc(votes & ((1u << lane) - 1))] = found;
+  }
+  __syncthreads();
 }
 
 // How many warps share a unit: as many as leave no warp of the grid without work.
@@ -139,22 +133,22 @@ __device__ int choose_sharing(int num_groups, int most_splits) {
 }
 
 // What splits first, first + step, ... make. `values` and `lses` are where the lane's share lies in partial result 0.
-__device__ __forceinline__ Sum accumulate(const SplitRequest& split, int num_splits, const float* values,
-                                          const float* lses, int64_t partial_tiles, int first, int step) {
+__device__ __forceinline__ Sum accumulate(const SplitRequest& split, const float* values, const float* lses,
+                                          int partial_tiles, int first, int step) {
   Sum sum;
-  int i = first;
-  do {
+#pragma unroll 1
+  for (int i = first; i < split.num_splits; i += kUnroll * step) {
     float lse[kUnroll][2];
     float4 value[kUnroll][kUnitBlocks];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int at = i + u * step;
-      const bool exists = at < num_splits;
-      const int64_t tile =
+      const bool exists = at < split.num_splits;
+      const int tile =
           (at == 0 ? split.first_partial : split.second_partial + (at - 1) * split.stride_partial) * partial_tiles;
       lse[u][0] = lse[u][1] = -INFINITY;
       if (exists) {
-        const float2 pair = *reinterpret_cast<const float2*>(lses + tile * kRowTile);
+        const float2 pair = *reinterpret_cast<const float2*>(lses + static_cast<int64_t>(tile) * kRowTile);
         lse[u][0] = pair.x;
         lse[u][1] = pair.y;
       }
@@ -162,7 +156,7 @@ __device__ __forceinline__ Sum accumulate(const SplitRequest& split, int num_spl
       for (int b = 0; b < kUnitBlocks; ++b) {
         value[u][b] = make_float4(0, 0, 0, 0);
         if (exists) {
-          value[u][b] = *reinterpret_cast<const float4*>(values + tile * kPartialTile + b * kPartialBlock);
+          value[u][b] = *reinterpret_cast<const float4*>(values + static_cast<int64_t>(tile) * kPartialTile + b * kPartialBlock);
         }
       }
     }
@@ -177,8 +171,7 @@ __device__ __forceinline__ Sum accumulate(const SplitRequest& split, int num_spl
     for (int u = 0; u < kUnroll; ++u) {
       sum.add(value[u], {1, 1}, lse[u]);
     }
-    i += kUnroll * step;
-  } while (i < num_splits);
+  }
   return sum;
 }
 
@@ -237,7 +230,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
   __shared__ Shared shared;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int groups_per_head = ceil_div(params.s_q * params.group, 16), groups = groups_per_head * params.h_kv;
-  const int64_t partial_tiles = static_cast<int64_t>(params.h_kv) * params.num_row_tiles;
+  const int partial_tiles = params.h_kv * params.num_row_tiles;
   const int num_candidates = params.schedule == nullptr ? params.num_requests : params.num_parts;
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 
@@ -245,40 +238,33 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
   // follows from them is done while that one still runs.
   bool waited = false;
   for (int base = 0; base < num_candidates; base += kListed) {
-    __syncthreads();
-    if (warp == 0) {
-      list_split_requests(params, shared, base, num_candidates, lane);
+    list_split_requests(params, shared, base, num_candidates);
+    int count = 0, most_splits = 0;
+    for (int w = 0; w < kWarps; ++w) {
+      count += shared.warp_counts[w];
+      most_splits = max(most_splits, shared.warp_most[w]);
     }
-    __syncthreads();
-    const int sharing =
-        params.schedule == nullptr ? kFixedSharing : choose_sharing(shared.count * groups, shared.most_splits);
+    const int sharing = params.schedule == nullptr ? kFixedSharing : choose_sharing(count * groups, most_splits);
     const int cta_units = kWarps / sharing, ctas_per_group = kGroupUnits / cta_units;
-    const int64_t items = static_cast<int64_t>(shared.count) * groups * ctas_per_group;
-    for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-      const int all_groups = static_cast<int>(item / ctas_per_group);
-      const int unit = static_cast<int>(item % ctas_per_group) * cta_units + warp / sharing;
+    // Fits: every group has 32 KB of partial results.
+    const int items = count * groups * ctas_per_group;
+    for (int item = blockIdx.x; item < items; item += gridDim.x) {
+      const int all_groups = item / ctas_per_group, unit = item % ctas_per_group * cta_units + warp / sharing;
       const SplitRequest split = shared.requests[all_groups / groups];
       const int kv_head = all_groups % groups / groups_per_head, group = all_groups % groups_per_head;
-      const int64_t tile = static_cast<int64_t>(kv_head) * params.num_row_tiles + group / 4;
+      const int64_t tile = kv_head * params.num_row_tiles + group / 4;
       const float* values = params.partial_out + tile * kPartialTile + group % 4 * kPartialGroup +
                             unit * kUnitBlocks * kPartialBlock + lane * 4;
       const float* lses = params.partial_lse + tile * kRowTile + group % 4 * 16 + lane / 4 * 2;
-      // Where this kernel is early it runs once without data, since fetching its instructions takes longer than to run
-      // them: no split, so nothing is loaded, and no row, so nothing is stored.
-      for (bool dry = !waited;; dry = false) {
-        if (!dry && !waited) {
-          asm volatile("griddepcontrol.wait;" ::: "memory");
-          waited = true;
-        }
-        Sum sum = accumulate(split, dry ? 0 : split.num_splits, values, lses, partial_tiles, warp % sharing, sharing);
-        if (join(shared, warp, lane, sharing, sum)) {
-          const int row = dry ? kNoRow : group * 16 + lane / 4, column = unit * kUnitBlocks * 8;
-          store_row<T>(params, split.request, kv_head, row, column, lane, sum, 0);
-          store_row<T>(params, split.request, kv_head, row + 8, column, lane, sum, 1);
-        }
-        if (!dry) {
-          break;
-        }
+      if (!waited) {
+        asm volatile("griddepcontrol.wait;" ::: "memory");
+        waited = true;
+      }
+      Sum sum = accumulate(split, values, lses, partial_tiles, warp % sharing, sharing);
+      if (join(shared, warp, lane, sharing, sum)) {
+        const int row = group * 16 + lane / 4, column = unit * kUnitBlocks * 8;
+        store_row<T>(params, split.request, kv_head, row, column, lane, sum, 0);
+        store_row<T>(params, split.request, kv_head, row + 8, column, lane, sum, 1);
       }
     }
   }
