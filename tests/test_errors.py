@@ -312,26 +312,26 @@ WRONG: dict[str, tuple[Callable[[Call], Call], type[Exception], str]] = {
         ValueError,
         r"extra_indices_in_kvcache: wanted int32 \[b, s_q, extra_topk\] with extra_k_cache, got None",
     ),
-    # Valid, but not built
-    "sparse": (
+    # FP8
+    "sparse heads": (
         built("indices", like_q(2, 2, 64, dtype=torch.int32)),
-        UnsupportedError,
-        r"sparse flash_mla_with_kvcache \(indices\) is not built yet",
+        ValueError,
+        r"k_cache: wanted one KV head \(h_kv = 1\), got 2",
     ),
     "fp8 cache": (
         lambda call: {**call, "k_cache": call["k_cache"].to(torch.float8_e4m3fn), "is_fp8_kvcache": True},
-        UnsupportedError,
-        "dense flash_mla_with_kvcache with an FP8 k_cache .* is not built yet",
+        TypeError,
+        "descale_k: wanted a float32 tensor of one number with a k_cache of torch.float8_e4m3fn .*, got None",
     ),
     "uint8 cache": (
         lambda call: {**call, "k_cache": call["k_cache"].to(torch.uint8)},
-        UnsupportedError,
-        "dense flash_mla_with_kvcache with an FP8 k_cache .* is not built yet",
+        ValueError,
+        r"k_cache: wanted 656 \(V32\) bytes per token for d_qk = 576, got 576",
     ),
     "fp8 q": (
         changed("q", lambda q: q.to(torch.float8_e4m3fn)),
-        UnsupportedError,
-        "flash_mla_with_kvcache with an FP8 q is not built yet",
+        TypeError,
+        "q: wanted torch.bfloat16 or torch.float16, got torch.float8_e4m3fn",
     ),
 }
 
@@ -419,23 +419,7 @@ def test_wrong_arguments_of_the_operator_itself(backend: Target) -> None:
             torch.ops.flash_mla.dense_decode(*spoiled)
 
 
-# ---- Names that exist and say that they are not built.
-
-STUBS: dict[str, tuple[object, ...]] = {
-    "flash_mla_sparse_fwd": (None, None, None, 1.0),
-    "flash_attn_varlen_func": (None,) * 7,
-    "flash_attn_varlen_qkvpacked_func": (None,) * 4,
-    "flash_attn_varlen_kvpacked_func": (None,) * 7,
-    "quantize_kv_cache": (None, "V32", 64),
-    "dequantize_kv_cache": (None, "V32"),
-    "append_kv_cache": (None, None, None, "V32"),
-}
-
-
-@pytest.mark.parametrize("name", STUBS)
-def test_what_is_not_built_says_so(name: str) -> None:
-    with pytest.raises(UnsupportedError, match=f"{name} is not built yet in this version of flash_mla"):
-        getattr(flash_mla, name)(*STUBS[name])
+# ---- Names.
 
 
 def test_public_names() -> None:
@@ -539,7 +523,7 @@ def test_capability_queries() -> None:
     with pytest.raises(TypeError, match="why_not: wanted a DenseDecodeProblem, or the tensors q= and k_cache="):
         flash_mla.why_not("dense_decode", q=torch.zeros(1))
     for op in ("sparse_decode", "sparse_prefill", "dense_prefill"):
-        assert flash_mla.why_not(op) == f"{op} is not built yet in this version of flash_mla"
+        assert flash_mla.why_not(op) == f"no CUDA kernel for {op} is built yet in this version of flash_mla"
     inputs = make_dense_decode_inputs([70])
     assert flash_mla.why_not("dense_decode", **inputs.call()) == "the tensors are on cpu"
     reason = flash_mla.why_not("dense_decode", PROBLEM)
