@@ -141,7 +141,7 @@ def check_sparse_call(k_cache: Any, *, causal: Any, is_fp8_kvcache: Any, descale
     arguments.check_flag("is_fp8_kvcache", is_fp8_kvcache)
     if causal:
         raise ValueError(wanted("causal", "False with indices (the indices are the mask)", causal))
-    if is_fp8_kvcache and isinstance(k_cache, Tensor) and k_cache.dtype not in kv_format.BYTE_DTYPES:
+    if is_fp8_kvcache and isinstance(k_cache, Tensor) and k_cache.dtype == torch.bfloat16:
         raise ValueError(wanted("is_fp8_kvcache", f"False, since k_cache is {k_cache.dtype}", True))
     for name, value in {"descale_q": descale_q, "descale_k": descale_k}.items():
         if value is not None:

@@ -91,9 +91,9 @@ def _e4m3_values(codes: Tensor) -> Tensor:
 
 
 def _e2m1_values(pairs: Tensor) -> Tensor:
-    table = torch.tensor([*E2M1_VALUES, *(-value for value in E2M1_VALUES)], device=pairs.device)
-    codes = torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(-2)
-    return table[codes.int()]
+    values = torch.tensor([*E2M1_VALUES, *(-value for value in E2M1_VALUES)], device=pairs.device)
+    pair = torch.stack((values.repeat(16), values.repeat_interleave(16)), dim=-1)
+    return pair.index_select(0, pairs.flatten().int()).view(*pairs.shape[:-1], -1)
 
 
 def _scale_values(layout: Layout, scales: Tensor) -> Tensor:
