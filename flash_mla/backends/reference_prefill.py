@@ -88,6 +88,7 @@ def attend(
     causal: bool = False,
     compute_dtype: torch.dtype = torch.float32,
     probability_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of each sequence's queries over its keys.
 
@@ -104,6 +105,7 @@ def attend(
         causal: mask aligned to the bottom right.
         compute_dtype: dtype of everything after reading the inputs.
         probability_dtype: round the unnormalised probabilities to it before they meet V.
+        out_dtype: of out, where it is not compute_dtype.
 
     Returns:
         out `[tokens_q, h_q, d_v]` and lse `[tokens_q, h_q]` (stride 1 along the tokens), both of `compute_dtype`.
@@ -114,13 +116,14 @@ def attend(
     tokens, h_q, _ = q.shape
     call = _call(q, k, v, softmax_scale, causal, compute_dtype, probability_dtype)
     h_kv, group = call.q.shape[:2]
-    out = torch.zeros((h_kv, group, tokens, v.shape[-1]), dtype=compute_dtype, device=q.device)
+    out = torch.zeros((tokens, h_q, v.shape[-1]), dtype=out_dtype or compute_dtype, device=q.device)
+    out_by_head = _by_kv_head(out, h_kv)
     lse = torch.full((h_kv, group, tokens), float("inf"), dtype=compute_dtype, device=q.device)
     for block in _blocks(q, k, cu_seqlens_qo, cu_seqlens_kv, causal):
         _, block_out, block_lse = call.attend(block)
-        out[:, :, block.queries] = torch.unflatten(block_out, 1, (group, -1))
+        out_by_head[:, :, block.queries] = torch.unflatten(block_out, 1, (group, -1))
         lse[:, :, block.queries] = torch.unflatten(block_lse, 1, (group, -1))
-    return out.permute(2, 0, 1, 3).reshape(tokens, h_q, v.shape[-1]), lse.view(h_q, tokens).t()
+    return out, lse.view(h_q, tokens).t()
 
 
 def attend_backward(
@@ -151,7 +154,8 @@ def attend_backward(
     """
     call = _call(q, k, v, softmax_scale, causal, compute_dtype, None)
     d_out_by_head, d_lse_by_head = _by_kv_head(d_out, k.shape[1]), _by_kv_head(d_lse[..., None], k.shape[1])
-    d_q, d_k, d_v = (torch.zeros(t.shape, dtype=compute_dtype, device=q.device) for t in (call.q, call.k, call.v))
+    gradients = tuple(torch.zeros(tensor.shape, dtype=compute_dtype, device=q.device) for tensor in (q, k, v))
+    d_q, d_k, d_v = _by_kv_head(gradients[0], k.shape[1]), gradients[1].transpose(0, 1), gradients[2].transpose(0, 1)
     for block in _blocks(q, k, cu_seqlens_qo, cu_seqlens_kv, causal):
         rows, out, lse = call.attend(block)
         dout, dlse = call.rows(d_out_by_head, block), call.rows(d_lse_by_head, block)
@@ -166,7 +170,7 @@ def attend_backward(
             d_k[:, where] += torch.bmm(d_s.transpose(1, 2), rows)
             d_v[:, where] += torch.bmm(p.transpose(1, 2), torch.where(sees_a_key, dout, 0.0))
         d_q[:, :, block.queries] = torch.unflatten(d_rows, 1, (call.q.shape[1], -1))
-    return d_q.permute(2, 0, 1, 3).reshape(q.shape), d_k.transpose(0, 1), d_v.transpose(0, 1)
+    return gradients[0], gradients[1], gradients[2]
 
 
 def _call(
@@ -247,8 +251,8 @@ def dense_prefill(
     )
     _check_longest("max_seqlen_qo", cu_seqlens_qo, max_seqlen_qo)
     _check_longest("max_seqlen_kv", cu_seqlens_kv, max_seqlen_kv)
-    out, lse = attend(q, k, v, cu_seqlens_qo, cu_seqlens_kv, softmax_scale=softmax_scale, causal=causal)
-    return out.to(q.dtype), lse
+    tensors = (q, k, v, cu_seqlens_qo, cu_seqlens_kv)
+    return attend(*tensors, softmax_scale=softmax_scale, causal=causal, out_dtype=q.dtype)
 
 
 @torch.no_grad()
@@ -275,5 +279,5 @@ def dense_prefill_backward(
     del out, lse, max_seqlen_qo, max_seqlen_kv, deterministic
     tensors = (d_out, d_lse, q, k, v, cu_seqlens_qo, cu_seqlens_kv)
     gradients = attend_backward(*tensors, softmax_scale=softmax_scale, causal=causal)
-    d_q, d_k, d_v = (gradient.to(q.dtype).contiguous() for gradient in gradients)
+    d_q, d_k, d_v = (gradient.to(q.dtype) for gradient in gradients)
     return d_q, d_k, d_v
