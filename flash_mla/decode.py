@@ -89,43 +89,6 @@ def flash_mla_with_kvcache(
             shape that the metadata was planned for.
         UnsupportedError: valid, but not served by this device or build; lists each candidate and its reason.
     """
-    if (
-        indices is not None
-        or is_fp8_kvcache
-        or extra_k_cache is not None
-        or extra_indices_in_kvcache is not None
-        or topk_length is not None
-        or extra_topk_length is not None
-        or kv_format is not None
-        or descale_q is not None
-        or descale_k is not None
-    ):
-        result = _decode_unusual(
-            q,
-            k_cache,
-            block_table,
-            cache_seqlens,
-            head_dim_v,
-            tile_scheduler_metadata,
-            num_splits,
-            softmax_scale,
-            causal,
-            is_fp8_kvcache,
-            indices,
-            attn_sink,
-            extra_k_cache,
-            extra_indices_in_kvcache,
-            topk_length,
-            extra_topk_length,
-            kv_format,
-            enable_batch_invariant,
-            descale_q,
-            descale_k,
-            out,
-            lse,
-        )
-        if result is not None:
-            return result
     call = (
         q,
         k_cache,
@@ -141,6 +104,29 @@ def flash_mla_with_kvcache(
         out,
         lse,
     )
+    if (
+        indices is not None
+        or is_fp8_kvcache
+        or extra_k_cache is not None
+        or extra_indices_in_kvcache is not None
+        or topk_length is not None
+        or extra_topk_length is not None
+        or kv_format is not None
+        or descale_q is not None
+        or descale_k is not None
+    ):
+        result = _decode_unusual(
+            call,
+            is_fp8_kvcache,
+            indices,
+            (extra_k_cache, extra_indices_in_kvcache, extra_topk_length),
+            topk_length,
+            kv_format,
+            descale_q,
+            descale_k,
+        )
+        if result is not None:
+            return result
     # No check stands before the operator: it makes its own, in C++. Only when it refuses do Python's find the words.
     try:
         return _dense_decode(backends.active, *call)
@@ -269,30 +255,21 @@ def _check_schedule(q: Tensor, k_cache: Tensor, causal: bool, schedule: Any, num
 
 
 def _decode_unusual(
-    q: Any,
-    k_cache: Any,
-    block_table: Any,
-    cache_seqlens: Any,
-    head_dim_v: Any,
-    schedule: Any,
-    num_splits: Any,
-    softmax_scale: Any,
-    causal: Any,
+    call: tuple[Any, ...],
     is_fp8_kvcache: Any,
     indices: Any,
-    attn_sink: Any,
-    extra_k_cache: Any,
-    extra_indices_in_kvcache: Any,
+    extra: tuple[Any, Any, Any],
     topk_length: Any,
-    extra_topk_length: Any,
     kv_format: Any,
-    batch_invariant: Any,
     descale_q: Any,
     descale_k: Any,
-    out: Any,
-    lse: Any,
 ) -> tuple[Tensor, Tensor] | None:
-    """A call with arguments that a plain dense call leaves out; None when it is a plain one all the same."""
+    """A call with arguments that a plain dense call leaves out; None when it is a plain one all the same.
+
+    `extra`: the second cache, the indices into it, and their length.
+    """
+    q, k_cache, block_table, cache_seqlens, head_dim_v, schedule, num_splits, softmax_scale, *rest = call
+    causal, attn_sink, batch_invariant, out, lse = rest
     if softmax_scale is None and isinstance(q, Tensor) and q.dim() > 0:
         softmax_scale = problem.default_softmax_scale(q.shape[-1])
     common = (q, k_cache, schedule, num_splits, attn_sink, head_dim_v, softmax_scale, batch_invariant, out, lse)
@@ -300,10 +277,9 @@ def _decode_unusual(
         problem_sparse.check_sparse_call(
             k_cache, causal=causal, is_fp8_kvcache=is_fp8_kvcache, descale_q=descale_q, descale_k=descale_k
         )
-        problem_sparse.check_extra_arguments(extra_k_cache, extra_indices_in_kvcache, extra_topk_length)
+        problem_sparse.check_extra_arguments(*extra)
         arguments.check_tensor("q", q, 4, "[b, s_q, h_q, d_qk]")
-        formats = problem_sparse.resolve_formats("k_cache", k_cache, extra_k_cache, q.shape[-1], kv_format)
-        extra = (extra_k_cache, extra_indices_in_kvcache, extra_topk_length)
+        formats = problem_sparse.resolve_formats("k_cache", k_cache, extra[0], q.shape[-1], kv_format)
         return decode_calls.run(SparseCall(*common, indices, topk_length, *extra, *formats))
     problem.check_dense_call(
         k_cache,
@@ -312,15 +288,14 @@ def _decode_unusual(
         descale_q=descale_q,
         descale_k=descale_k,
         sparse_only={
-            "extra_k_cache": extra_k_cache,
-            "extra_indices_in_kvcache": extra_indices_in_kvcache,
+            "extra_k_cache": extra[0],
+            "extra_indices_in_kvcache": extra[1],
             "topk_length": topk_length,
-            "extra_topk_length": extra_topk_length,
+            "extra_topk_length": extra[2],
         },
     )
     if not isinstance(k_cache, Tensor) or k_cache.dtype not in BYTE_DTYPES:
         return None
     arguments.check_tensor("q", q, 4, "[b, s_q, h_q, d_qk]")
     known = problem.dense_fp8_format(k_cache, q.shape[-1], kv_format)
-    call = DenseFP8Call(*common, block_table, cache_seqlens, causal, descale_q, descale_k, known)
-    return decode_calls.run(call)
+    return decode_calls.run(DenseFP8Call(*common, block_table, cache_seqlens, causal, descale_q, descale_k, known))

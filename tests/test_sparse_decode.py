@@ -33,7 +33,7 @@ from flash_mla.testing import (
 
 OP = "sparse_decode"
 PRIMARY_FORMATS = [known for known in KVFormat if known is not KVFormat.V41_FP4]
-HEADS = (1, 3, 8, 16, 63, 64, 96, 128)
+HEADS = (1, 3, 16, 63, 64, 128)
 PAGES = (1, 2, 53, 64, 69, 256, 576)
 
 
@@ -141,8 +141,7 @@ def test_heads(backend: Target, h_q: int, known: KVFormat) -> None:
     check_decode(inputs)
 
 
-@pytest.mark.parametrize("s_q", [1, 2, 7, 65])
-@pytest.mark.parametrize("b", [1, 3, 40])
+@pytest.mark.parametrize(("b", "s_q"), [(1, 1), (1, 65), (3, 2), (3, 7), (40, 1), (40, 3)])
 def test_batches(backend: Target, b: int, s_q: int) -> None:
     inputs = make_sparse_decode_inputs(
         b, s_q, h_q=2, kv_format="MODEL1", topk=20, extra_topk=9, lengths="token", device=backend.device
