@@ -178,6 +178,7 @@ def test_wrong_lengths_are_named() -> None:
 
 
 def test_a_sparse_plan_has_topk_keys_for_every_request(backend: Target) -> None:
+    backend.require("sparse_decode")
     seqlens = torch.tensor([100, 0, 9000], dtype=torch.int32, device=backend.device)
     for topk in (1, 64, 2048):
         check_schedule(*get_mla_decoding_metadata(seqlens, 128, 1, 128, True, topk), [topk] * 3)

@@ -12,8 +12,8 @@ from flash_mla.problem import DenseDecodeProblem, Problem
 _SCALAR_TYPES = {torch.bfloat16: 0, torch.float16: 1}
 _OTHER_SCALAR_TYPE = 2
 
-WITHOUT_KERNELS = ("sparse_decode", "sparse_prefill", "dense_prefill", "kv_cache")
-"""Operations that no architecture has kernels for so far."""
+WITHOUT_KERNELS = ("dense_decode_fp8", "sparse_decode", "sparse_prefill", "dense_prefill", "kv_cache")
+"""Operations, and variants of them, that no architecture has kernels for so far."""
 
 
 def missing() -> str | None:
@@ -51,10 +51,10 @@ def why_not(problem: Problem) -> str | None:
         return f"the tensors are on {problem.device_type}"
     if _ops.why_not_loaded is not None:
         return _ops.why_not_loaded
-    if problem.op in WITHOUT_KERNELS or not isinstance(problem, DenseDecodeProblem):
+    if not isinstance(problem, DenseDecodeProblem):
         return no_kernels(problem.op)
     if problem.fp8_cache is not None:
-        return no_kernels(f"{problem.op} over an FP8 cache")
+        return no_kernels("dense_decode_fp8")
     table = dense_decode_table(problem)
     if any(reason == "" for reason in table.values()):
         return None
