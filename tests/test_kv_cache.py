@@ -287,6 +287,8 @@ def test_append_writes_its_slots_alone(backend: Target, known: KVFormat, page: i
         stride = touched.stride(0)
         storage = cache.view(torch.uint8).as_strided((blocks, stride), (stride, 1), 0)
         assert bool((storage[:, 584 * page :] == 0xFF).all())
+        pads = storage[:, 576 * page : 584 * page].reshape(blocks * page, 8)[:, 7].cpu()
+        assert bool((pads == torch.where(rest, 0xFF, 0)).all())
     else:
         flat = touched.flatten(0, 1)[rest]
         assert torch.equal(flat, untouched.flatten(0, 1)[rest])
