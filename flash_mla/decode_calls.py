@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from flash_mla import arguments, backends, errors, problem, problem_sparse
-from flash_mla.backends import reference
 from flash_mla.kv_format import KVFormat
 from flash_mla.schedule import FlashMLASchedMeta
 
@@ -176,10 +175,10 @@ class DenseFP8Call(DecodeCall):
 
 
 def run(call: DecodeCall) -> tuple[Tensor, Tensor]:
-    """Plan if there is no plan, then decode; where an operator refuses, find the words, or let the reference serve.
+    """Plan if there is no plan, then decode; where an operator refuses, find the words, or the backend that serves.
 
-    Only an operator that declined before any launch gets to the reference, and only where the kernel table says the
-    same. Every other failure is raised.
+    Only after an operator that declined before any launch is another backend asked, and only where the kernel table
+    says the same. Every other failure is raised.
     """
     try:
         return _run(backends.active, call)
@@ -190,12 +189,7 @@ def run(call: DecodeCall) -> tuple[Tensor, Tensor]:
         failure = errors.from_native(error)
         if not isinstance(failure, errors.UnsupportedError):
             raise failure from None
-        wanted = call.problem()
-        reason = backends.CUDA.why_not(wanted)
-        if reason is None or backends.select(wanted) is not backends.REFERENCE:
-            raise failure from None
-        reference.warn_once(reason)
-        return _run(backends.REFERENCE.operators, call)
+        return _run(backends.after(failure, call.problem()).operators, call)
 
 
 def _run(operators: backends.Operators, call: DecodeCall) -> tuple[Tensor, Tensor]:

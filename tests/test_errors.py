@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,24 @@ from flash_mla import (
     FlashMLASchedMeta,
     UnsupportedError,
     backends,
+    dequantize_kv_cache,
     errors,
     flash_mla_with_kvcache,
     get_mla_decoding_metadata,
+    quantize_kv_cache,
 )
-from flash_mla.testing import check_dense_decode, make_dense_decode_inputs
+from flash_mla.backends import reference
+from flash_mla.testing import (
+    check_decode,
+    check_dense_decode,
+    check_dense_prefill,
+    check_sparse_prefill,
+    make_dense_decode_inputs,
+    make_dense_fp8_inputs,
+    make_dense_prefill_inputs,
+    make_sparse_decode_inputs,
+    make_sparse_prefill_inputs,
+)
 
 Call = dict[str, object]
 HALF = torch.bfloat16
@@ -514,6 +528,37 @@ def test_a_library_that_does_not_load_leaves_the_reference(tmp_path: Path) -> No
     assert "RuntimeWarning: flash_mla: the CUDA library" in result.stderr
 
 
+def new_operations() -> dict[str, Callable[[], object]]:
+    """A call for each operation that goes through `backends.serve` or `decode_calls.run`."""
+    sparse, prefill = make_sparse_decode_inputs(2, h_q=2), make_sparse_prefill_inputs(2, h_q=2)
+    fp8, dense = make_dense_fp8_inputs([70, 0], "V32"), make_dense_prefill_inputs([(3, 5)])
+    cache = quantize_kv_cache(torch.zeros((5, 512), dtype=HALF), "V41", 4)
+    return {
+        "sparse_decode": lambda: check_decode(sparse),
+        "dense_decode_fp8": lambda: check_decode(fp8),
+        "sparse_prefill": lambda: check_sparse_prefill(prefill),
+        "dense_prefill": lambda: check_dense_prefill(dense),
+        "dequantize_kv_cache": lambda: dequantize_kv_cache(cache, "V41"),
+    }
+
+
+@pytest.mark.parametrize("name", list(new_operations()))
+def test_what_an_operator_declines_goes_to_the_next_backend(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Only what was declined before a launch: never a failure."""
+    call, texts = new_operations()[name], ["flash_mla[UnsupportedError] none takes it", "flash_mla[CudaError] it broke"]
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError(texts[0])
+
+    monkeypatch.setattr(backends, "active", replace(backends.AUTOMATIC, **{name: refuse}))
+    reference.forget_warnings()
+    with pytest.warns(RuntimeWarning, match="the reference backend serves"):
+        call()
+    texts.pop(0)
+    with pytest.raises(RuntimeError, match=r"^it broke$"):
+        call()
+
+
 PROBLEM = flash_mla.DenseDecodeProblem("cuda", 90, torch.bfloat16, 8, 1, 16, 1, 576, 512, 64, 0.04)
 
 
@@ -532,8 +577,6 @@ def test_capability_queries() -> None:
 
 @pytest.mark.skipif(backends.cuda_missing is not None, reason=str(backends.cuda_missing))
 def test_the_kernel_table_without_a_gpu() -> None:
-    from dataclasses import replace
-
     for change in ({"dtype": torch.float32}, {"d_qk": 128}, {"d_v": 256}, {"compute_capability": 80}):
         reason = flash_mla.why_not("dense_decode", replace(PROBLEM, **change))
         assert reason is not None

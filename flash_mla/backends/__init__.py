@@ -162,12 +162,24 @@ def serve(op: str, check: Callable[..., None], problem_of: Callable[..., Problem
         failure = from_native(error)
         if not isinstance(failure, UnsupportedError):
             raise failure from None
-        problem = problem_of(*arguments)
-        reason = CUDA.why_not(problem)
-        if reason is None or select(problem) is not REFERENCE:
-            raise failure from None
+        return getattr(after(failure, problem_of(*arguments)).operators, op)(*arguments)
+
+
+def after(failure: UnsupportedError, problem: Problem) -> Backend:
+    """The backend that takes over when an operator declined before any launch; the reference with a warning.
+
+    Raises:
+        UnsupportedError: `failure`, where the backend that declined claims to take the problem; or no backend takes it.
+    """
+    reason = CUDA.why_not(problem)
+    if reason is None:
+        raise failure from None
+    backend = select(problem)
+    if backend is override:
+        raise failure from None
+    if backend is REFERENCE:
         reference.warn_once(reason)
-        return getattr(REFERENCE.operators, op)(*arguments)
+    return backend
 
 
 def _from_environment() -> None:
@@ -188,6 +200,7 @@ __all__ = [
     "Backend",
     "Operators",
     "active",
+    "after",
     "cuda",
     "cuda_missing",
     "override",

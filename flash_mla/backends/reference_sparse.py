@@ -128,7 +128,7 @@ def attend(
     out = torch.zeros((tokens, h_q, d_v), dtype=out_dtype or compute_dtype, device=q.device)
     max_logits = torch.full((tokens, h_q), float("-inf"), dtype=compute_dtype, device=q.device)
     lse = torch.full((tokens, h_q), float("inf"), dtype=compute_dtype, device=q.device)
-    for part in _groups(q, d_v, one_token_at_a_time):
+    for part in _groups(q, selections, d_v, one_token_at_a_time):
         chosen = [selection.of_tokens(part) for selection in selections]
         if one_token_at_a_time:
             chosen = [selection.compacted() for selection in chosen]
@@ -137,9 +137,10 @@ def attend(
     return Attention(out, max_logits, lse)
 
 
-def _groups(q: Tensor, d_v: int, one_at_a_time: bool) -> Iterator[slice]:
+def _groups(q: Tensor, selections: Sequence[Selection], d_v: int, one_at_a_time: bool) -> Iterator[slice]:
     tokens, h_q, d_qk = q.shape
-    per_token = 3 * KEYS_PER_STEP * d_qk + h_q * (2 * KEYS_PER_STEP + 4 * d_v + d_qk)
+    keys = min(KEYS_PER_STEP, max(selection.indices.shape[1] for selection in selections))
+    per_token = 3 * keys * d_qk + h_q * (2 * keys + 4 * d_v + d_qk)
     count = 1 if one_at_a_time else max(1, SCRATCH_ELEMENTS // per_token)
     for start in range(0, tokens, count):
         yield slice(start, min(start + count, tokens))
@@ -216,7 +217,7 @@ def attend_backward(
     d_q = torch.zeros(q.shape, dtype=compute_dtype, device=q.device)
     d_rows = [_zero_gradient(selection, compute_dtype) for selection in selections]
     d_sink = None if attn_sink is None else torch.zeros(attn_sink.shape, dtype=compute_dtype, device=q.device)
-    for part in _groups(q, d_v, one_at_a_time=False):
+    for part in _groups(q, selections, d_v, one_at_a_time=False):
         chosen = [selection.of_tokens(part) for selection in selections]
         rows, dout = q[part].to(compute_dtype), d_out[part].to(compute_dtype)
         forward = _attend_group(rows, chosen, softmax_scale, attn_sink, d_v, None)
