@@ -390,6 +390,26 @@ def test_opcheck(backend: Target) -> None:
         torch.library.opcheck(read, (cache, "V41"))
 
 
+@pytest.mark.parametrize("page", [1, 64])
+@pytest.mark.parametrize("known", ["V32", "MODEL1"])
+def test_compiled_append(backend: Target, known: str, page: int) -> None:
+    """Written in place, padded pages included."""
+    rows = torch.randn((4, d_of(KVFormat(known)))).to(torch.bfloat16).to(backend.device)
+    slots = torch.tensor([3, -1, 65, 0], device=backend.device)
+    wanted, cache = (poisoned_cache(known, 128 // page, page, device=backend.device) for _ in range(2))
+    append_kv_cache(rows * 2, wanted, slots, known)
+
+    def step(rows: Tensor, cache: Tensor, slots: Tensor) -> Tensor:
+        append_kv_cache(rows * 2, cache, slots, known)
+        return rows + 1
+
+    torch._dynamo.reset()
+    with flash_mla.backends.use(None):
+        compiler = "inductor" if backend.is_cuda else "aot_eager"
+        torch.compile(step, fullgraph=True, backend=compiler)(rows, cache, slots)
+    assert torch.equal(cache, wanted)
+
+
 # ---- Errors.
 
 ROWS = torch.zeros((4, 512), dtype=torch.bfloat16)
