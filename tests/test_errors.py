@@ -573,6 +573,26 @@ def test_capability_queries() -> None:
     assert flash_mla.why_not("dense_decode", **inputs.call()) == "the tensors are on cpu"
     reason = flash_mla.why_not("dense_decode", PROBLEM)
     assert reason == backends.cuda_missing
+    with pytest.raises(ValueError, match="problem: wanted a SparseDecodeProblem for sparse_decode, got DenseDecodePro"):
+        flash_mla.why_not("sparse_decode", PROBLEM)
+
+
+@pytest.mark.skipif(backends.cuda_missing is not None, reason=str(backends.cuda_missing))
+def test_problems_without_cuda_kernels() -> None:
+    sparse = make_sparse_decode_inputs(2, h_q=2, extra_topk=3)
+    problems = {
+        "dense_decode": replace(PROBLEM, fp8_cache="V32"),
+        "sparse_decode": flash_mla.SparseDecodeProblem.of(
+            sparse.q, sparse.primary.cache, sparse.primary.indices, sparse.extra.cache, sparse.extra.indices
+        ),
+        "kv_cache": flash_mla.KVCacheProblem.of(sparse.primary.cache, "V32"),
+    }
+    for op, problem in problems.items():
+        on_gpu = replace(problem, device_type="cuda", compute_capability=90)
+        assert re.fullmatch("no CUDA kernel for .* is built yet .*", str(flash_mla.why_not(op, on_gpu)))
+        assert backends.select(on_gpu) is backends.REFERENCE
+        with backends.use("cuda"), pytest.raises(UnsupportedError, match="no backend takes the problem; cuda: no CUDA"):
+            backends.select(on_gpu)
 
 
 @pytest.mark.skipif(backends.cuda_missing is not None, reason=str(backends.cuda_missing))
