@@ -15,13 +15,20 @@ from flash_mla.prefill import (
     flash_mla_sparse_fwd,
 )
 from flash_mla.problem import DenseDecodeProblem
+from flash_mla.problem_kv_cache import KVCacheProblem
+from flash_mla.problem_prefill import DensePrefillProblem
+from flash_mla.problem_sparse import SparseDecodeProblem, SparsePrefillProblem
 from flash_mla.schedule import FlashMLASchedMeta, get_mla_decoding_metadata, get_mla_metadata
 
 __all__ = [
     "DenseDecodeProblem",
+    "DensePrefillProblem",
     "FlashMLASchedMeta",
+    "KVCacheProblem",
     "KVFormat",
     "KernelSupport",
+    "SparseDecodeProblem",
+    "SparsePrefillProblem",
     "UnsupportedError",
     "__version__",
     "append_kv_cache",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import flash_mla
-from flash_mla.backends import cuda, select
+from flash_mla.backends import REFERENCE, cuda, select
 from flash_mla.backends.capability import OPERATIONS
 from flash_mla.problem import DenseDecodeProblem
 from flash_mla.testing import Comparison, DenseDecodeInputs, compare, expected_dense_decode, make_dense_decode_inputs
@@ -99,7 +99,7 @@ def _device(device: torch.device) -> dict[str, Any]:
 
 def _operation(op: str, device: torch.device) -> dict[str, Any]:
     if op != "dense_decode":
-        return {"backend": None, "kernel": None, "why_not": {op: flash_mla.why_not(op)}}
+        return {"backend": REFERENCE.name, "kernel": None, "why_not": {op: flash_mla.why_not(op)}}
     problem = _problem(device)
     table = cuda.dense_decode_table(problem)
     backend = select(problem).name

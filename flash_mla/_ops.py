@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_mla import problem
+from flash_mla import _schemas, problem
 
 NAMESPACE = "flash_mla"
 
@@ -31,6 +31,7 @@ SCHEMAS = {
     "dense_decode_out": f"({_DENSE_DECODE_INPUTS}, Tensor(a!) out, Tensor(b!) lse) -> ()",
     "plan_dense_decode": "(Tensor cache_seqlens, int s_q, int h_q, int h_kv) -> (Tensor, Tensor)",
     "merge_attention_states": "(Tensor[] outs, Tensor[] lses) -> (Tensor, Tensor)",
+    **_schemas.SCHEMAS,
 }
 
 
@@ -58,6 +59,9 @@ def _load() -> str | None:
 
 why_not_loaded: str | None = _load()
 """None when the native library is loaded, else the reason."""
+
+NATIVE = frozenset(name for name in SCHEMAS if hasattr(_ops.flash_mla, name))
+"""Operators that the native library has. It may have kernels for some of them only."""
 
 _definitions = _library.Library(NAMESPACE, "FRAGMENT")
 
@@ -135,6 +139,13 @@ def _fake_merge(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]
     return outs[0].new_empty(outs[0].shape), lses[0].new_empty(lses[0].shape)
 
 
+def why_not_native(name: str) -> str | None:
+    """None when the native library has operator `name`, else the reason."""
+    if why_not_loaded is not None or name in NATIVE:
+        return why_not_loaded
+    return f"no CUDA kernel for {name} is built yet in this version of flash_mla"
+
+
 def _register() -> None:
     """Define what the library has not, then attach fake functions and autograd behaviour to every operator."""
     fakes = {
@@ -142,18 +153,31 @@ def _register() -> None:
         "dense_decode_out": _fake_dense_decode_out,
         "plan_dense_decode": _fake_plan,
         "merge_attention_states": _fake_merge,
+        **_schemas.FAKES,
     }
     for name, schema in SCHEMAS.items():
-        if why_not_loaded is not None:
+        if name not in NATIVE:
             _definitions.define(name + schema)
         _definitions.define(f"reference_{name}{schema}")
         reference_fake = _fake_reference_plan if name == "plan_dense_decode" else fakes[name]
         _library.register_fake(f"{NAMESPACE}::{name}", fakes[name], lib=_definitions)
         _library.register_fake(f"{NAMESPACE}::reference_{name}", reference_fake, lib=_definitions)
+    for name in SCHEMAS:
+        _register_autograd(name, name)
+        _register_autograd(name, f"reference_{name}")
+
+
+def _register_autograd(name: str, op: str) -> None:
+    """The gradient of operator `op`, which is `name` or its twin."""
+    if name in _schemas.GRADIENTS:
+        gradient = _schemas.GRADIENTS[name](getattr(_ops.flash_mla, f"{op}_backward").default)
+        _library.register_autograd(
+            f"{NAMESPACE}::{op}", gradient.backward, setup_context=gradient.setup_context, lib=_definitions
+        )
+    else:
         # Decoding is not differentiable: results never require a gradient. A fallthrough also saves the host time of
         # torch's boxed autograd fallback.
-        for op in (name, f"reference_{name}"):
-            _definitions.impl(op, _library.fallthrough_kernel, "Autograd")
+        _definitions.impl(op, _library.fallthrough_kernel, "Autograd")
 
 
 _register()

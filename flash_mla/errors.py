@@ -44,8 +44,3 @@ def strip_trace(text: str) -> str:
 def wanted(name: str, wanted: str, given: object) -> str:
     """The text of every argument error: what was wrong, what was wanted and what came."""
     return f"{name}: wanted {wanted}, got {given}"
-
-
-def not_built_yet(name: str) -> UnsupportedError:
-    """The error of a public function or feature whose kernels do not exist yet."""
-    return UnsupportedError(f"{name} is not built yet in this version of flash_mla: no kernel serves it on any device")

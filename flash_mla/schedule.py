@@ -3,8 +3,10 @@
 A schedule is a pair of int32 tensors. `tile_scheduler_metadata` `[num_sm_parts, 8]` has one row per part:
 begin_request, end_request (inclusive), begin_block, end_block (exclusive, within end_request), begin_split,
 first_request_is_split, last_request_is_split, 0. Blocks are 64 keys; a request of length n has `max(1, ceil(n / 64))`
-of them, so that a request without keys still has a part that writes its result. Rows tile the requests in order; a
-part without work begins at request b. `num_splits` `[b + 1]` is the running number of splits before each request.
+of them, so that a request without keys still has a part that writes its result. A sparse request has
+`max(1, ceil(topk_length / 64))` blocks of the primary cache, then `ceil(extra_topk_length / 64)` of the extra one. Rows
+tile the requests in order; a part without work begins at request b. `num_splits` `[b + 1]` is the running number of
+splits before each request.
 """
 
 from collections.abc import Sequence
@@ -13,7 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from flash_mla import backends, errors, problem
+from flash_mla import backends, errors, problem, problem_sparse
 from flash_mla.backends.reference_schedule import blocks_per_request
 
 
@@ -48,8 +50,18 @@ class FlashMLASchedMeta:
     num_splits: Tensor | None = None
     """int32 `[b + 1]`, cumulative."""
 
+    def check(self, call: Config) -> None:
+        """Raise `ValueError` when the schedule was made for other shapes than these."""
+        if self.config is not None and self.config != call:
+            self._raise_mismatch(call)
+
+    def adopt(self, call: Config) -> None:
+        """Record the shapes that this schedule is for."""
+        self.config = call
+        self.have_initialized = True
+
     def check_dense(self, q_shape: Sequence[int], k_cache_shape: Sequence[int], causal: bool) -> None:
-        """Raise `ValueError` when the schedule was made for another shape than this dense call's.
+        """`check` for a dense call over a bf16 or fp16 cache.
 
         Takes `q.shape` and `k_cache.shape`. Runs on every call.
         """
@@ -105,7 +117,7 @@ def get_mla_decoding_metadata(
     is_fp8_kvcache: bool = False,
     topk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Plan dense decode now and return the schedule as tensors, for callers who copy it into fixed buffers.
+    """Plan decode now and return the schedule as tensors, for callers who copy it into fixed buffers.
 
     Runs on the device of `seqlens_k` without synchronising with the host; can be captured in a CUDA graph.
 
@@ -115,20 +127,22 @@ def get_mla_decoding_metadata(
         h_k: KV heads.
         h_q: query heads; None stands for one query per request (`num_q_tokens_per_head_k * h_k` heads).
         is_fp8_kvcache: does not change the schedule.
-        topk: sparse decode, not built yet.
+        topk: sparse decode: every request attends to so many keys of one cache, and the lengths in seqlens_k do not
+            count.
 
     Returns:
         `tile_scheduler_metadata` int32 `[num_sm_parts, 8]` and `num_splits` int32 `[b + 1]`.
 
     Raises:
         ValueError, TypeError: naming the wrong argument.
-        UnsupportedError: `topk` is given.
     """
     del is_fp8_kvcache
-    if topk is not None:
-        raise errors.not_built_yet("get_mla_decoding_metadata with topk (sparse decode)")
     s_q, h_q = _split_query_rows(num_q_tokens_per_head_k, h_k, h_q)
     problem.check_plan(seqlens_k, s_q, h_q, h_k)
+    if topk is not None:
+        problem_sparse.check_sparse_plan(seqlens_k, None, None, s_q, h_q, topk, 0)
+        rows, num_splits = backends.active.plan_sparse_decode(seqlens_k, None, None, s_q, h_q, topk, 0)
+        return rows, num_splits
     rows, num_splits = backends.active.plan_dense_decode(seqlens_k, s_q, h_q, h_k)
     return rows, num_splits
 

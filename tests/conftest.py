@@ -8,6 +8,7 @@ import torch
 
 import flash_mla
 from flash_mla import backends
+from flash_mla.backends import cuda as cuda_backend
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -38,6 +39,11 @@ class Target:
     def is_cuda(self) -> bool:
         return self.name == "cuda"
 
+    def require(self, op: str) -> None:
+        """Skip the test where the backend has no kernels for an operation."""
+        if self.is_cuda and op in cuda_backend.WITHOUT_KERNELS:
+            pytest.skip(cuda_backend.no_kernels(op))
+
     def lengths(self, *small: int) -> list[int]:
         """`small` for the reference; more and longer requests where a GPU computes them."""
         if not self.is_cuda:
@@ -47,14 +53,16 @@ class Target:
 
 @pytest.fixture(params=["reference", pytest.param("cuda", marks=pytest.mark.gpu)])
 def backend(request: pytest.FixtureRequest) -> Iterator[Target]:
-    """Every backend in turn, with all others shut out."""
+    """Every backend in turn, with all others shut out. A test file names its operation `OP`, if not dense decode."""
     name = request.param
     if name == "cuda":
         reason = cuda_missing()
         if reason is not None:
             pytest.skip(reason)
+    target = Target(name, "cuda" if name == "cuda" else "cpu")
+    target.require(getattr(request.module, "OP", "dense_decode"))
     with backends.use(name):
-        yield Target(name, "cuda" if name == "cuda" else "cpu")
+        yield target
 
 
 @pytest.fixture

@@ -379,4 +379,5 @@ class TestDemo:
         assert result["check"]["passed"] is True
         assert result["time_us"] > 0
         assert result["backend"] == "reference"
-        assert set(result["operations"]) == {"dense_decode", "sparse_decode", "sparse_prefill", "dense_prefill"}
+        operations = {"dense_decode", "sparse_decode", "sparse_prefill", "dense_prefill", "kv_cache"}
+        assert set(result["operations"]) == operations

@@ -1,7 +1,8 @@
 """How engines call the library, each pattern as it stands in their code."""
 
 import inspect
-from dataclasses import fields
+import math
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -15,7 +16,14 @@ from flash_mla import (
     merge_attention_states,
 )
 from flash_mla.flash_mla_interface import FlashMLASchedMeta
-from flash_mla.testing import check_dense_decode, make_dense_decode_inputs
+from flash_mla.testing import (
+    SparseDecodeInputs,
+    check_decode,
+    check_dense_decode,
+    make_dense_decode_inputs,
+    make_schedule,
+    make_sparse_decode_inputs,
+)
 
 
 def test_vllm_dense_decode(backend: Target) -> None:
@@ -155,6 +163,173 @@ def test_lightllm_page_size_one_view(backend: Target) -> None:
     check_dense_decode(inputs)
 
 
+# ---- Sparse decode.
+
+
+def v4_step(backend: Target, tokens: int = 5, heads: int = 16, **options: object) -> SparseDecodeInputs:
+    """The window cache as the primary, the compressed cache as the extra, heads padded to 64 with sinks of -inf."""
+    backend.require("sparse_decode")
+    inputs = make_sparse_decode_inputs(
+        tokens,
+        h_q=64,
+        kv_format="MODEL1",
+        topk=128,
+        page=64,
+        extra_topk=192,
+        extra_page=2,
+        extra_lengths="request",
+        sink=True,
+        device=backend.device,
+        **{"lengths": "request", **options},
+    )
+    inputs.attn_sink[heads:] = -math.inf
+    return inputs
+
+
+def v4_call(inputs: SparseDecodeInputs, **options: object) -> dict[str, object]:
+    """The keywords of vLLM and SGLang."""
+    return {
+        "q": inputs.q,
+        "k_cache": inputs.primary.cache,
+        "block_table": None,
+        "cache_seqlens": None,
+        "head_dim_v": 512,
+        "softmax_scale": 512**-0.5,
+        "is_fp8_kvcache": True,
+        "indices": inputs.primary.indices,
+        "topk_length": inputs.primary.lengths,
+        "attn_sink": inputs.attn_sink,
+        "extra_k_cache": inputs.extra.cache,
+        "extra_indices_in_kvcache": inputs.extra.indices,
+        "extra_topk_length": inputs.extra.lengths,
+        **options,
+    }
+
+
+def test_vllm_v4_decode(backend: Target) -> None:
+    """One metadata object per layer type, planned by the first layer of it."""
+    with_extra = v4_step(backend)
+    window_only = replace(with_extra, extra=None)
+    metas = {name: get_mla_metadata()[0] for name in ("window", "compressed")}
+    for _ in range(2):
+        result = flash_mla_with_kvcache(**v4_call(with_extra), tile_scheduler_metadata=metas["compressed"])
+        check_decode(with_extra, result=result)
+        result = flash_mla_with_kvcache(
+            with_extra.q,
+            with_extra.primary.cache,
+            None,
+            None,
+            512,
+            metas["window"],
+            is_fp8_kvcache=True,
+            indices=with_extra.primary.indices,
+            attn_sink=with_extra.attn_sink,
+            topk_length=with_extra.primary.lengths,
+        )
+        check_decode(window_only, result=result)
+    assert (metas["window"].config.extra_topk, metas["compressed"].config.extra_topk) == (None, 192)
+
+
+def test_vllm_v32_mixed_batch(backend: Target) -> None:
+    """Prefill and decode tokens of all requests in one call with b = 1."""
+    backend.require("sparse_decode")
+    inputs = make_sparse_decode_inputs(1, 300, h_q=4, topk=64, lengths="token", device=backend.device)
+    meta, none = get_mla_metadata(
+        cache_seqlens=torch.tensor([64], dtype=torch.int32),
+        num_q_tokens_per_head_k=300 * 4,
+        topk=64,
+        num_heads_q=4,
+        num_heads_k=1,
+        is_fp8_kvcache=True,
+    )
+    out, lse = flash_mla_with_kvcache(
+        q=inputs.q,
+        k_cache=inputs.primary.cache.view(torch.uint8),
+        block_table=torch.zeros((1, 0), dtype=torch.int32, device=backend.device),
+        cache_seqlens=torch.tensor([64], dtype=torch.int32, device=backend.device),
+        head_dim_v=512,
+        tile_scheduler_metadata=meta,
+        num_splits=none,
+        is_fp8_kvcache=True,
+        indices=inputs.primary.indices,
+        softmax_scale=576**-0.5,
+        topk_length=inputs.primary.lengths,
+    )
+    check_decode(inputs, result=(out, lse))
+
+
+def test_sglang_v4_writes_the_rows(backend: Target) -> None:
+    """Rows in a fixed buffer, written by the engine: blocks of the primary, then of the extra cache."""
+    num_parts, buffer = 33, torch.full((132, 8), -9, dtype=torch.int32, device=backend.device)
+    for seed in range(3):
+        inputs = v4_step(backend, seed=seed)
+        tokens = inputs.q.shape[0]
+        blocks = [
+            max(1, -(-primary // 64)) + -(-extra // 64)
+            for primary, extra in zip(inputs.primary.lengths.tolist(), inputs.extra.lengths.tolist(), strict=True)
+        ]
+        total = sum(blocks)
+        cuts = sorted({part * total // num_parts for part in range(1, num_parts)} - {0, total})
+        written, num_splits = make_schedule([64 * count for count in blocks], cuts, device=backend.device)
+        idle = torch.tensor([[tokens, 0, 0, 0, 0, 0, 0, 0]], dtype=torch.int32, device=backend.device)
+        rows = torch.cat((written, idle.expand(num_parts - len(written), 8)))
+        buffer[:num_parts].copy_(rows)
+        meta = FlashMLASchedMeta()
+        meta.tile_scheduler_metadata, meta.num_splits = buffer[:num_parts], num_splits
+        meta.have_initialized = True
+        for _ in range(2):
+            result = flash_mla_with_kvcache(**v4_call(inputs), tile_scheduler_metadata=meta, num_splits=None)
+            check_decode(inputs, result=result)
+        pair = flash_mla_with_kvcache(
+            **v4_call(inputs), tile_scheduler_metadata=buffer[:num_parts], num_splits=num_splits
+        )
+        check_decode(inputs, result=pair)
+
+
+def test_sglang_v32_copies_a_sparse_plan(backend: Target) -> None:
+    backend.require("sparse_decode")
+    inputs = make_sparse_decode_inputs(3, h_q=16, topk=128, device=backend.device)
+    seqlens = torch.tensor([5, 900, 70], dtype=torch.int32, device=backend.device)
+    rows, num_splits = get_mla_decoding_metadata(seqlens, 16, 1, 16, True, 128)
+    fixed_rows, fixed_splits = torch.ones_like(rows), torch.ones(17, dtype=torch.int32, device=backend.device)
+    fixed_rows.copy_(rows)
+    fixed_splits[:4].copy_(num_splits)
+    check_decode(inputs, fixed_rows, fixed_splits[:4])
+
+
+def test_lmdeploy_zero_length_primary(backend: Target) -> None:
+    """The compressed cache is the primary and holds nothing yet; the window is the extra one."""
+    inputs = v4_step(backend, lengths=[0, 0, 7, 0, 128])
+    inputs = replace(inputs, primary=replace(inputs.primary), extra=inputs.extra)
+    meta, _ = get_mla_metadata()
+    result = flash_mla_with_kvcache(**v4_call(inputs), tile_scheduler_metadata=meta)
+    check_decode(inputs, result=result)
+    assert not isinstance(meta, torch.Tensor)
+
+
+def test_rtp_llm_forces_a_new_sparse_plan(backend: Target) -> None:
+    meta, none = get_mla_metadata()
+    for tokens in (5, 2):
+        meta.tile_scheduler_metadata = None
+        meta.num_splits = None
+        inputs = v4_step(backend, tokens)
+        result = flash_mla_with_kvcache(**v4_call(inputs), tile_scheduler_metadata=meta, num_splits=none)
+        check_decode(inputs, result=result)
+        assert meta.num_splits.shape == (tokens + 1,)
+
+
+def test_lightllm_v32_page_size_one_view(backend: Target) -> None:
+    """The V3.2 cache of a layer as single slots, a strided view of the buffer of all layers."""
+    backend.require("sparse_decode")
+    inputs = make_sparse_decode_inputs(2, h_q=16, page=1, num_blocks=90, device=backend.device)
+    slots = inputs.primary.cache.shape[0]
+    buffer = torch.full((slots, 3, 1, 656), 0xFF, dtype=torch.uint8, device=backend.device)
+    view = buffer[:, 1].as_strided((slots, 1, 1, 656), (3 * 656, 656, 656, 1), 656)
+    view.copy_(inputs.primary.cache)
+    inputs.primary = replace(inputs.primary, cache=view.view(torch.float8_e4m3fn))
+    check_decode(inputs)
+
+
 # ---- Signatures: the order and the defaults that engines rely on.
 
 
@@ -192,7 +367,10 @@ def test_the_signature_of_decode() -> None:
 
 SIGNATURES = {
     "get_mla_decoding_metadata": "seqlens_k num_q_tokens_per_head_k h_k h_q is_fp8_kvcache topk",
-    "flash_mla_sparse_fwd": "q kv indices sm_scale d_v attn_sink topk_length out return_lse_base kv_format",
+    "flash_mla_sparse_fwd": (
+        "q kv indices sm_scale d_v attn_sink topk_length out return_lse_base kv_format "
+        "extra_k_cache extra_indices_in_kvcache extra_topk_length"
+    ),
     "flash_attn_varlen_func": (
         "q k v cu_seqlens_qo cu_seqlens_kv max_seqlen_qo max_seqlen_kv dropout_p softmax_scale causal "
         "deterministic is_varlen"

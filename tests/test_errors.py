@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,24 @@ from flash_mla import (
     FlashMLASchedMeta,
     UnsupportedError,
     backends,
+    dequantize_kv_cache,
     errors,
     flash_mla_with_kvcache,
     get_mla_decoding_metadata,
+    quantize_kv_cache,
 )
-from flash_mla.testing import check_dense_decode, make_dense_decode_inputs
+from flash_mla.backends import reference
+from flash_mla.testing import (
+    check_decode,
+    check_dense_decode,
+    check_dense_prefill,
+    check_sparse_prefill,
+    make_dense_decode_inputs,
+    make_dense_fp8_inputs,
+    make_dense_prefill_inputs,
+    make_sparse_decode_inputs,
+    make_sparse_prefill_inputs,
+)
 
 Call = dict[str, object]
 HALF = torch.bfloat16
@@ -312,26 +326,26 @@ WRONG: dict[str, tuple[Callable[[Call], Call], type[Exception], str]] = {
         ValueError,
         r"extra_indices_in_kvcache: wanted int32 \[b, s_q, extra_topk\] with extra_k_cache, got None",
     ),
-    # Valid, but not built
-    "sparse": (
+    # FP8
+    "sparse heads": (
         built("indices", like_q(2, 2, 64, dtype=torch.int32)),
-        UnsupportedError,
-        r"sparse flash_mla_with_kvcache \(indices\) is not built yet",
+        ValueError,
+        r"k_cache: wanted one KV head \(h_kv = 1\), got 2",
     ),
     "fp8 cache": (
         lambda call: {**call, "k_cache": call["k_cache"].to(torch.float8_e4m3fn), "is_fp8_kvcache": True},
-        UnsupportedError,
-        "dense flash_mla_with_kvcache with an FP8 k_cache .* is not built yet",
+        TypeError,
+        "descale_k: wanted a float32 tensor of one number with a k_cache of torch.float8_e4m3fn .*, got None",
     ),
     "uint8 cache": (
         lambda call: {**call, "k_cache": call["k_cache"].to(torch.uint8)},
-        UnsupportedError,
-        "dense flash_mla_with_kvcache with an FP8 k_cache .* is not built yet",
+        ValueError,
+        r"k_cache: wanted 656 \(V32\) bytes per token for d_qk = 576, got 576",
     ),
     "fp8 q": (
         changed("q", lambda q: q.to(torch.float8_e4m3fn)),
-        UnsupportedError,
-        "flash_mla_with_kvcache with an FP8 q is not built yet",
+        TypeError,
+        "q: wanted torch.bfloat16 or torch.float16, got torch.float8_e4m3fn",
     ),
 }
 
@@ -419,23 +433,7 @@ def test_wrong_arguments_of_the_operator_itself(backend: Target) -> None:
             torch.ops.flash_mla.dense_decode(*spoiled)
 
 
-# ---- Names that exist and say that they are not built.
-
-STUBS: dict[str, tuple[object, ...]] = {
-    "flash_mla_sparse_fwd": (None, None, None, 1.0),
-    "flash_attn_varlen_func": (None,) * 7,
-    "flash_attn_varlen_qkvpacked_func": (None,) * 4,
-    "flash_attn_varlen_kvpacked_func": (None,) * 7,
-    "quantize_kv_cache": (None, "V32", 64),
-    "dequantize_kv_cache": (None, "V32"),
-    "append_kv_cache": (None, None, None, "V32"),
-}
-
-
-@pytest.mark.parametrize("name", STUBS)
-def test_what_is_not_built_says_so(name: str) -> None:
-    with pytest.raises(UnsupportedError, match=f"{name} is not built yet in this version of flash_mla"):
-        getattr(flash_mla, name)(*STUBS[name])
+# ---- Names.
 
 
 def test_public_names() -> None:
@@ -530,6 +528,37 @@ def test_a_library_that_does_not_load_leaves_the_reference(tmp_path: Path) -> No
     assert "RuntimeWarning: flash_mla: the CUDA library" in result.stderr
 
 
+def new_operations() -> dict[str, Callable[[], object]]:
+    """A call for each operation that goes through `backends.serve` or `decode_calls.run`."""
+    sparse, prefill = make_sparse_decode_inputs(2, h_q=2), make_sparse_prefill_inputs(2, h_q=2)
+    fp8, dense = make_dense_fp8_inputs([70, 0], "V32"), make_dense_prefill_inputs([(3, 5)])
+    cache = quantize_kv_cache(torch.zeros((5, 512), dtype=HALF), "V41", 4)
+    return {
+        "sparse_decode": lambda: check_decode(sparse),
+        "dense_decode_fp8": lambda: check_decode(fp8),
+        "sparse_prefill": lambda: check_sparse_prefill(prefill),
+        "dense_prefill": lambda: check_dense_prefill(dense),
+        "dequantize_kv_cache": lambda: dequantize_kv_cache(cache, "V41"),
+    }
+
+
+@pytest.mark.parametrize("name", list(new_operations()))
+def test_what_an_operator_declines_goes_to_the_next_backend(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Only what was declined before a launch: never a failure."""
+    call, texts = new_operations()[name], ["flash_mla[UnsupportedError] none takes it", "flash_mla[CudaError] it broke"]
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError(texts[0])
+
+    monkeypatch.setattr(backends, "active", replace(backends.AUTOMATIC, **{name: refuse}))
+    reference.forget_warnings()
+    with pytest.warns(RuntimeWarning, match="the reference backend serves"):
+        call()
+    texts.pop(0)
+    with pytest.raises(RuntimeError, match=r"^it broke$"):
+        call()
+
+
 PROBLEM = flash_mla.DenseDecodeProblem("cuda", 90, torch.bfloat16, 8, 1, 16, 1, 576, 512, 64, 0.04)
 
 
@@ -539,17 +568,35 @@ def test_capability_queries() -> None:
     with pytest.raises(TypeError, match="why_not: wanted a DenseDecodeProblem, or the tensors q= and k_cache="):
         flash_mla.why_not("dense_decode", q=torch.zeros(1))
     for op in ("sparse_decode", "sparse_prefill", "dense_prefill"):
-        assert flash_mla.why_not(op) == f"{op} is not built yet in this version of flash_mla"
+        assert flash_mla.why_not(op) == f"no CUDA kernel for {op} is built yet in this version of flash_mla"
     inputs = make_dense_decode_inputs([70])
     assert flash_mla.why_not("dense_decode", **inputs.call()) == "the tensors are on cpu"
     reason = flash_mla.why_not("dense_decode", PROBLEM)
     assert reason == backends.cuda_missing
+    with pytest.raises(ValueError, match="problem: wanted a SparseDecodeProblem for sparse_decode, got DenseDecodePro"):
+        flash_mla.why_not("sparse_decode", PROBLEM)
+
+
+@pytest.mark.skipif(backends.cuda_missing is not None, reason=str(backends.cuda_missing))
+def test_problems_without_cuda_kernels() -> None:
+    sparse = make_sparse_decode_inputs(2, h_q=2, extra_topk=3)
+    problems = {
+        "dense_decode": replace(PROBLEM, fp8_cache="V32"),
+        "sparse_decode": flash_mla.SparseDecodeProblem.of(
+            sparse.q, sparse.primary.cache, sparse.primary.indices, sparse.extra.cache, sparse.extra.indices
+        ),
+        "kv_cache": flash_mla.KVCacheProblem.of(sparse.primary.cache, "V32"),
+    }
+    for op, problem in problems.items():
+        on_gpu = replace(problem, device_type="cuda", compute_capability=90)
+        assert re.fullmatch("no CUDA kernel for .* is built yet .*", str(flash_mla.why_not(op, on_gpu)))
+        assert backends.select(on_gpu) is backends.REFERENCE
+        with backends.use("cuda"), pytest.raises(UnsupportedError, match="no backend takes the problem; cuda: no CUDA"):
+            backends.select(on_gpu)
 
 
 @pytest.mark.skipif(backends.cuda_missing is not None, reason=str(backends.cuda_missing))
 def test_the_kernel_table_without_a_gpu() -> None:
-    from dataclasses import replace
-
     for change in ({"dtype": torch.float32}, {"d_qk": 128}, {"d_v": 256}, {"compute_capability": 80}):
         reason = flash_mla.why_not("dense_decode", replace(PROBLEM, **change))
         assert reason is not None

@@ -7,7 +7,6 @@ import torch
 from conftest import Target
 from torch import Tensor
 
-import flash_mla
 from flash_mla import FlashMLASchedMeta, backends, get_mla_decoding_metadata, get_mla_metadata
 from flash_mla.backends.reference_schedule import plan_in_torch
 from flash_mla.schedule import pieces
@@ -178,9 +177,13 @@ def test_wrong_lengths_are_named() -> None:
         get_mla_decoding_metadata(torch.tensor([100], dtype=torch.int32), 0, 1)
 
 
-def test_a_sparse_plan_is_not_built_yet() -> None:
-    with pytest.raises(flash_mla.UnsupportedError, match="not built yet"):
-        get_mla_decoding_metadata(torch.tensor([100], dtype=torch.int32), 8, 1, topk=2048)
+def test_a_sparse_plan_has_topk_keys_for_every_request(backend: Target) -> None:
+    backend.require("sparse_decode")
+    seqlens = torch.tensor([100, 0, 9000], dtype=torch.int32, device=backend.device)
+    for topk in (1, 64, 2048):
+        check_schedule(*get_mla_decoding_metadata(seqlens, 128, 1, 128, True, topk), [topk] * 3)
+    with pytest.raises(ValueError, match="topk: wanted at least 1, got 0"):
+        get_mla_decoding_metadata(seqlens, 128, 1, topk=0)
 
 
 # ---- The metadata object.

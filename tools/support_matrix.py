@@ -21,8 +21,19 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 BEGIN, END = "<!-- support-matrix:begin -->", "<!-- support-matrix:end -->"
 GPUS = {90: "SM90 (H100, H200, GH200)", 100: "SM100 (B200, GB200)"}
-# Operations without kernels so far. `flash_mla.why_not(op)` tells the same, and a test compares.
-PLANNED = ("sparse_decode", "sparse_prefill", "dense_prefill")
+_ROWS = "BF16, V32, V32_NO_ROPE, MODEL1 (V4), V41 (+ V41_FP4)"
+# What the reference serves: dtypes or cache formats, d_qk, page sizes, h_kv.
+REFERENCE = {
+    "dense_decode": [
+        ("bfloat16, float16", "576, 512", "any", "any"),
+        ("e4m3 with descale_k", "576, 512", "any", "any"),
+        ("V32, V32_NO_ROPE, MODEL1 (V4), V41", "576, 512", "any", "1"),
+    ],
+    "sparse_decode": [(_ROWS, "576, 512", "any", "1")],
+    "sparse_prefill": [(_ROWS, "576, 512", "any", "1")],
+    "dense_prefill": [("bfloat16, float16, with gradients", "192, 128", "-", "any")],
+    "kv_cache": [("BF16, V32, V32_NO_ROPE, MODEL1 (V4), V41, V41_FP4", "576, 512", "any", "1")],
+}
 
 
 def render() -> str:
@@ -34,9 +45,9 @@ def render() -> str:
         if not k.reason:
             takes = (listed(k.dtypes), listed(k.d_qk), pages(k), listed(k.h_kv))
             rows.append(("dense_decode", k.kernel, GPUS[k.compute_capability], *takes))
-    rows.append(("dense_decode", "reference (PyTorch)", "any device", "bfloat16, float16", "576, 512", "any", "any"))
-    rows += [(op, "none yet", *["-"] * 5) for op in PLANNED]
-    return table(("op", "kernel", "GPU", "dtypes", "d_qk", "page sizes", "h_kv"), rows)
+    for op, served in REFERENCE.items():
+        rows += [(op, "reference (PyTorch)", "any device", *takes) for takes in served]
+    return table(("op", "kernel", "GPU", "dtypes or cache formats", "d_qk", "page sizes", "h_kv"), rows)
 
 
 def listed(values: Iterable[object]) -> str:

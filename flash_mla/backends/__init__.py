@@ -11,24 +11,44 @@ consulted. A launch that failed is never repeated elsewhere.
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
+from flash_mla._ops import why_not_native
 from flash_mla.backends import cuda, reference
-from flash_mla.errors import UnsupportedError, wanted
-from flash_mla.problem import DenseDecodeProblem
+from flash_mla.errors import UnsupportedError, from_native, wanted
+from flash_mla.problem import Problem
+
+
+def _absent(*_args: Any) -> Any:
+    raise UnsupportedError("the backend does not have this operator")
 
 
 @dataclass(frozen=True)
 class Operators:
-    """The operators that calls go to."""
+    """The operators that calls go to. A backend may leave out those that it does not have."""
 
     dense_decode: Callable[..., Any]
     dense_decode_out: Callable[..., Any]
     plan_dense_decode: Callable[..., Any]
     merge_attention_states: Callable[..., Any]
+    dense_decode_fp8: Callable[..., Any] = _absent
+    dense_decode_fp8_out: Callable[..., Any] = _absent
+    sparse_decode: Callable[..., Any] = _absent
+    sparse_decode_out: Callable[..., Any] = _absent
+    plan_sparse_decode: Callable[..., Any] = _absent
+    sparse_prefill: Callable[..., Any] = _absent
+    sparse_prefill_out: Callable[..., Any] = _absent
+    dense_prefill: Callable[..., Any] = _absent
+    append_kv_cache: Callable[..., Any] = _absent
+    dequantize_kv_cache: Callable[..., Any] = _absent
+
+    @staticmethod
+    def made_by(make: Callable[[str], Callable[..., Any]]) -> "Operators":
+        """All of them, each made from its name."""
+        return Operators(**{field.name: make(field.name) for field in fields(Operators)})
 
 
 @dataclass(frozen=True)
@@ -36,20 +56,27 @@ class Backend:
     """One way to serve calls."""
 
     name: str
-    why_not: Callable[[DenseDecodeProblem], str | None]
+    why_not: Callable[[Any], str | None]
     """None, or why the backend does not take the problem."""
     operators: Operators
 
 
-def _cuda_only(op: Callable[..., Any]) -> Callable[..., Any]:
-    """`op` for CUDA tensors, `UnsupportedError` for others. For calls that must not be served by anything else."""
+def _registered(name: str) -> Callable[..., Any]:
+    op: Callable[..., Any] = getattr(torch.ops.flash_mla, name).default
+    return op
+
+
+def _cuda_only(name: str) -> Callable[..., Any]:
+    """An operator for CUDA tensors, `UnsupportedError` for others: calls that nothing else may serve."""
+    op = _registered(name)
+    missing = why_not_native(name)
 
     def call(first: Any, *rest: Any) -> Any:
         tensor = first[0] if isinstance(first, (list, tuple)) else first
         if isinstance(tensor, torch.Tensor) and not tensor.is_cuda:
             raise UnsupportedError(f"backend cuda: the tensors are on {tensor.device.type}")
-        if cuda_missing is not None:
-            raise UnsupportedError(f"backend cuda: {cuda_missing}")
+        if missing is not None:
+            raise UnsupportedError(f"backend cuda: {missing}")
         return op(first, *rest)
 
     return call
@@ -58,33 +85,9 @@ def _cuda_only(op: Callable[..., Any]) -> Callable[..., Any]:
 cuda_missing = cuda.missing()
 """None when the native library is loaded, else the reason."""
 
-_ops = torch.ops.flash_mla
-AUTOMATIC = Operators(
-    _ops.dense_decode.default,
-    _ops.dense_decode_out.default,
-    _ops.plan_dense_decode.default,
-    _ops.merge_attention_states.default,
-)
-CUDA = Backend(
-    "cuda",
-    cuda.why_not,
-    Operators(
-        _cuda_only(AUTOMATIC.dense_decode),
-        _cuda_only(AUTOMATIC.dense_decode_out),
-        _cuda_only(AUTOMATIC.plan_dense_decode),
-        _cuda_only(AUTOMATIC.merge_attention_states),
-    ),
-)
-REFERENCE = Backend(
-    "reference",
-    lambda problem: None,
-    Operators(
-        _ops.reference_dense_decode.default,
-        _ops.reference_dense_decode_out.default,
-        _ops.reference_plan_dense_decode.default,
-        _ops.reference_merge_attention_states.default,
-    ),
-)
+AUTOMATIC = Operators.made_by(_registered)
+CUDA = Backend("cuda", cuda.why_not, Operators.made_by(_cuda_only))
+REFERENCE = Backend("reference", lambda problem: None, Operators.made_by(lambda name: _registered(f"reference_{name}")))
 
 REGISTRY = (CUDA, REFERENCE)
 """In order of preference."""
@@ -121,7 +124,7 @@ def use(name: str | None) -> Iterator[None]:
         set_backend(before)
 
 
-def select(problem: DenseDecodeProblem) -> Backend:
+def select(problem: Problem) -> Backend:
     """The backend that serves `problem`: the first allowed one that has nothing against it.
 
     Raises:
@@ -133,7 +136,50 @@ def select(problem: DenseDecodeProblem) -> Backend:
         if reason is None:
             return backend
         reasons.append(f"{backend.name}: {reason}")
-    raise UnsupportedError(f"dense decode: no backend takes the problem; {'; '.join(reasons)}")
+    raise UnsupportedError(f"{problem.op.replace('_', ' ')}: no backend takes the problem; {'; '.join(reasons)}")
+
+
+def serve(op: str, check: Callable[..., None], problem_of: Callable[..., Problem], *arguments: Any) -> Any:
+    """Call operator `op`; where it refuses, find the words, or the backend that takes what no kernel does.
+
+    The operators check their arguments themselves, so nothing stands before them. Only an operator that declined
+    before any launch, with `UnsupportedError`, is asked for again elsewhere, and only where its own table agrees.
+
+    Args:
+        op: field of `Operators`.
+        check: raises the error that names the wrong argument, from the operator's arguments.
+        problem_of: what the call asks for, from the operator's arguments.
+        *arguments: of the operator.
+
+    Raises:
+        ValueError, TypeError: of `check`.
+        UnsupportedError: no backend takes the call.
+    """
+    try:
+        return getattr(active, op)(*arguments)
+    except Exception as error:
+        check(*arguments)
+        failure = from_native(error)
+        if not isinstance(failure, UnsupportedError):
+            raise failure from None
+        return getattr(after(failure, problem_of(*arguments)).operators, op)(*arguments)
+
+
+def after(failure: UnsupportedError, problem: Problem) -> Backend:
+    """The backend that takes over when an operator declined before any launch; the reference with a warning.
+
+    Raises:
+        UnsupportedError: `failure`, where the backend that declined claims to take the problem; or no backend takes it.
+    """
+    reason = CUDA.why_not(problem)
+    if reason is None:
+        raise failure from None
+    backend = select(problem)
+    if backend is override:
+        raise failure from None
+    if backend is REFERENCE:
+        reference.warn_once(reason)
+    return backend
 
 
 def _from_environment() -> None:
@@ -154,11 +200,13 @@ __all__ = [
     "Backend",
     "Operators",
     "active",
+    "after",
     "cuda",
     "cuda_missing",
     "override",
     "reference",
     "select",
+    "serve",
     "set_backend",
     "use",
 ]

@@ -8,39 +8,55 @@ import torch
 
 from flash_mla.backends import cuda
 from flash_mla.errors import wanted
-from flash_mla.problem import DenseDecodeProblem
+from flash_mla.problem import DenseDecodeProblem, Problem
+from flash_mla.problem_kv_cache import KVCacheProblem
+from flash_mla.problem_prefill import DensePrefillProblem
+from flash_mla.problem_sparse import SparseDecodeProblem, SparsePrefillProblem
 
-OPERATIONS = ("dense_decode", "sparse_decode", "sparse_prefill", "dense_prefill")
+# By operation: its problem, the tensors of a call that it is made from, and the other arguments that matter.
+_EXTRA = ("extra_k_cache", "extra_indices_in_kvcache", "kv_format")
+_OPERATIONS: dict[str, tuple[Any, tuple[str, ...], tuple[str, ...]]] = {
+    "dense_decode": (DenseDecodeProblem, ("q", "k_cache"), ("head_dim_v", "softmax_scale", "kv_format")),
+    "sparse_decode": (SparseDecodeProblem, ("q", "k_cache", "indices"), _EXTRA),
+    "sparse_prefill": (SparsePrefillProblem, ("q", "kv", "indices"), ("d_v", *_EXTRA)),
+    "dense_prefill": (DensePrefillProblem, ("q", "k", "v", "cu_seqlens_qo"), ("causal", "deterministic")),
+    "kv_cache": (KVCacheProblem, ("cache",), ("format",)),
+}
+OPERATIONS = tuple(_OPERATIONS)
 
 
-def why_not(op: str, problem: DenseDecodeProblem | None = None, **call: Any) -> str | None:
+def why_not(op: str, problem: Problem | None = None, **call: Any) -> str | None:
     """Why no CUDA kernel of this build serves a call; None when one does.
 
     Args:
-        op: "dense_decode" (`flash_mla_with_kvcache` without indices), "sparse_decode", "sparse_prefill" or
-            "dense_prefill".
-        problem: what is asked for, as a value; or else
-        **call: `q=` and `k_cache=` tensors and, if they matter, `head_dim_v=` and `softmax_scale=`. Other arguments
-            of the call may stand there too and are not looked at.
+        op: "dense_decode" (`flash_mla_with_kvcache` without indices), "sparse_decode" (with them), "sparse_prefill"
+            (`flash_mla_sparse_fwd`), "dense_prefill" (`flash_attn_varlen_func`) or "kv_cache" (`append_kv_cache` and
+            `dequantize_kv_cache`).
+        problem: what is asked for, as a value of the operation's class; or else
+        **call: the arguments of the call by name, the tensors at least. Those that make no difference are not looked
+            at.
 
     Returns:
         None, or a text that lists each candidate kernel and its reason. The reference backend serves every call.
 
     Raises:
-        ValueError: no such `op`.
-        TypeError: neither a problem nor both tensors.
+        ValueError: no such `op`, or the problem is of another one.
+        TypeError: neither a problem nor the tensors.
     """
     if op not in OPERATIONS:
         raise ValueError(wanted("op", " or ".join(OPERATIONS), repr(op)))
-    if op != "dense_decode":
-        return f"{op} is not built yet in this version of flash_mla"
-    if problem is None:
-        q, k_cache = call.get("q"), call.get("k_cache")
-        if not isinstance(q, torch.Tensor) or not isinstance(k_cache, torch.Tensor):
-            raise TypeError(wanted("why_not", "a DenseDecodeProblem, or the tensors q= and k_cache=", sorted(call)))
-        known = {name: call[name] for name in ("head_dim_v", "softmax_scale") if name in call}
-        problem = DenseDecodeProblem.of(q, k_cache, **known)
-    return cuda.why_not(problem)
+    kind, tensors, options = _OPERATIONS[op]
+    if problem is not None:
+        if not isinstance(problem, kind):
+            raise ValueError(wanted("problem", f"a {kind.__name__} for {op}", type(problem).__name__))
+        return cuda.why_not(problem)
+    if not call and op in cuda.WITHOUT_KERNELS:
+        return cuda.no_kernels(op)
+    if not all(isinstance(call.get(name), torch.Tensor) for name in tensors):
+        names = " and ".join(f"{name}=" for name in tensors)
+        raise TypeError(wanted("why_not", f"a {kind.__name__}, or the tensors {names}", sorted(call)))
+    known = {name: call[name] for name in options if name in call}
+    return cuda.why_not(kind.of(**{name: call[name] for name in tensors}, **known))
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,13 @@ rest.
 import torch
 
 from flash_mla import _ops
-from flash_mla.problem import DenseDecodeProblem
+from flash_mla.problem import DenseDecodeProblem, Problem
 
 _SCALAR_TYPES = {torch.bfloat16: 0, torch.float16: 1}
 _OTHER_SCALAR_TYPE = 2
+
+WITHOUT_KERNELS = ("dense_decode_fp8", "sparse_decode", "sparse_prefill", "dense_prefill", "kv_cache")
+"""Operations, and variants of them, that no architecture has kernels for so far."""
 
 
 def missing() -> str | None:
@@ -42,13 +45,22 @@ def dense_decode_table(problem: DenseDecodeProblem) -> dict[str, str]:
     return table
 
 
-def why_not(problem: DenseDecodeProblem) -> str | None:
+def why_not(problem: Problem) -> str | None:
     """None when some CUDA kernel takes `problem`, else every kernel with its reason."""
     if problem.device_type != "cuda":
         return f"the tensors are on {problem.device_type}"
     if _ops.why_not_loaded is not None:
         return _ops.why_not_loaded
+    if not isinstance(problem, DenseDecodeProblem):
+        return no_kernels(problem.op)
+    if problem.fp8_cache is not None:
+        return no_kernels("dense_decode_fp8")
     table = dense_decode_table(problem)
     if any(reason == "" for reason in table.values()):
         return None
     return "; ".join(f"{name}: {reason}" for name, reason in table.items())
+
+
+def no_kernels(op: str) -> str:
+    """The reason of an operation that has no kernels so far."""
+    return f"no CUDA kernel for {op} is built yet in this version of flash_mla"

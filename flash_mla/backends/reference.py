@@ -1,4 +1,4 @@
-"""The reference backend: what the operators mean, in PyTorch, on any device.
+"""The reference backend: what the operators mean, in PyTorch, on any device. Here: dense decode and merging.
 
 `attend` is the definition. It reads the cache in blocks of keys with an online softmax, so memory stays bounded
 whatever the lengths, and it masks by selecting, so bytes that no length reaches never influence a result. It reads
@@ -7,13 +7,18 @@ the lengths on the host, so unlike the CUDA kernels it synchronises and cannot b
 
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flash_mla import _ops, errors, problem
+from flash_mla.backends import reference_kv_cache, reference_prefill, reference_sparse
+from flash_mla.backends.reference_kv_cache import gather_rows
 from flash_mla.backends.reference_schedule import plan_in_torch
+from flash_mla.backends.reference_softmax import OnlineSoftmax
+from flash_mla.kv_format import KVFormat
 
 KEYS_PER_STEP = 256
 SCRATCH_ELEMENTS = 1 << 26
@@ -33,6 +38,8 @@ def attend(
     compute_dtype: torch.dtype = torch.float32,
     probability_dtype: torch.dtype | None = None,
     one_request_at_a_time: bool = False,
+    kv_format: KVFormat | None = None,
+    descale_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Paged multi-head latent attention; K is the cache row and V its first `head_dim_v` values.
 
@@ -42,7 +49,7 @@ def attend(
 
     Args:
         q: `[b, s_q, h_q, d_qk]`, any float dtype.
-        k_cache: `[num_blocks, page, h_kv, d_qk]`, any strides.
+        k_cache: `[num_blocks, page, h_kv, d_qk]`, any strides; or of `kv_format`.
         block_table: int32 `[b, max_blocks]`; entries at or past the length are not used.
         cache_seqlens: int32 `[b]`, in keys.
         softmax_scale: factor on the scores.
@@ -50,6 +57,8 @@ def attend(
         compute_dtype: dtype of everything after reading the inputs.
         probability_dtype: round the unnormalised probabilities to it before they meet V, as tensor-core kernels do.
         one_request_at_a_time: makes the bits of a request independent of the rest of the batch.
+        kv_format: format of a cache of bytes.
+        descale_k: float32, one number: what the values of an e4m3 cache without a format are multiplied by.
 
     Returns:
         out `[b, s_q, h_q, head_dim_v]` and lse `[b, h_q, s_q]`, both of `compute_dtype`.
@@ -63,13 +72,14 @@ def attend(
     out = torch.zeros((b, s_q, h_q, head_dim_v), dtype=compute_dtype, device=q.device)
     lse = torch.full((b, h_q, s_q), float("inf"), dtype=compute_dtype, device=q.device)
     lse_by_query = lse.transpose(1, 2)
+    cache = PagedCache(k_cache, kv_format, descale_k)
     # The last query of a request sees all its keys; the ones before it see fewer where the call is causal.
     hidden = torch.arange(s_q - 1, -1, -1, device=q.device) if causal else torch.zeros(s_q, device=q.device).long()
     visible = lengths[:, None] - hidden
     for requests, queries in _groups(lengths, s_q, h_q, head_dim_v, one_request_at_a_time):
         part_out, part_lse = _attend_group(
             q[requests, queries].to(compute_dtype),
-            k_cache,
+            cache,
             block_table[requests],
             lengths[requests],
             visible[requests, queries],
@@ -113,7 +123,7 @@ def _groups(
 
 def _attend_group(
     q: Tensor,
-    k_cache: Tensor,
+    cache: "PagedCache",
     block_table: Tensor,
     lengths: Tensor,
     visible: Tensor,
@@ -127,47 +137,55 @@ def _attend_group(
     d_v]` and lse `[n, s, h_q]`.
     """
     n, s, h_q, d = q.shape
-    h_kv = k_cache.shape[2]
+    h_kv = cache.k_cache.shape[2]
     group = h_q // h_kv
-    q = q.view(n, s, h_kv, group, d).transpose(1, 2).reshape(n, h_kv, s * group, d)
-    row_max = q.new_full((n, h_kv, s * group, 1), float("-inf"))
-    row_sum = q.new_zeros((n, h_kv, s * group, 1))
-    acc = q.new_zeros((n, h_kv, s * group, head_dim_v))
-    for start in range(0, int(lengths.max()), KEYS_PER_STEP):
-        position = torch.arange(start, min(start + KEYS_PER_STEP, int(lengths.max())), device=q.device)
-        keys = gather_keys(k_cache, block_table, lengths, position).to(q.dtype).transpose(1, 2)
-        scores = (q @ keys.transpose(2, 3)).mul_(softmax_scale).view(n, h_kv, s, group, -1)
+    q = q.view(n, s, h_kv, group, d).transpose(1, 2).reshape(n * h_kv, s * group, d)
+    softmax = OnlineSoftmax(q, head_dim_v, probability_dtype)
+    longest = int(lengths.max())
+    for start in range(0, longest, KEYS_PER_STEP):
+        position = torch.arange(start, min(start + KEYS_PER_STEP, longest), device=q.device)
+        keys = gather_keys(cache, block_table, lengths, position).to(q.dtype).transpose(1, 2).flatten(0, 1)
+        scores = torch.bmm(q, keys.transpose(1, 2)).mul_(softmax_scale).view(n, h_kv, s, group, -1)
         masked = position >= visible[:, :, None]
-        scores = scores.masked_fill_(masked[:, None, :, None, :], float("-inf")).view(n, h_kv, s * group, -1)
-
-        new_max = torch.maximum(row_max, scores.amax(-1, keepdim=True))
-        origin = new_max.masked_fill(new_max == float("-inf"), 0.0)  # -inf - -inf is NaN
-        p = scores.sub_(origin).exp_()
-        rescale = (row_max - origin).exp_()
-        row_sum = row_sum * rescale + p.sum(-1, keepdim=True)
-        if probability_dtype is not None:
-            p = p.to(probability_dtype).to(q.dtype)
-        acc.mul_(rescale).add_(p @ keys[..., :head_dim_v])
-        row_max = new_max
+        scores.masked_fill_(masked[:, None, :, None, :], float("-inf"))
+        softmax.add(scores.view(n * h_kv, s * group, -1), keys[..., :head_dim_v])
 
     def by_query(rows: Tensor) -> Tensor:
         return rows.view(n, h_kv, s, group, -1).transpose(1, 2).reshape(n, s, h_q, -1)
 
     sees_a_key = (visible > 0)[:, :, None]
-    out = torch.where(sees_a_key[..., None], by_query(acc.div_(row_sum)), 0.0)
-    lse = torch.where(sees_a_key, by_query(row_max + row_sum.log())[..., 0], float("inf"))
+    out = torch.where(sees_a_key[..., None], by_query(softmax.out()), 0.0)
+    lse = torch.where(sees_a_key, by_query(softmax.lse())[..., 0], float("inf"))
     return out, lse
 
 
-def gather_keys(k_cache: Tensor, block_table: Tensor, lengths: Tensor, position: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class PagedCache:
+    """A paged cache whose rows are values, or bytes of a format."""
+
+    k_cache: Tensor
+    kv_format: KVFormat | None = None
+    descale_k: Tensor | None = None
+
+    def rows(self, pages: Tensor, offsets: Tensor) -> Tensor:
+        """Values `[*pages.shape, h_kv, d]` of slots that are there."""
+        if self.kv_format is not None:
+            return gather_rows(self.k_cache, self.kv_format, pages * self.k_cache.shape[1] + offsets).unsqueeze(-2)
+        if self.descale_k is None:
+            return self.k_cache[pages, offsets]
+        codes = self.k_cache.view(torch.uint8)[pages, offsets]
+        return codes.view(torch.float8_e4m3fn).float() * self.descale_k
+
+
+def gather_keys(cache: PagedCache, block_table: Tensor, lengths: Tensor, position: Tensor) -> Tensor:
     """Cache rows `[n, keys, h_kv, d]` at `position` `[keys]` of each request; zeros at and past its length."""
-    num_blocks, page = k_cache.shape[:2]
+    num_blocks, page = cache.k_cache.shape[:2]
     live = position < lengths[:, None]
     pages = torch.where(live, block_table[:, position // page], 0).to(torch.int64)
     if bool(((pages < 0) | (pages >= num_blocks)).any()):
         wanted = f"entries below num_blocks = {num_blocks} within cache_seqlens"
         raise ValueError(errors.wanted("block_table", wanted, f"entries from {int(pages.min())} to {int(pages.max())}"))
-    return torch.where(live[:, :, None, None], k_cache[pages, position % page], 0)
+    return torch.where(live[:, :, None, None], cache.rows(pages, position % page), 0)
 
 
 # ---- The operators.
@@ -226,6 +244,69 @@ def dense_decode_out(*args: Any) -> None:
 
 
 @torch.no_grad()
+def dense_decode_fp8(
+    q: Tensor,
+    k_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    tile_scheduler_metadata: Tensor | None,
+    num_splits: Tensor | None,
+    attn_sink: Tensor | None,
+    head_dim_v: int,
+    softmax_scale: float,
+    causal: bool,
+    batch_invariant: bool,
+    descale_q: Tensor | None,
+    descale_k: Tensor | None,
+    kv_format: str | None,
+) -> tuple[Tensor, Tensor]:
+    """`torch.ops.flash_mla.reference_dense_decode_fp8`: a cache of a format, or of e4m3 values times descale_k.
+
+    An e4m3 q stands for q times descale_q.
+    """
+    problem.check_dense_decode_fp8(
+        q,
+        k_cache,
+        block_table,
+        cache_seqlens,
+        tile_scheduler_metadata,
+        num_splits,
+        attn_sink,
+        head_dim_v,
+        softmax_scale,
+        causal,
+        batch_invariant,
+        descale_q,
+        descale_k,
+        kv_format,
+    )
+    out, lse = attend(
+        q if descale_q is None else q.float() * descale_q,
+        k_cache,
+        block_table,
+        cache_seqlens,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        attn_sink=attn_sink,
+        head_dim_v=head_dim_v,
+        one_request_at_a_time=batch_invariant,
+        kv_format=None if kv_format is None else KVFormat(kv_format),
+        descale_k=descale_k,
+    )
+    return out.to(problem.out_dtype(q)), lse
+
+
+@torch.no_grad()
+def dense_decode_fp8_out(*args: Any) -> None:
+    """`torch.ops.flash_mla.reference_dense_decode_fp8_out`: the same, into the last two arguments."""
+    *inputs, out, lse = args
+    problem.check_dense_decode_fp8(*args)
+    result_out, result_lse = dense_decode_fp8(*inputs)
+    out.copy_(result_out)
+    lse.copy_(result_lse)
+
+
+@torch.no_grad()
 def plan_dense_decode(cache_seqlens: Tensor, s_q: int, h_q: int, h_kv: int) -> tuple[Tensor, Tensor]:
     """`torch.ops.flash_mla.reference_plan_dense_decode`."""
     problem.check_plan(cache_seqlens, s_q, h_q, h_kv)
@@ -259,6 +340,18 @@ _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "dense_decode_out": dense_decode_out,
     "plan_dense_decode": plan_dense_decode,
     "merge_attention_states": merge_attention_states,
+    "dense_decode_fp8": dense_decode_fp8,
+    "dense_decode_fp8_out": dense_decode_fp8_out,
+    "sparse_decode": reference_sparse.sparse_decode,
+    "sparse_decode_out": reference_sparse.sparse_decode_out,
+    "plan_sparse_decode": reference_sparse.plan_sparse_decode,
+    "sparse_prefill": reference_sparse.sparse_prefill,
+    "sparse_prefill_out": reference_sparse.sparse_prefill_out,
+    "sparse_prefill_backward": reference_sparse.sparse_prefill_backward,
+    "dense_prefill": reference_prefill.dense_prefill,
+    "dense_prefill_backward": reference_prefill.dense_prefill_backward,
+    "append_kv_cache": reference_kv_cache.append_kv_cache,
+    "dequantize_kv_cache": reference_kv_cache.dequantize_kv_cache,
 }
 
 _warned: set[str] = set()
@@ -278,9 +371,9 @@ def forget_warnings() -> None:
     _warned.clear()
 
 
-def _with_warning(function: Callable[..., Any]) -> Callable[..., Any]:
+def _with_warning(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     def serve(*args: Any) -> Any:
-        warn_once(str(_ops.why_not_loaded))
+        warn_once(str(_ops.why_not_native(name)))
         return function(*args)
 
     return serve
@@ -290,8 +383,8 @@ def _register() -> None:
     for name, function in _IMPLEMENTATIONS.items():
         _ops.implement(f"reference_{name}", function, "CompositeExplicitAutograd")
         _ops.implement(name, function, "CPU")
-        if _ops.why_not_loaded is not None:
-            _ops.implement(name, _with_warning(function), "CUDA")
+        if name not in _ops.NATIVE:
+            _ops.implement(name, _with_warning(name, function), "CUDA")
 
 
 _register()

@@ -11,8 +11,12 @@ from flash_mla.problem import BLOCK_KEYS, REFERENCE_PARTS, ROW_FIELDS
 
 def blocks_per_request(cache_seqlens: Tensor) -> Tensor:
     """int64 `[b]`: schedule blocks of each request, `max(1, ceil(length / 64))`."""
-    blocks = (cache_seqlens.to(torch.int64) + (BLOCK_KEYS - 1)).div(BLOCK_KEYS, rounding_mode="floor")
-    return blocks.clamp_(min=1)
+    return blocks_of(cache_seqlens).clamp_(min=1)
+
+
+def blocks_of(lengths: Tensor) -> Tensor:
+    """int64 `[b]`: `ceil(length / 64)`."""
+    return (lengths.to(torch.int64) + (BLOCK_KEYS - 1)).div(BLOCK_KEYS, rounding_mode="floor")
 
 
 def plan_in_torch(cache_seqlens: Tensor, num_parts: int = REFERENCE_PARTS) -> tuple[Tensor, Tensor]:
@@ -25,12 +29,16 @@ def plan_in_torch(cache_seqlens: Tensor, num_parts: int = REFERENCE_PARTS) -> tu
     Returns:
         `tile_scheduler_metadata` int32 `[num_parts, 8]` and `num_splits` int32 `[b + 1]`.
     """
-    b, device = cache_seqlens.shape[0], cache_seqlens.device
+    return plan_blocks(blocks_per_request(cache_seqlens), num_parts)
+
+
+def plan_blocks(blocks: Tensor, num_parts: int = REFERENCE_PARTS) -> tuple[Tensor, Tensor]:
+    """`plan_in_torch` for requests of `blocks` int64 `[b]` blocks, each at least 1."""
+    b, device = blocks.shape[0], blocks.device
     rows = torch.zeros((num_parts, ROW_FIELDS), dtype=torch.int64, device=device)
     num_splits = torch.zeros(b + 1, dtype=torch.int32, device=device)
     if b == 0:
         return rows.to(torch.int32), num_splits
-    blocks = blocks_per_request(cache_seqlens)
     ends = blocks.cumsum(0)
     starts = ends - blocks
     total = ends[-1]

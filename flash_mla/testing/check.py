@@ -6,13 +6,24 @@ import torch
 from torch import Tensor
 
 from flash_mla.decode import flash_mla_with_kvcache
+from flash_mla.prefill import flash_attn_varlen_func, flash_mla_sparse_fwd
 from flash_mla.schedule import FlashMLASchedMeta
 from flash_mla.testing.compare import Comparison, assert_close
+from flash_mla.testing.fp8 import DenseFP8Inputs, expected_dense_fp8
 from flash_mla.testing.inputs import DenseDecodeInputs, expected_dense_decode
+from flash_mla.testing.prefill import DensePrefillInputs, expected_dense_prefill
+from flash_mla.testing.sparse import (
+    SparseDecodeInputs,
+    SparsePrefillInputs,
+    expected_sparse_decode,
+    expected_sparse_prefill,
+)
+
+DecodeInputs = DenseDecodeInputs | DenseFP8Inputs | SparseDecodeInputs
 
 
-def run_dense_decode(
-    inputs: DenseDecodeInputs,
+def run_decode(
+    inputs: DecodeInputs,
     schedule: FlashMLASchedMeta | Tensor | None = None,
     num_splits: Tensor | None = None,
     **options: Any,
@@ -23,8 +34,11 @@ def run_dense_decode(
     return flash_mla_with_kvcache(**inputs.call(), tile_scheduler_metadata=schedule, num_splits=num_splits, **options)
 
 
-def check_dense_decode(
-    inputs: DenseDecodeInputs,
+run_dense_decode = run_decode
+
+
+def check_decode(
+    inputs: DecodeInputs,
     schedule: FlashMLASchedMeta | Tensor | None = None,
     num_splits: Tensor | None = None,
     *,
@@ -50,8 +64,69 @@ def check_dense_decode(
     Raises:
         AssertionError: naming the first bad coordinate.
     """
-    out, lse = run_dense_decode(inputs, schedule, num_splits, **options) if result is None else result
-    answer = expected_dense_decode(inputs, compute_dtype)
+    out, lse = run_decode(inputs, schedule, num_splits, **options) if result is None else result
+    if isinstance(inputs, SparseDecodeInputs):
+        answer = expected_sparse_decode(inputs, compute_dtype)
+    elif isinstance(inputs, DenseFP8Inputs):
+        answer = expected_dense_fp8(inputs, compute_dtype)
+    else:
+        answer = expected_dense_decode(inputs, compute_dtype)
+    return (
+        assert_close("out", out, answer.out, answer.emulated_out),
+        assert_close("lse", lse, answer.lse, answer.emulated_lse),
+    )
+
+
+check_dense_decode = check_decode
+
+
+def check_sparse_prefill(
+    inputs: SparsePrefillInputs,
+    *,
+    result: tuple[Tensor, Tensor, Tensor] | None = None,
+    compute_dtype: torch.dtype = torch.float64,
+    **options: Any,
+) -> tuple[Comparison, Comparison, Comparison]:
+    """Call `flash_mla_sparse_fwd`, then compare out, max_logits and lse (of base e) with the truth.
+
+    Args:
+        inputs: of the call.
+        result: check this (out, max_logits, lse) in place of calling.
+        compute_dtype: of the truth.
+        **options: further arguments of the call.
+
+    Raises:
+        AssertionError: naming the first bad coordinate.
+    """
+    out, max_logits, lse = flash_mla_sparse_fwd(**{**inputs.call(), **options}) if result is None else result
+    answer = expected_sparse_prefill(inputs, compute_dtype)
+    return (
+        assert_close("out", out, answer.out, answer.emulated_out),
+        assert_close("max_logits", max_logits, answer.max_logits, answer.emulated_max_logits),
+        assert_close("lse", lse, answer.lse, answer.emulated_lse),
+    )
+
+
+def check_dense_prefill(
+    inputs: DensePrefillInputs,
+    *,
+    result: tuple[Tensor, Tensor] | None = None,
+    compute_dtype: torch.dtype = torch.float64,
+    **options: Any,
+) -> tuple[Comparison, Comparison]:
+    """Call `flash_attn_varlen_func`, then compare out and lse with the truth.
+
+    Args:
+        inputs: of the call.
+        result: check this (out, lse) in place of calling.
+        compute_dtype: of the truth.
+        **options: further arguments of the call.
+
+    Raises:
+        AssertionError: naming the first bad coordinate.
+    """
+    out, lse = flash_attn_varlen_func(**{**inputs.call(), **options}) if result is None else result
+    answer = expected_dense_prefill(inputs, compute_dtype)
     return (
         assert_close("out", out, answer.out, answer.emulated_out),
         assert_close("lse", lse, answer.lse, answer.emulated_lse),

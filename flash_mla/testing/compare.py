@@ -47,7 +47,7 @@ def compare(name: str, actual: Tensor, truth: Tensor, emulation: Tensor) -> Comp
     """Compare an output or an lse with the truth.
 
     Args:
-        name: what it is called in messages; names that begin with "lse" are compared as logarithms.
+        name: what it is called in messages; names that begin with "lse" or "max_logits" are compared as logarithms.
         actual: the answer.
         truth: float64 (or float32) and not rounded; same shape.
         emulation: PyTorch's answer with the same dtypes; same shape.
@@ -63,7 +63,7 @@ def compare(name: str, actual: Tensor, truth: Tensor, emulation: Tensor) -> Comp
     if pattern is not None or actual.numel() == 0:
         return Comparison(name, 0.0, 0.0, 0.0, 0.0, 0.0, pattern)
 
-    is_lse = name.startswith("lse")
+    is_lse = name.startswith(("lse", "max_logits"))
     finite = truth.isfinite()
     truth64 = torch.where(finite, truth, 0.0).double()
     error = (torch.where(finite, actual, 0.0).double() - truth64).abs()

@@ -1,0 +1,398 @@
+"""flash_attn_varlen_func and its packed forms on every backend: outputs, gradients, errors."""
+
+import math
+
+import pytest
+import torch
+from conftest import Target
+from test_dense_decode import bits
+from torch import Tensor
+
+import flash_mla
+from flash_mla import (
+    UnsupportedError,
+    backends,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
+from flash_mla.backends import reference_prefill
+from flash_mla.testing import (
+    DensePrefillInputs,
+    check_dense_prefill,
+    expected_dense_prefill,
+    expected_dense_prefill_gradients,
+    make_dense_prefill_inputs,
+)
+
+OP = "dense_prefill"
+DTYPES = (torch.bfloat16, torch.float16)
+MIXED = [(5, 9), (0, 3), (4, 0), (9, 5), (1, 1), (0, 0), (7, 7)]
+
+
+def naive(inputs: DensePrefillInputs, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """out `[tokens, h_q, 128]` and lse `[tokens, h_q]` in float64, one query and head at a time; autograd follows."""
+    tokens, h_q, d_qk = q.shape
+    group = h_q // k.shape[1]
+    zero, none = torch.zeros(128, dtype=torch.float64), torch.tensor(math.inf, dtype=torch.float64)
+    out, lse = [[zero] * h_q for _ in range(tokens)], [[none] * h_q for _ in range(tokens)]
+    starts_q, starts_k = inputs.cu_seqlens_qo.tolist(), inputs.cu_seqlens_kv.tolist()
+    for sequence in range(len(starts_q) - 1):
+        (q0, q1), (k0, k1) = starts_q[sequence : sequence + 2], starts_k[sequence : sequence + 2]
+        for query in range(q0, q1):
+            seen = k1 - k0 - (q1 - 1 - query) if inputs.causal else k1 - k0
+            for head in range(h_q if seen > 0 else 0):
+                keys, values = k[k0 : k0 + seen, head // group], v[k0 : k0 + seen, head // group]
+                scores = keys @ q[query, head] / math.sqrt(d_qk)
+                lse[query][head] = scores.logsumexp(0)
+                out[query][head] = scores.softmax(0) @ values
+    return torch.stack([torch.stack(row) for row in out]), torch.stack([torch.stack(row) for row in lse])
+
+
+def doubles(inputs: DensePrefillInputs) -> list[Tensor]:
+    return [tensor.detach().cpu().double() for tensor in (inputs.q, inputs.k, inputs.v)]
+
+
+# ---- Outputs.
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("h_q", "h_kv"), [(1, 1), (3, 3), (4, 2), (6, 1)])
+@pytest.mark.parametrize("d_qk", [192, 128])
+def test_the_truth_is_the_naive_loop(d_qk: int, h_q: int, h_kv: int, causal: bool) -> None:
+    inputs = make_dense_prefill_inputs(MIXED, h_q=h_q, h_kv=h_kv, d_qk=d_qk, causal=causal)
+    answer, (out, lse) = expected_dense_prefill(inputs), naive(inputs, *doubles(inputs))
+    torch.testing.assert_close(answer.out, out, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(answer.lse, lse, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp16"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("h_q", "h_kv"), [(1, 1), (3, 3), (4, 2), (6, 1), (16, 16)])
+@pytest.mark.parametrize("d_qk", [192, 128])
+def test_heads(backend: Target, d_qk: int, h_q: int, h_kv: int, causal: bool, dtype: torch.dtype) -> None:
+    inputs = make_dense_prefill_inputs(
+        MIXED, h_q=h_q, h_kv=h_kv, d_qk=d_qk, causal=causal, dtype=dtype, device=backend.device
+    )
+    check_dense_prefill(inputs)
+
+
+def test_many_heads(backend: Target) -> None:
+    check_dense_prefill(make_dense_prefill_inputs(MIXED, h_q=128, h_kv=128, causal=True, device=backend.device))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    "lengths",
+    [[(1, 1)], [(63, 65)], [(64, 64), (128, 128)], [(65, 63)], [(300, 700)], [(700, 300)], [(1, 900)], [(2, 2)] * 40],
+)
+def test_lengths(backend: Target, lengths: list[tuple[int, int]], causal: bool) -> None:
+    check_dense_prefill(make_dense_prefill_inputs(lengths, h_q=2, h_kv=1, causal=causal, device=backend.device))
+
+
+def test_work_is_cut_without_effect(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = make_dense_prefill_inputs([(40, 70), (3, 0), (33, 20)], causal=True)
+    whole = expected_dense_prefill(inputs)
+    d_out, d_lse = torch.randn(whole.out.shape), torch.randn(whole.lse.shape)
+    gradients = expected_dense_prefill_gradients(inputs, d_out, d_lse)
+    monkeypatch.setattr(reference_prefill, "KEYS_PER_STEP", 7)
+    monkeypatch.setattr(reference_prefill, "SCRATCH_ELEMENTS", 150)
+    cut = expected_dense_prefill(inputs)
+    torch.testing.assert_close(cut.out, whole.out, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(cut.lse, whole.lse, rtol=1e-12, atol=1e-12)
+    for one, other in zip(expected_dense_prefill_gradients(inputs, d_out, d_lse), gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+
+
+def test_queries_without_keys(backend: Target) -> None:
+    """More queries than keys, an empty sequence, and tokens that no sequence has: out 0, lse +inf."""
+    inputs = make_dense_prefill_inputs([(8, 3), (4, 0)], causal=True, spare=2, device=backend.device)
+    out, lse = flash_attn_varlen_func(**inputs.call())
+    check_dense_prefill(inputs, result=(out, lse))
+    for rows in (slice(0, 5), slice(8, 14)):
+        assert not out[rows].any()
+        assert bool((lse[rows] == math.inf).all())
+    assert bool(lse[5:8].isfinite().all())
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+def test_the_layout_of_lse(backend: Target, tokens: int) -> None:
+    inputs = make_dense_prefill_inputs([(tokens, 4)], spare=0, device=backend.device)
+    out, lse = flash_attn_varlen_func(**inputs.call())
+    assert out.shape == (tokens, 4, 128)
+    assert lse.shape == (tokens, 4)
+    assert lse.stride(0) == 1
+    assert lse.dtype == torch.float32
+
+
+def test_no_sequences(backend: Target) -> None:
+    inputs = make_dense_prefill_inputs([], spare=3, device=backend.device)
+    out, lse = flash_attn_varlen_func(**inputs.call())
+    assert not out.any()
+    assert bool((lse == math.inf).all())
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.01, 0.5])
+def test_scale(backend: Target, scale: float) -> None:
+    inputs = make_dense_prefill_inputs(MIXED, causal=True, device=backend.device)
+    inputs.softmax_scale = scale
+    check_dense_prefill(inputs)
+
+
+def test_peaked_scores(backend: Target) -> None:
+    check_dense_prefill(make_dense_prefill_inputs([(30, 200)], spread=8.0, device=backend.device))
+
+
+def test_strided_tensors(backend: Target) -> None:
+    inputs = make_dense_prefill_inputs(MIXED, causal=True, device=backend.device)
+    wanted = flash_attn_varlen_func(**inputs.call())
+    for name in ("q", "k", "v"):
+        tensor = getattr(inputs, name)
+        tokens, heads, width = tensor.shape
+        room = torch.full((tokens, heads + 1, width + 8), math.nan, dtype=tensor.dtype, device=backend.device)
+        room[:, 1:, :width] = tensor
+        setattr(inputs, name, room[:, 1:, :width])
+    for one, other in zip(flash_attn_varlen_func(**inputs.call()), wanted, strict=True):
+        assert torch.equal(bits(one), bits(other))
+
+
+@pytest.mark.parametrize("d_qk", [192, 128])
+def test_packed_forms(backend: Target, d_qk: int) -> None:
+    lengths = [(5, 5), (0, 0), (9, 9)]
+    inputs = make_dense_prefill_inputs(lengths, h_q=3, h_kv=3, d_qk=d_qk, causal=True, device=backend.device)
+    wanted = flash_attn_varlen_func(**inputs.call())
+    qkv = torch.cat((inputs.q, inputs.k, inputs.v), -1)
+    packed = flash_attn_varlen_qkvpacked_func(qkv, inputs.cu_seqlens_qo, 9, d_qk, causal=True)
+    kv = torch.cat((inputs.k, inputs.v), -1)
+    cu = (inputs.cu_seqlens_qo, inputs.cu_seqlens_kv)
+    half_packed = flash_attn_varlen_kvpacked_func(inputs.q, kv, *cu, 9, 9, d_qk, causal=True)
+    for result in (packed, half_packed):
+        for one, other in zip(result, wanted, strict=True):
+            assert torch.equal(bits(one), bits(other))
+
+
+def test_more_arguments_than_matter(backend: Target) -> None:
+    inputs = make_dense_prefill_inputs(MIXED, device=backend.device)
+    wanted = flash_attn_varlen_func(**inputs.call())
+    call = {**inputs.call(), "max_seqlen_qo": 1000, "max_seqlen_kv": 1000}
+    for options in ({"deterministic": True}, {"is_varlen": False}, {"dropout_p": 0.0}):
+        for one, other in zip(flash_attn_varlen_func(**call, **options), wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+# ---- Gradients.
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("h_q", "h_kv"), [(2, 2), (4, 2), (6, 1)])
+@pytest.mark.parametrize(("d_qk", "dtype"), [(192, torch.bfloat16), (128, torch.float16)])
+def test_gradients(backend: Target, d_qk: int, dtype: torch.dtype, h_q: int, h_kv: int, causal: bool) -> None:
+    inputs = make_dense_prefill_inputs(
+        MIXED, h_q=h_q, h_kv=h_kv, d_qk=d_qk, dtype=dtype, causal=causal, device=backend.device
+    )
+    leaves = [inputs.q, inputs.k, inputs.v]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    out, lse = flash_attn_varlen_func(**inputs.call())
+    generator = torch.Generator().manual_seed(3)
+    d_out = torch.randn(out.shape, generator=generator).to(dtype).to(backend.device)
+    d_lse = torch.randn(lse.shape, generator=generator).to(backend.device)
+    gradients = torch.autograd.grad((out, lse), leaves, (d_out, d_lse))
+
+    exact = [leaf.requires_grad_() for leaf in doubles(inputs)]
+    true_out, true_lse = naive(inputs, *exact)
+    finite = true_lse.isfinite()
+    total = (true_out * d_out.cpu().double()).sum() + (true_lse * d_lse.cpu())[finite].sum()
+    for leaf, gradient, true in zip(leaves, gradients, torch.autograd.grad(total, exact), strict=True):
+        assert gradient.dtype == leaf.dtype
+        assert not bool(gradient.isnan().any())
+        assert not gradient.cpu()[true == 0].any()
+        error = (gradient.cpu().double() - true).abs().max()
+        assert error <= torch.finfo(dtype).eps * true.abs().max()
+
+
+def test_the_true_gradients_are_those_of_the_naive_loop() -> None:
+    inputs = make_dense_prefill_inputs(MIXED, causal=True)
+    exact = [leaf.requires_grad_() for leaf in doubles(inputs)]
+    out, lse = naive(inputs, *exact)
+    d_out, d_lse = torch.randn(out.shape, dtype=torch.float64), torch.randn(lse.shape, dtype=torch.float64)
+    wanted = torch.autograd.grad((out * d_out).sum() + (lse * d_lse)[lse.isfinite()].sum(), exact)
+    for one, other in zip(expected_dense_prefill_gradients(inputs, d_out, d_lse), wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_gradients_are_repeatable(backend: Target, deterministic: bool) -> None:
+    inputs = make_dense_prefill_inputs([(70, 130), (5, 64)], causal=True, device=backend.device)
+    leaves = [inputs.q, inputs.k, inputs.v]
+    for leaf in leaves:
+        leaf.requires_grad_()
+
+    def gradients() -> tuple[Tensor, ...]:
+        out, _ = flash_attn_varlen_func(**inputs.call(), deterministic=deterministic)
+        return torch.autograd.grad(out.float().square().sum(), leaves)
+
+    first = gradients()
+    for one, other in zip(gradients(), first, strict=True):
+        if deterministic or not backend.is_cuda:
+            assert torch.equal(bits(one), bits(other))
+        else:
+            torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
+
+
+def test_gradients_of_a_packed_tensor(backend: Target) -> None:
+    inputs = make_dense_prefill_inputs([(5, 5), (9, 9)], h_q=2, h_kv=2, spare=0, device=backend.device)
+    qkv = torch.cat((inputs.q, inputs.k, inputs.v), -1).requires_grad_()
+    out, _ = flash_attn_varlen_qkvpacked_func(qkv, inputs.cu_seqlens_qo, 9, 192)
+    (packed,) = torch.autograd.grad(out.float().square().sum(), qkv)
+    leaves = [tensor.requires_grad_() for tensor in (inputs.q, inputs.k, inputs.v)]
+    out, _ = flash_attn_varlen_func(**inputs.call())
+    apart = torch.autograd.grad(out.float().square().sum(), leaves)
+    assert torch.equal(packed, torch.cat(apart, -1))
+
+
+def test_one_result_alone_has_gradients(backend: Target) -> None:
+    inputs = make_dense_prefill_inputs(MIXED, spare=0, device=backend.device)
+    inputs.q.requires_grad_()
+    out, lse = flash_attn_varlen_func(**inputs.call())
+    (of_out,) = torch.autograd.grad(out.float().sum(), inputs.q, retain_graph=True)
+    (of_lse,) = torch.autograd.grad(lse[lse.isfinite()].sum(), inputs.q)
+    assert bool(of_out.any())
+    assert bool(of_lse.any())
+    assert bool(of_out.isfinite().all())
+    assert bool(of_lse.isfinite().all())
+
+
+def test_opcheck(backend: Target) -> None:
+    inputs = make_dense_prefill_inputs([(3, 5), (0, 2)], spare=0, causal=True, device=backend.device)
+    tensors = [tensor.requires_grad_() for tensor in (inputs.q, inputs.k, inputs.v)]
+    lengths = (inputs.cu_seqlens_qo, inputs.cu_seqlens_kv, 3, 5)
+    for prefix in ("", "reference_"):
+        operator = getattr(torch.ops.flash_mla, f"{prefix}dense_prefill").default
+        torch.library.opcheck(operator, (*tensors, *lengths, 0.07, True, True))
+
+
+def test_compiled_without_graph_breaks(backend: Target) -> None:
+    inputs = make_dense_prefill_inputs(MIXED, spare=0, causal=True, device=backend.device)
+
+    def step(q: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = flash_attn_varlen_func(**{**inputs.call(), "q": q})
+        return out * 2, lse
+
+    torch._dynamo.reset()
+    with backends.use(None):
+        compiled = torch.compile(step, fullgraph=True, backend="inductor" if backend.is_cuda else "aot_eager")
+        q = inputs.q.clone().requires_grad_()
+        for one, other in zip(compiled(q), step(inputs.q), strict=True):
+            torch.testing.assert_close(one, other)
+        out, _ = compiled(q)
+        (gradient,) = torch.autograd.grad(out.float().square().sum(), q)
+        assert bool(gradient.any())
+
+
+# ---- Errors.
+
+
+def int32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+WRONG = {
+    "dropout": ({"dropout_p": lambda p: 0.1}, ValueError, r"dropout_p: wanted 0.0 .*, got 0.1"),
+    "dropout type": ({"dropout_p": lambda p: None}, TypeError, "dropout_p: wanted a finite number, got NoneType"),
+    "q dtype": ({"q": lambda q: q.float()}, TypeError, "q: wanted torch.bfloat16 or torch.float16, got torch.float32"),
+    "q dims": ({"q": lambda q: q[None]}, ValueError, r"q: wanted 3 dimensions \[tokens_q, h_q, d_qk\], got shape"),
+    "q None": ({"q": lambda q: None}, TypeError, r"q: wanted a tensor \[tokens_q, h_q, d_qk\], got None"),
+    "q d_qk": ({"q": lambda q: q[..., :64]}, ValueError, r"q: wanted d_qk \(last dimension\) 192 or 128, got 64"),
+    "q heads": ({"q": lambda q: q[:, :3]}, ValueError, "q: wanted h_q that is a multiple of h_kv = 2, got h_q = 3"),
+    "q stride": ({"q": lambda q: q.repeat(1, 1, 2)[..., ::2]}, ValueError, "q: wanted a contiguous last dimension"),
+    "k dtype": ({"k": lambda k: k.half()}, TypeError, "k: wanted torch.bfloat16, like q, got torch.float16"),
+    "k d_qk": ({"k": lambda k: k[..., :128]}, ValueError, "k: wanted a last dimension of d_qk = 192, got 128"),
+    "v d_v": ({"v": lambda v: v[..., :64]}, ValueError, "v: wanted a last dimension of d_v = 128, got 64"),
+    "v heads": (
+        {"v": lambda v: v[:, :1]},
+        ValueError,
+        r"v: wanted \[tokens_kv, h_kv\] = \[18, 2\], like k, got \[18, 1\]",
+    ),
+    "v tokens": (
+        {"v": lambda v: v[:9]},
+        ValueError,
+        r"v: wanted \[tokens_kv, h_kv\] = \[18, 2\], like k, got \[9, 2\]",
+    ),
+    "cu dtype": (
+        {"cu_seqlens_qo": lambda c: c.long()},
+        TypeError,
+        "cu_seqlens_qo: wanted torch.int32, got torch.int64",
+    ),
+    "cu dims": (
+        {"cu_seqlens_qo": lambda c: c[None]},
+        ValueError,
+        r"cu_seqlens_qo: wanted 1 dimensions \[sequences \+ 1\]",
+    ),
+    "cu None": (
+        {"cu_seqlens_kv": lambda c: None},
+        TypeError,
+        r"cu_seqlens_kv: wanted a tensor \[sequences \+ 1\], got",
+    ),
+    "cu empty": ({"cu_seqlens_qo": lambda c: c[:0]}, ValueError, r"cu_seqlens_qo: wanted shape \[sequences \+ 1\], at"),
+    "cu count": (
+        {"cu_seqlens_kv": lambda c: c[:-1]},
+        ValueError,
+        r"cu_seqlens_kv: wanted shape \[sequences \+ 1\] = \[3\], like cu_seqlens_qo, got \[2\]",
+    ),
+    "max type": ({"max_seqlen_qo": lambda m: 7.5}, TypeError, "max_seqlen_qo: wanted an int, got float"),
+    "max negative": ({"max_seqlen_kv": lambda m: -1}, ValueError, "max_seqlen_kv: wanted at least 0, got -1"),
+    "scale": ({"softmax_scale": lambda s: math.nan}, ValueError, "softmax_scale: wanted a finite number, got nan"),
+    "causal": ({"causal": lambda c: "yes"}, TypeError, "causal: wanted a bool, got str"),
+    "deterministic": ({"deterministic": lambda c: "yes"}, TypeError, "deterministic: wanted a bool, got str"),
+    "is_varlen": ({"is_varlen": lambda c: 1}, TypeError, "is_varlen: wanted a bool, got int"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_calls(backend: Target, case: str) -> None:
+    changes, error, text = WRONG[case]
+    inputs = make_dense_prefill_inputs([(5, 9), (3, 6)], device=backend.device)
+    call = inputs.call()
+    spoiled = {name: change(call.get(name)) for name, change in changes.items()}
+    with pytest.raises(error, match=text):
+        flash_attn_varlen_func(**{**call, **spoiled})
+    flash_attn_varlen_func(**call)
+
+
+def test_wrong_running_lengths() -> None:
+    """The reference reads them, and says so; a kernel cannot."""
+    inputs = make_dense_prefill_inputs([(5, 9), (3, 6)])
+    with backends.use("reference"):
+        for wrong in (int32(0, 5, 12), int32(1, 5, 8), int32(0, 5, 3)):
+            with pytest.raises(
+                ValueError, match="cu_seqlens_qo: wanted running lengths from 0 to at most 11 tokens, got"
+            ):
+                flash_attn_varlen_func(**{**inputs.call(), "cu_seqlens_qo": wrong, "max_seqlen_qo": 99})
+        with pytest.raises(ValueError, match="max_seqlen_kv: wanted at least the longest sequence, got 8 for 9"):
+            flash_attn_varlen_func(**{**inputs.call(), "max_seqlen_kv": 8})
+
+
+def test_wrong_packed_tensors(backend: Target) -> None:
+    qkv = torch.zeros((5, 2, 500), dtype=torch.bfloat16, device=backend.device)
+    cu = int32(0, 5).to(backend.device)
+    with pytest.raises(
+        ValueError, match=r"qkv: wanted a last dimension of head_dim_qk = 192 \+ .* \+ 128 = 512, got 500"
+    ):
+        flash_attn_varlen_qkvpacked_func(qkv, cu, 5, 192)
+    with pytest.raises(ValueError, match="head_dim_qk: wanted 128 or 192, got 64"):
+        flash_attn_varlen_qkvpacked_func(qkv, cu, 5, 64)
+    with pytest.raises(ValueError, match=r"kv: wanted a last dimension of head_dim_qk = 192 \+ 128 = 320, got 500"):
+        flash_attn_varlen_kvpacked_func(qkv[..., :192], qkv, cu, cu, 5, 5, 192)
+    with pytest.raises(TypeError, match=r"qkv: wanted a tensor \[tokens, heads, 512\], got None"):
+        flash_attn_varlen_qkvpacked_func(None, cu, 5, 192)
+
+
+def test_the_cuda_backend_says_why_not() -> None:
+    inputs = make_dense_prefill_inputs(MIXED)
+    with (
+        backends.use("cuda"),
+        pytest.raises(UnsupportedError, match="dense prefill: no backend takes the problem; cuda"),
+    ):
+        flash_attn_varlen_func(**inputs.call())
+    assert flash_mla.why_not("dense_prefill", **inputs.call()) == "the tensors are on cpu"
