@@ -19,10 +19,10 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * 32;
-constexpr int kUnitBlocks = 4;                              // of 8 columns
+constexpr int kUnitBlocks = 4;                             // of 8 columns
 constexpr int kGroupUnits = kPartialBlocks / kUnitBlocks;  // units of a group of 16 rows
 constexpr int kCtasPerSm = 2;
-constexpr int kUnroll = 4;    // partial results in flight per warp
+constexpr int kUnroll = 4;         // partial results in flight per warp
 constexpr int kListed = kThreads;  // candidates per round of listing
 
 // The batch-invariant mode sums in an order that depends on the request alone.
@@ -98,8 +98,8 @@ __device__ bool split_request(const DenseDecodeParams& params, int index, SplitR
   return true;
 }
 
-// Lists the split requests from `base` on, in order, one candidate a thread: on an SM that the decode kernel has just left
-// this is time that the whole call takes longer.
+// Lists the split requests from `base` on, in order, one candidate a thread: on an SM that the decode kernel has just
+// left this is time that the whole call takes longer.
 __device__ void list_split_requests(const DenseDecodeParams& params, Shared& shared, int base, int num_candidates) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, at = base + static_cast<int>(threadIdx.x);
   SplitRequest found;
@@ -156,7 +156,8 @@ __device__ __forceinline__ Sum accumulate(const SplitRequest& split, const float
       for (int b = 0; b < kUnitBlocks; ++b) {
         value[u][b] = make_float4(0, 0, 0, 0);
         if (exists) {
-          value[u][b] = *reinterpret_cast<const float4*>(values + static_cast<int64_t>(tile) * kPartialTile + b * kPartialBlock);
+          value[u][b] =
+              *reinterpret_cast<const float4*>(values + static_cast<int64_t>(tile) * kPartialTile + b * kPartialBlock);
         }
       }
     }
@@ -198,13 +199,12 @@ __device__ __forceinline__ bool join(Shared& shared, int warp, int lane, int sha
 // The lane's share of row `row` of the rows of a key head, 8 of the unit's 32 columns after a transposition, or nothing
 // where there is no such row.
 template <class T>
-__device__ __forceinline__ void store_row(const DenseDecodeParams& params, int request, int kv_head, int row, int column,
-                                          int lane, const Sum& sum, int r) {
+__device__ __forceinline__ void store_row(const DenseDecodeParams& params, int request, int kv_head, int row,
+                                          int column, int lane, const Sum& sum, int r) {
   const bool exists = row < params.s_q * params.group, any_key = sum.weight[r] != 0;
   const int token = row / params.group, head = kv_head * params.group + row - token * params.group;
-  const float sink = params.attn_sink && exists && any_key
-                         ? exp2f(params.attn_sink[head] * device::kLog2E - sum.largest[r])
-                         : 0.0f;
+  const float sink =
+      params.attn_sink && exists && any_key ? exp2f(params.attn_sink[head] * device::kLog2E - sum.largest[r]) : 0.0f;
   const float scale = any_key ? 1.0f / (sum.weight[r] + sink) : 0.0f;
   uint32_t words[kUnitBlocks];
 #pragma unroll

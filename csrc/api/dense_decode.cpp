@@ -150,8 +150,7 @@ void run(const View& q, const View& k, const View& table, const View& seqlens, c
   params.stride_table_b = table.stride(0);
   params.stride_out_b = out.stride(0), params.stride_out_s = out.stride(1), params.stride_out_h = out.stride(2);
   params.stride_lse_b = lse.stride(0), params.stride_lse_h = lse.stride(1), params.stride_lse_s = lse.stride(2);
-  params.b = problem.b, params.s_q = problem.s_q, params.h_q = problem.h_q, params.h_kv = problem.h_kv,
-  params.d_qk = problem.d_qk;
+  params.b = problem.b, params.s_q = problem.s_q, params.h_q = problem.h_q, params.h_kv = problem.h_kv;
   params.group = params.h_q / params.h_kv;
   params.num_row_tiles = ceil_div(params.s_q * params.group, kRowTile);
   params.page = problem.page_block_size;

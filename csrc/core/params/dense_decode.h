@@ -49,7 +49,7 @@ struct DenseDecodeParams {
   int64_t stride_out_b, stride_out_s, stride_out_h;
   int64_t stride_lse_b, stride_lse_h, stride_lse_s;
 
-  int b, s_q, h_q, h_kv, d_qk;
+  int b, s_q, h_q, h_kv;
   int group;  // query heads per key head
   int num_row_tiles;
   int page, num_pages, max_pages;  // max_pages: entries of a block table's row

@@ -44,6 +44,7 @@ constexpr int kTmaWarp = 0;       // of the producer warpgroup
 constexpr int kFirstRowWarp = 1;  // two warps load Q, partial tiles and pages that TMA cannot tile
 constexpr int kNumRowWarps = 2;
 
-enum NamedBarrier : int { kScores0Issued = 1, kProbabilities0 = 2, kProbabilities1 = 3, kRowSums = 4 };
+// Orders the two warpgroups' scores; no data goes with it.
+constexpr int kScores0Issued = 1;
 
 }  // namespace flash_mla::sm90::dense_decode

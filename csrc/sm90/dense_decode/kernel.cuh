@@ -16,6 +16,9 @@ __device__ __forceinline__ void init_barriers(Storage<C>& storage) {
   }
   mbarrier_init(shared_address(&storage.q_full), kNumRowWarps);
   mbarrier_init(shared_address(&storage.q_empty), 2 * kWarpsOfAWarpgroup);
+  mbarrier_init(shared_address(&storage.probabilities_full[0]), kWarpsOfAWarpgroup);
+  mbarrier_init(shared_address(&storage.probabilities_full[1]), kWarpsOfAWarpgroup);
+  mbarrier_init(shared_address(&storage.row_sums_full), 2 * kWarpsOfAWarpgroup);
   mbarrier_init(shared_address(&storage.row_warps_turn[0]), 1);
   mbarrier_init(shared_address(&storage.row_warps_turn[1]), 1);
   fence_mbarrier_init();
@@ -27,8 +30,8 @@ __device__ __forceinline__ Place wait_in_place(const DenseDecodeParams& params) 
   const Place place(params);
   asm volatile("" ::"r"(place.row_tile), "r"(place.kv_head), "r"(place.part), "r"(place.causal_cut));
   asm volatile("" ::"l"(params.q), "l"(params.k_cache), "l"(params.schedule), "l"(params.stride_q_b),
-               "l"(params.stride_k_page), "l"(params.stride_table_b), "l"(params.stride_out_b), "l"(params.stride_lse_b),
-               "r"(params.page_shift), "f"(params.scale_log2));
+               "l"(params.stride_k_page), "l"(params.stride_table_b), "l"(params.stride_out_b),
+               "l"(params.stride_lse_b), "r"(params.page_shift), "f"(params.scale_log2));
   wait_for_dependencies();
   // Not before the wait: the combine kernel reads the schedule as soon as it starts.
   launch_dependents();

@@ -34,8 +34,8 @@ CUtensorMap make_cache_map(const CacheFacts& cache, int slices) {
     return reinterpret_cast<Encode>(function);
   }();
   constexpr uint64_t kBytes = sizeof(typename C::Element);
-  const cuuint64_t sizes[5] = {64, static_cast<cuuint64_t>(cache.page), C::kSlices,
-                               static_cast<cuuint64_t>(cache.h_kv), static_cast<cuuint64_t>(cache.num_pages)};
+  const cuuint64_t sizes[5] = {64, static_cast<cuuint64_t>(cache.page), C::kSlices, static_cast<cuuint64_t>(cache.h_kv),
+                               static_cast<cuuint64_t>(cache.num_pages)};
   // A dimension of size 1 may have any stride in torch; TMA wants multiples of 16 bytes all the same.
   auto stride_bytes = [](int64_t stride, int size) { return static_cast<cuuint64_t>(size > 1 ? stride : 64) * kBytes; };
   const cuuint64_t strides[4] = {cache.stride_row * kBytes, 64 * kBytes, stride_bytes(cache.stride_head, cache.h_kv),
@@ -45,9 +45,9 @@ CUtensorMap make_cache_map(const CacheFacts& cache, int slices) {
   constexpr auto kType =
       std::is_same_v<typename C::Element, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   CUtensorMap map;
-  const CUresult status = encode(&map, kType, 5, const_cast<void*>(cache.data), sizes, strides, box, steps,
-                                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                 CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult status =
+      encode(&map, kType, 5, const_cast<void*>(cache.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   check(status == CUDA_SUCCESS, ErrorKind::kCuda, "cuTensorMapEncodeTiled failed with ", static_cast<int>(status),
         " for k_cache of ", cache.num_pages, " pages of ", cache.page, " rows, strides ", cache.stride_page, ", ",
         cache.stride_row, ", ", cache.stride_head);

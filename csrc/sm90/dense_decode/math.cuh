@@ -69,7 +69,7 @@ class MathWarpgroup {
       uint32_t probabilities[16];
       softmax(scores, probabilities, piece, tile, [] {});
       store_probabilities(probabilities0(), probabilities);
-      named_barrier_arrive(kProbabilities0, C::kMathThreads);
+      hand_over(storage_.probabilities_full[0]);
 
       wgmma_fence();
       multiply_registers<0>(0, probabilities);
@@ -80,7 +80,7 @@ class MathWarpgroup {
       phases_.advance(0);
 
       if (pair) {
-        named_barrier_sync(kProbabilities1, C::kMathThreads);
+        mbarrier_wait(shared_address(&storage_.probabilities_full[1]), phases_.parity(1));
         adopt_reference();
         wait_for_values(1, kCols0);
         wgmma_fence();
@@ -109,7 +109,7 @@ class MathWarpgroup {
       if (tile + 2 >= piece.num_tiles) {
         release_q();
       }
-      named_barrier_sync(kProbabilities0, C::kMathThreads);
+      mbarrier_wait(shared_address(&storage_.probabilities_full[0]), phases_.parity(0));
       adopt_reference();
       wait_for_values(0, kCols256);
       wgmma_fence();
@@ -124,7 +124,7 @@ class MathWarpgroup {
         uint32_t probabilities[16];
         softmax(scores, probabilities, piece, tile + 1, finish_slot0);
         store_probabilities(shared_address(storage_.probabilities[0]), probabilities);
-        named_barrier_arrive(kProbabilities1, C::kMathThreads);
+        hand_over(storage_.probabilities_full[1]);
         wgmma_fence();
         multiply_registers<1>(1, probabilities);
         wgmma_wait<1>();
@@ -262,8 +262,8 @@ class MathWarpgroup {
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        wgmma_rs<typename Atoms::OutputRS>(output_[half], &probabilities[4 * j], values.at(values_offset(kSide, half, j)),
-                                           true);
+        wgmma_rs<typename Atoms::OutputRS>(output_[half], &probabilities[4 * j],
+                                           values.at(values_offset(kSide, half, j)), true);
       }
       wgmma_commit();
     }
@@ -291,6 +291,14 @@ class MathWarpgroup {
   __device__ __forceinline__ void wait_for_values(int slot, int first_group) {
     mbarrier_wait(shared_address(&storage_.k_full[slot][first_group]), phases_.parity(slot));
     mbarrier_wait(shared_address(&storage_.k_full[slot][first_group + 1]), phases_.parity(slot));
+  }
+
+  // What the warp has stored is there for the threads that wait.
+  __device__ __forceinline__ void hand_over(uint64_t& barrier) {
+    __syncwarp();
+    if (lane_ == 0) {
+      mbarrier_arrive(shared_address(&barrier));
+    }
   }
 
   __device__ __forceinline__ void release(int slot, int group) {
@@ -322,7 +330,8 @@ class MathWarpgroup {
       sums[row_] = own[0];
       sums[row_ + 8] = own[1];
     }
-    named_barrier_sync(kRowSums, C::kMathThreads);
+    hand_over(storage_.row_sums_full);
+    mbarrier_wait(shared_address(&storage_.row_sums_full), piece_parity);
     const float* others = storage_.row_sum[piece_parity][1 - side_];
     const float total[2] = {own[0] + others[row_], own[1] + others[row_ + 8]};
     int row = row_;

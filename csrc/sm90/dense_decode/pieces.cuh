@@ -18,8 +18,8 @@ struct Piece {
 // taken from the schedule; the part that holds a request's last piece goes on to the request's present end. So every
 // key is seen once whatever the lengths were.
 //
-// Little is kept between pieces: the math warpgroups have no registers to spare. The producers, for which they wait, load
-// a row's fields `kAtOnce`: each load that waits for another costs a small call half a microsecond.
+// Little is kept between pieces: the math warpgroups have no registers to spare. The producers, for which they wait,
+// load a row's fields `kAtOnce`: each load that waits for another costs a small call half a microsecond.
 template <bool kAtOnce>
 class Pieces {
  public:
