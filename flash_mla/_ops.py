@@ -135,25 +135,38 @@ def _fake_merge(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]
     return outs[0].new_empty(outs[0].shape), lses[0].new_empty(lses[0].shape)
 
 
+_FAKES: dict[str, Any] = {
+    "dense_decode": _fake_dense_decode,
+    "dense_decode_out": _fake_dense_decode_out,
+    "plan_dense_decode": _fake_plan,
+    "merge_attention_states": _fake_merge,
+}
+
+
+def _attach(name: str, fake: Any) -> None:
+    _library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_definitions)
+    # Decoding is not differentiable: results never require a gradient. A fallthrough also saves the host time of
+    # torch's boxed autograd fallback.
+    _definitions.impl(name, _library.fallthrough_kernel, "Autograd")
+
+
+def define_twins(backend: str, functions: dict[str, Any], fake_plan: Any) -> None:
+    """Define the operators `backend_x`: the same schemas, served by one backend whatever the device."""
+    for name, schema in SCHEMAS.items():
+        twin = f"{backend}_{name}"
+        _definitions.define(twin + schema)
+        _attach(twin, fake_plan if name == "plan_dense_decode" else _FAKES[name])
+        if name in functions:
+            implement(twin, functions[name], "CompositeExplicitAutograd")
+
+
 def _register() -> None:
     """Define what the library has not, then attach fake functions and autograd behaviour to every operator."""
-    fakes = {
-        "dense_decode": _fake_dense_decode,
-        "dense_decode_out": _fake_dense_decode_out,
-        "plan_dense_decode": _fake_plan,
-        "merge_attention_states": _fake_merge,
-    }
     for name, schema in SCHEMAS.items():
         if why_not_loaded is not None:
             _definitions.define(name + schema)
-        _definitions.define(f"reference_{name}{schema}")
-        reference_fake = _fake_reference_plan if name == "plan_dense_decode" else fakes[name]
-        _library.register_fake(f"{NAMESPACE}::{name}", fakes[name], lib=_definitions)
-        _library.register_fake(f"{NAMESPACE}::reference_{name}", reference_fake, lib=_definitions)
-        # Decoding is not differentiable: results never require a gradient. A fallthrough also saves the host time of
-        # torch's boxed autograd fallback.
-        for op in (name, f"reference_{name}"):
-            _definitions.impl(op, _library.fallthrough_kernel, "Autograd")
+        _attach(name, _FAKES[name])
+    define_twins("reference", {}, _fake_reference_plan)
 
 
 _register()

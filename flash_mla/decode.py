@@ -183,10 +183,10 @@ def _dense_decode(
 
 
 def _explain_or_reroute(error: Exception, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """After a refused call: raise the error that names the argument; or let the reference serve what no kernel takes.
+    """After a refused call: raise the error that names the argument; or let the next backend serve what the CUDA
+    kernels do not take.
 
-    Only an operator that declined before any launch gets here with `UnsupportedError`, and only where the kernel table
-    says the same is another backend asked. Every other failure is raised.
+    Only an operator that declined before any launch gets here with `UnsupportedError`. Every other failure is raised.
     """
     q, k_cache, block_table, cache_seqlens, head_dim_v, schedule, num_splits, scale, causal, sink, *rest = arguments
     batch_invariant, out, lse = rest
@@ -214,11 +214,13 @@ def _explain_or_reroute(error: Exception, *arguments: Any) -> tuple[Tensor, Tens
     if not isinstance(failure, errors.UnsupportedError):
         raise failure from None
     wanted = problem.DenseDecodeProblem.of(q, k_cache, head_dim_v, scale)
-    reason = backends.CUDA.why_not(wanted)
-    if reason is None or backends.select(wanted) is not backends.REFERENCE:
+    if backends.override is not None:
+        backends.select(wanted)  # where it knows the reasons, it raises them
         raise failure from None
-    reference.warn_once(reason)
-    return _dense_decode(backends.REFERENCE.operators, *arguments)
+    chosen = backends.select(wanted, behind=backends.CUDA)
+    if chosen is backends.REFERENCE:
+        reference.warn_once(backends.CUDA.why_not(wanted) or str(failure))
+    return _dense_decode(chosen.operators, *arguments)
 
 
 def _check_schedule(q: Tensor, k_cache: Tensor, causal: bool, schedule: Any, num_splits: Any) -> None:

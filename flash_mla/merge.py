@@ -30,5 +30,9 @@ def merge_attention_states(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tu
         out, lse = backends.active.merge_attention_states(outs, lses)
     except Exception as error:
         problem.check_merge(outs, lses)
-        raise errors.from_native(error) from None
+        failure = errors.from_native(error)
+        operators = backends.behind_cuda(outs[0]) if isinstance(failure, errors.UnsupportedError) else None
+        if operators is None:
+            raise failure from None
+        out, lse = operators.merge_attention_states(outs, lses)
     return out, lse

@@ -129,7 +129,14 @@ def get_mla_decoding_metadata(
         raise errors.not_built_yet("get_mla_decoding_metadata with topk (sparse decode)")
     s_q, h_q = _split_query_rows(num_q_tokens_per_head_k, h_k, h_q)
     problem.check_plan(seqlens_k, s_q, h_q, h_k)
-    rows, num_splits = backends.active.plan_dense_decode(seqlens_k, s_q, h_q, h_k)
+    try:
+        rows, num_splits = backends.active.plan_dense_decode(seqlens_k, s_q, h_q, h_k)
+    except Exception as error:
+        failure = errors.from_native(error)
+        operators = backends.behind_cuda(seqlens_k) if isinstance(failure, errors.UnsupportedError) else None
+        if operators is None:
+            raise failure from None
+        rows, num_splits = operators.plan_dense_decode(seqlens_k, s_q, h_q, h_k)
     return rows, num_splits
 
 

@@ -484,7 +484,7 @@ def test_backends_nest_and_are_put_back() -> None:
 
 
 def test_an_unknown_backend_is_named() -> None:
-    with pytest.raises(ValueError, match="backend: wanted cuda or reference, got fast"):
+    with pytest.raises(ValueError, match="backend: wanted cuda or triton or reference, got fast"):
         backends.set_backend("fast")
 
 
@@ -504,7 +504,7 @@ def test_the_environment_chooses_a_backend() -> None:
     assert run_python(code, FLASH_MLA_BACKEND="reference").stdout.strip() == "reference"
     wrong = run_python(code, FLASH_MLA_BACKEND="fast")
     assert wrong.returncode != 0
-    assert "FLASH_MLA_BACKEND: wanted cuda or reference, got fast" in wrong.stderr
+    assert "FLASH_MLA_BACKEND: wanted cuda or triton or reference, got fast" in wrong.stderr
 
 
 def test_a_named_library_must_exist() -> None:
@@ -541,9 +541,13 @@ def test_capability_queries() -> None:
     for op in ("sparse_decode", "sparse_prefill", "dense_prefill"):
         assert flash_mla.why_not(op) == f"{op} is not built yet in this version of flash_mla"
     inputs = make_dense_decode_inputs([70])
-    assert flash_mla.why_not("dense_decode", **inputs.call()) == "the tensors are on cpu"
-    reason = flash_mla.why_not("dense_decode", PROBLEM)
-    assert reason == backends.cuda_missing
+    reason = flash_mla.why_not("dense_decode", **inputs.call())
+    assert reason is not None
+    assert reason.startswith("cuda: the tensors are on cpu; triton: ")
+    with backends.use("cuda"):
+        assert flash_mla.why_not("dense_decode", **inputs.call()) == "cuda: the tensors are on cpu"
+        reason = flash_mla.why_not("dense_decode", PROBLEM)
+    assert reason == (backends.cuda_missing and f"cuda: {backends.cuda_missing}")
 
 
 @pytest.mark.skipif(backends.cuda_missing is not None, reason=str(backends.cuda_missing))
@@ -551,13 +555,17 @@ def test_the_kernel_table_without_a_gpu() -> None:
     from dataclasses import replace
 
     for change in ({"dtype": torch.float32}, {"d_qk": 128}, {"d_v": 256}, {"compute_capability": 80}):
-        reason = flash_mla.why_not("dense_decode", replace(PROBLEM, **change))
+        problem = replace(PROBLEM, **change)
+        with backends.use("cuda"):
+            reason = flash_mla.why_not("dense_decode", problem)
         assert reason is not None
         for kernel in {support.kernel for support in flash_mla.kernels()}:
             assert f"{kernel}: " in reason
         with pytest.raises(UnsupportedError, match=r"; cuda: .*: "), backends.use("cuda"):
-            backends.select(replace(PROBLEM, **change))
-        assert backends.select(replace(PROBLEM, **change)) is backends.REFERENCE
+            backends.select(problem)
+        served = backends.TRITON.why_not(problem) is None
+        assert served == ("compute_capability" in change and backends.triton.missing() is None)
+        assert backends.select(problem) is (backends.TRITON if served else backends.REFERENCE)
     assert backends.select(PROBLEM) is backends.CUDA
 
 

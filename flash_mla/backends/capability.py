@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from flash_mla import backends
 from flash_mla.backends import cuda
 from flash_mla.errors import wanted
 from flash_mla.problem import DenseDecodeProblem
@@ -14,7 +15,9 @@ OPERATIONS = ("dense_decode", "sparse_decode", "sparse_prefill", "dense_prefill"
 
 
 def why_not(op: str, problem: DenseDecodeProblem | None = None, **call: Any) -> str | None:
-    """Why no CUDA kernel of this build serves a call; None when one does.
+    """Why no kernel, of CUDA or Triton, serves a call; None when one does.
+
+    Under `backends.use(...)` or `FLASH_MLA_BACKEND` only the backend named there is asked.
 
     Args:
         op: "dense_decode" (`flash_mla_with_kvcache` without indices), "sparse_decode", "sparse_prefill" or
@@ -24,7 +27,8 @@ def why_not(op: str, problem: DenseDecodeProblem | None = None, **call: Any) -> 
             of the call may stand there too and are not looked at.
 
     Returns:
-        None, or a text that lists each candidate kernel and its reason. The reference backend serves every call.
+        None, or a text that lists each candidate kernel and its reason. The reference backend is not asked: it serves
+        every call.
 
     Raises:
         ValueError: no such `op`.
@@ -40,7 +44,7 @@ def why_not(op: str, problem: DenseDecodeProblem | None = None, **call: Any) -> 
             raise TypeError(wanted("why_not", "a DenseDecodeProblem, or the tensors q= and k_cache=", sorted(call)))
         known = {name: call[name] for name in ("head_dim_v", "softmax_scale") if name in call}
         problem = DenseDecodeProblem.of(q, k_cache, **known)
-    return cuda.why_not(problem)
+    return backends.why_no_kernel(problem)
 
 
 @dataclass(frozen=True)
