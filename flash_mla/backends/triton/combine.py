@@ -3,19 +3,26 @@
 from typing import Any
 
 import triton.language as tl
+from torch import Tensor
 
+from flash_mla.backends.triton.config import interpreting
 from flash_mla.backends.triton.language import (
     D_V,
     SCHEDULE_BLOCK,
     ceil_div,
-    final_factor,
     fixed_cut_blocks,
     jit,
     jit_for_any_value,
-    natural_lse,
-    rounded,
+    store_result,
     wide,
 )
+from flash_mla.backends.triton.launch import OPTIONS
+
+MAX_CUTS = 32
+"""The most pieces of one request in the batch-invariant mode."""
+
+INTERPRETED_ROWS = 64
+"""Rows that one program joins under the interpreter, where each program costs milliseconds."""
 
 
 @jit
@@ -40,9 +47,21 @@ def split_request(
     return request, count, 2 * part + tl.where(only, 0, 1)
 
 
-@jit_for_any_value("b", "num_rows", "h_q", "group", "partial_rows", "max_keys", "num_parts", "max_cuts", "first")
+@jit_for_any_value(
+    "b",
+    "s_q",
+    "h_q",
+    "head_group",
+    "partial_rows",
+    "rows_per_group",
+    "rows_per_token",
+    "max_keys",
+    "num_parts",
+    "max_cuts",
+    "first",
+)
 def combine_kernel(
-    cache_seqlens: tl.tensor,
+    lengths: tl.tensor,
     schedule: tl.tensor,
     num_splits: tl.tensor,
     attn_sink: tl.tensor,
@@ -51,10 +70,12 @@ def combine_kernel(
     out: tl.tensor,
     lse: tl.tensor,
     b: tl.tensor,
-    num_rows: tl.tensor,
+    s_q: tl.tensor,
     h_q: tl.tensor,
-    group: tl.tensor,
+    head_group: tl.tensor,
     partial_rows: tl.tensor,
+    rows_per_group: tl.tensor,
+    rows_per_token: tl.tensor,
     max_keys: tl.tensor,
     num_parts: tl.tensor,
     max_cuts: tl.tensor,
@@ -67,46 +88,51 @@ def combine_kernel(
     stride_lse_s: tl.tensor,
     HAS_SINK: tl.constexpr,
     FIXED_CUTS: tl.constexpr,
+    BLOCKS_GIVEN: tl.constexpr,
     ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
 ) -> None:
     """Grid `(s_q * h_q / ROWS, parts)`, or `(..., requests)` with FIXED_CUTS. A program joins some rows of the request
     that begins in its part, in the order of the splits: the bits do not depend on which part came last.
 
-    Every partial result was written, if only with zeros: a piece without a key that a row sees has sum 0.
-
-    `partial_rows`: rows of a partial result, `h_kv * num_row_tiles * BLOCK_M`.
+    Every partial result was written, if only with zeros: a piece without a key that a row sees has sum 0. With
+    FIXED_CUTS `lengths` holds the keys of each request, or with BLOCKS_GIVEN the blocks of each (request, token).
     """
     number = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = number // h_q
     head = number % h_q
-    exists = number < num_rows
+    exists = token < s_q
     index = tl.program_id(1)
     if FIXED_CUTS:
         request = first + index
-        seqlen = tl.minimum(tl.maximum(tl.load(cache_seqlens + request), 0), max_keys)
-        num_blocks = tl.maximum(ceil_div(seqlen, SCHEDULE_BLOCK), 1)
+        if BLOCKS_GIVEN:
+            num_blocks = tl.load(lengths + wide(request) * s_q + token, mask=exists, other=1)
+        else:
+            seqlen = tl.minimum(tl.maximum(tl.load(lengths + request), 0), max_keys)
+            num_blocks = tl.maximum(ceil_div(seqlen, SCHEDULE_BLOCK), 1) + tl.zeros([ROWS], tl.int32)
         cut_blocks = fixed_cut_blocks(num_blocks, max_cuts)
-        count = tl.where(cut_blocks < num_blocks, ceil_div(num_blocks, cut_blocks), 0)
+        splits = tl.where(cut_blocks < num_blocks, ceil_div(num_blocks, cut_blocks), 0)
         first_partial = index * max_cuts
         second_partial = first_partial + 1
         step = 1
     else:
         request, count, first_partial = split_request(schedule, num_splits, index, num_parts, b)
+        splits = tl.zeros([ROWS], tl.int32) + count
         second_partial = 2 * index + 2
         step = 2
-    if count > 0:
-        row = (head // group) * (partial_rows // (h_q // group)) + token * group + head % group
-        splits = tl.where(exists, count, 0)
+    splits = tl.where(exists, splits, 0)
+    most = tl.max(splits, 0)
+    if most > 0:
+        row = (head // head_group) * rows_per_group + token * rows_per_token + head % head_group
         columns = tl.arange(0, D_V)
         row_max = tl.full([ROWS], float("-inf"), tl.float32)
         row_sum = tl.zeros([ROWS], tl.float32)
         acc = tl.zeros([ROWS, D_V], tl.float32)
-        for base in range(0, count, SPLITS):
+        for base in range(0, most, SPLITS):
             for ahead in tl.static_range(SPLITS):  # unrolled, to have several loads in flight
                 split = base + ahead
                 partial = tl.where(split == 0, first_partial, second_partial + (split - 1) * step)
-                at = partial.to(tl.int64) * partial_rows + row
+                at = wide(partial) * partial_rows + row
                 load = split < splits
                 part_max = tl.load(partial_stats + 2 * at, mask=load, other=float("-inf"))
                 part_sum = tl.load(partial_stats + 2 * at + 1, mask=load, other=0.0)
@@ -121,10 +147,72 @@ def combine_kernel(
         sink = tl.zeros([ROWS], tl.float32)
         if HAS_SINK:
             sink = tl.load(attn_sink + head, mask=exists, other=0.0)
-        factor = final_factor(row_max, row_sum, sink, HAS_SINK)[:, None]
-        result = tl.where(factor == 0.0, 0.0, acc * factor)
-        request64 = wide(request)
-        out_row = out + request64 * stride_out_b + token.to(tl.int64) * stride_out_s + head.to(tl.int64) * stride_out_h
-        tl.store(out_row[:, None] + columns[None, :], rounded(result, out.dtype.element_ty), mask=exists[:, None])
-        lse_at = lse + request64 * stride_lse_b + token.to(tl.int64) * stride_lse_s + head.to(tl.int64) * stride_lse_h
-        tl.store(lse_at, natural_lse(row_max, row_sum), mask=exists)
+        token64, head64 = token.to(tl.int64), head.to(tl.int64)
+        out_rows = out + wide(request) * stride_out_b + token64 * stride_out_s + head64 * stride_out_h
+        lse_rows = lse + wide(request) * stride_lse_b + token64 * stride_lse_s + head64 * stride_lse_h
+        store_result(out_rows, lse_rows, acc, row_max, row_sum, sink, splits > 0, HAS_SINK)
+
+
+def launch_combine(
+    partials: tuple[Tensor, Tensor],
+    out: Tensor,
+    lse: Tensor,
+    attn_sink: Tensor | None,
+    candidates: int,
+    *,
+    head_group: int,
+    partial_rows: int,
+    rows_per_group: int,
+    rows_per_token: int,
+    lengths: Tensor,
+    max_keys: int = 0,
+    schedule: Tensor | None = None,
+    num_splits: Tensor | None = None,
+    max_cuts: int = 1,
+    first: int = 0,
+) -> None:
+    """Join what is split.
+
+    Args:
+        partials: sums of values `[..., 512]` and their rows' maximum and sum `[..., 2]`.
+        out, lse: `[b, s_q, h_q, 512]` and `[b, h_q, s_q]`; requests that are not split are left alone.
+        attn_sink: float32 `[h_q]`.
+        candidates: parts, each of which may begin a split request, or the requests of a batch-invariant round.
+        head_group: query heads of one key head.
+        partial_rows, rows_per_group, rows_per_token: rows of a partial result, and of a key head and a token in it.
+        lengths: keys of each request, or blocks of each token `[b, s_q]`; read in a batch-invariant round only.
+        max_keys: the most keys of a request.
+        schedule, num_splits: of a call with a schedule.
+        max_cuts, first: of a batch-invariant round: pieces of a request, and the first request.
+    """
+    b, s_q, h_q, _ = out.shape
+    rows = INTERPRETED_ROWS if interpreting() else 1
+    combine_kernel[(-(-s_q * h_q // rows), candidates)](
+        lengths,
+        lengths if schedule is None else schedule,
+        lengths if num_splits is None else num_splits,
+        lse if attn_sink is None else attn_sink,
+        *partials,
+        out,
+        lse,
+        b,
+        s_q,
+        h_q,
+        head_group,
+        partial_rows,
+        rows_per_group,
+        rows_per_token,
+        max_keys,
+        candidates,
+        max_cuts,
+        first,
+        *out.stride()[:3],
+        *lse.stride(),
+        HAS_SINK=attn_sink is not None,
+        FIXED_CUTS=schedule is None,
+        BLOCKS_GIVEN=lengths.dim() == 2,
+        ROWS=rows,
+        SPLITS=4,
+        num_warps=4,
+        **OPTIONS,
+    )

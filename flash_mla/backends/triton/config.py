@@ -96,6 +96,32 @@ def dense_tile(gpu: Gpu, rows: int, d_qk: int) -> Tile:
     return _CANDIDATES[16][-1]
 
 
+# Dequantised keys lie in shared memory once; what is in flight is their bytes.
+_SPARSE_CANDIDATES = {
+    16: (Tile(16, 64, 8, 2), Tile(16, 32, 8, 3), Tile(16, 32, 8, 2), Tile(16, 16, 8, 2)),
+    32: (Tile(32, 64, 8, 2), Tile(32, 32, 8, 2), Tile(32, 16, 8, 2)),
+    64: (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
+}
+
+
+@lru_cache(maxsize=1024)
+def sparse_tile(gpu: Gpu, heads: int, d_qk: int, quantised: bool) -> Tile:
+    """The tile of sparse decode for `heads` query heads; `dense_tile` says what limits it."""
+    largest = 64 if gpu.capability >= 90 and gpu.shared_memory > 200 * 1024 else 32
+    height = 16 if heads <= 16 else 32 if heads <= 32 else largest
+    for tile in _SPARSE_CANDIDATES[height]:
+        in_flight = tile.num_stages * tile.block_n * (d_qk + 128 if quantised else 2 * d_qk)
+        needed = 2 * d_qk * (tile.block_m + (tile.block_n if quantised else 0)) + in_flight
+        if needed + RESERVED_SHARED_MEMORY <= gpu.shared_memory:
+            return tile
+    return _SPARSE_CANDIDATES[16][-1]
+
+
+def converts_fp8(gpu: Gpu) -> bool:
+    """Whether the GPU converts FP8 itself. The interpreter takes the other way, which needs testing more."""
+    return gpu.capability >= 89 and gpu is not INTERPRETED and not interpreting()
+
+
 MAX_PARTS = 1024
 """The most parts of a plan of ours."""
 

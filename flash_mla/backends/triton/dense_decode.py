@@ -11,8 +11,8 @@ from typing import Any
 import triton.language as tl
 from torch import Tensor
 
-from flash_mla.backends.triton.combine import combine_kernel
-from flash_mla.backends.triton.config import Gpu, Tile, dense_tile, interpreting
+from flash_mla.backends.triton.combine import MAX_CUTS, launch_combine
+from flash_mla.backends.triton.config import Gpu, Tile, dense_tile
 from flash_mla.backends.triton.language import (
     D_ROPE,
     D_V,
@@ -22,26 +22,20 @@ from flash_mla.backends.triton.language import (
     WHOLE,
     ceil_div,
     dot,
-    final_factor,
     fixed_cut_blocks,
     jit,
     jit_for_any_value,
-    natural_lse,
     online_softmax,
     piece_of,
     rounded,
+    store_partial,
+    store_result,
     wide,
 )
 from flash_mla.backends.triton.launch import OPTIONS, device_of
 from flash_mla.problem import HEAD_DIM_V
 
-MAX_CUTS = 32
-"""The most pieces of one request in the batch-invariant mode."""
-
 MAX_GRID_Y = 65535
-
-INTERPRETED_ROWS = 64
-"""Rows that one program joins under the interpreter, where each program costs milliseconds."""
 
 
 @jit
@@ -211,30 +205,16 @@ def dense_decode_kernel(
             acc = dot(rounded(p, k.dtype), k, acc * rescale[:, None])
 
         if partial == WHOLE:
-            factor = final_factor(row_max, row_sum, sink, HAS_SINK)
-            result = tl.where(factor[:, None] == 0.0, 0.0, acc * factor[:, None])
             out_rows = (
                 out + request64 * stride_out_b + token.to(tl.int64) * stride_out_s + head.to(tl.int64) * stride_out_h
-            )
-            tl.store(
-                out_rows[:, None] + columns[None, :],
-                rounded(result, out.dtype.element_ty),
-                mask=row_exists[:, None],
             )
             lse_rows = (
                 lse + request64 * stride_lse_b + token.to(tl.int64) * stride_lse_s + head.to(tl.int64) * stride_lse_h
             )
-            tl.store(lse_rows, natural_lse(row_max, row_sum), mask=row_exists)
+            store_result(out_rows, lse_rows, acc, row_max, row_sum, sink, row_exists, HAS_SINK)
         elif partial != NOTHING:
-            tile = partial.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-            partial_rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-            tl.store(
-                partial_out + partial_rows[:, None] * D_V + columns[None, :],
-                acc,
-                mask=row_exists[:, None],
-            )
-            tl.store(partial_stats + partial_rows * 2, row_max, mask=row_exists)
-            tl.store(partial_stats + partial_rows * 2 + 1, row_sum, mask=row_exists)
+            tile = wide(partial) * tl.num_programs(0) + tl.program_id(0)
+            store_partial(partial_out, partial_stats, tile, acc, row_max, row_sum, row_exists, BLOCK_M)
 
 
 # ---- The launch.
@@ -271,7 +251,7 @@ def dense_decode(call: Call, schedule: Tensor, num_splits: Tensor, tile: Tile | 
     with device_of(call.q):
         _launch(call, tile, partials, parts, schedule=schedule)
         if parts > 1:
-            _launch_combine(call, tile, partials, parts, schedule=schedule, num_splits=num_splits)
+            _join(call, tile, partials, parts, schedule=schedule, num_splits=num_splits)
 
 
 def dense_decode_batch_invariant(call: Call, tile: Tile | None = None) -> None:
@@ -289,7 +269,7 @@ def dense_decode_batch_invariant(call: Call, tile: Tile | None = None) -> None:
             requests = min(at_once, b - first)
             _launch(call, tile, partials, requests * max_cuts, max_cuts=max_cuts, first=first)
             if max_cuts > 1:
-                _launch_combine(call, tile, partials, requests, max_cuts=max_cuts, first=first)
+                _join(call, tile, partials, requests, max_cuts=max_cuts, first=first)
 
 
 def _tile(call: Call) -> Tile:
@@ -359,43 +339,19 @@ def _launch(
     )
 
 
-def _launch_combine(
-    call: Call,
-    tile: Tile,
-    partials: tuple[Tensor, Tensor],
-    candidates: int,
-    schedule: Tensor | None = None,
-    num_splits: Tensor | None = None,
-    max_cuts: int = 1,
-    first: int = 0,
-) -> None:
-    """`candidates`: parts, each of which may begin a split request, or the requests of a batch-invariant round."""
-    b, s_q, h_q, _ = call.q.shape
-    h_kv = call.k_cache.shape[2]
-    rows = INTERPRETED_ROWS if interpreting() else 1
-    combine_kernel[(-(-s_q * h_q // rows), candidates)](
-        call.cache_seqlens,
-        call.cache_seqlens if schedule is None else schedule,
-        call.cache_seqlens if num_splits is None else num_splits,
-        call.lse if call.attn_sink is None else call.attn_sink,
-        *partials,
+def _join(call: Call, tile: Tile, partials: tuple[Tensor, Tensor], candidates: int, **cuts: Any) -> None:
+    rows = _row_tiles(call, tile) * tile.block_m
+    launch_combine(
+        partials,
         call.out,
         call.lse,
-        b,
-        s_q * h_q,
-        h_q,
-        h_q // h_kv,
-        h_kv * _row_tiles(call, tile) * tile.block_m,
-        call.block_table.shape[1] * call.k_cache.shape[1],
+        call.attn_sink,
         candidates,
-        max_cuts,
-        first,
-        *call.out.stride()[:3],
-        *call.lse.stride(),
-        HAS_SINK=call.attn_sink is not None,
-        FIXED_CUTS=schedule is None,
-        ROWS=rows,
-        SPLITS=4,
-        num_warps=4,
-        **OPTIONS,
+        head_group=call.q.shape[2] // call.k_cache.shape[2],
+        partial_rows=call.k_cache.shape[2] * rows,
+        rows_per_group=rows,
+        rows_per_token=call.q.shape[2] // call.k_cache.shape[2],
+        lengths=call.cache_seqlens,
+        max_keys=call.block_table.shape[1] * call.k_cache.shape[1],
+        **cuts,
     )

@@ -142,3 +142,41 @@ def final_factor(row_max: tl.tensor, row_sum: tl.tensor, sink: tl.tensor, HAS_SI
 def natural_lse(row_max: tl.tensor, row_sum: tl.tensor) -> Any:
     """Natural logarithm of the sum of exponentials; +inf for a row without keys."""
     return tl.where(row_sum == 0.0, float("inf"), (row_max + tl.log2(tl.where(row_sum == 0.0, 1.0, row_sum))) * LN2)
+
+
+@jit
+def store_result(
+    out_rows: tl.tensor,
+    lse_rows: tl.tensor,
+    acc: tl.tensor,
+    row_max: tl.tensor,
+    row_sum: tl.tensor,
+    sink: tl.tensor,
+    exists: tl.tensor,
+    HAS_SINK: tl.constexpr,
+) -> None:
+    """Write the outputs `[rows, 512]` and logarithms of rows whose keys have all been seen."""
+    factor = final_factor(row_max, row_sum, sink, HAS_SINK)[:, None]
+    # The accumulator of a row without keys may be NaN, where the keys of other rows are.
+    result = tl.where(factor == 0.0, 0.0, acc * factor)
+    at = out_rows[:, None] + tl.arange(0, D_V)[None, :]
+    tl.store(at, rounded(result, out_rows.dtype.element_ty), mask=exists[:, None])
+    tl.store(lse_rows, natural_lse(row_max, row_sum), mask=exists)
+
+
+@jit
+def store_partial(
+    partial_out: tl.tensor,
+    partial_stats: tl.tensor,
+    tile: tl.tensor,
+    acc: tl.tensor,
+    row_max: tl.tensor,
+    row_sum: tl.tensor,
+    exists: tl.tensor,
+    BLOCK_M: tl.constexpr,
+) -> None:
+    """Write tile number `tile` (64 bits) of the partial results: sums that are not divided, and what divides them."""
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    tl.store(partial_out + rows[:, None] * D_V + tl.arange(0, D_V)[None, :], acc, mask=exists[:, None])
+    tl.store(partial_stats + rows * 2, row_max, mask=exists)
+    tl.store(partial_stats + rows * 2 + 1, row_sum, mask=exists)
