@@ -34,6 +34,7 @@ def render() -> str:
         if not k.reason:
             takes = (listed(k.dtypes), listed(k.d_qk), pages(k), listed(k.h_kv))
             rows.append(("dense_decode", k.kernel, GPUS[k.compute_capability], *takes))
+    rows.append(("dense_decode", "triton", "SM80 and newer", "bfloat16, float16", "576, 512", "any", "any"))
     rows.append(("dense_decode", "reference (PyTorch)", "any device", "bfloat16, float16", "576, 512", "any", "any"))
     rows += [(op, "none yet", *["-"] * 5) for op in PLANNED]
     return table(("op", "kernel", "GPU", "dtypes", "d_qk", "page sizes", "h_kv"), rows)

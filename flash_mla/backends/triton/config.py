@@ -70,6 +70,13 @@ def shared_bytes(tile: Tile, d_qk: int, warpgroups: bool) -> int:
     return 2 * d_qk * (tile.block_m + buffers * tile.block_n)
 
 
+def _largest_height(gpu: Gpu) -> int:
+    """64 rows need SM90's tensor cores, which read q from shared memory: elsewhere 64 rows of the accumulator, 512
+    columns wide, do not fit into the registers, and on SM100 Triton keeps a second copy of the keys for them.
+    """
+    return 64 if gpu.capability == 90 and gpu.shared_memory > 200 * 1024 else 32
+
+
 # In order of preference, for tiles of 16, 32 and 64 rows. The first that fits is taken. Wide key tiles and a second
 # tile in flight hide latency; where 100 KB must hold all (SM86, SM89, SM120), d_qk 576 leaves 16 or 32 keys.
 _CANDIDATES = {
@@ -83,12 +90,9 @@ _CANDIDATES = {
 def dense_tile(gpu: Gpu, rows: int, d_qk: int) -> Tile:
     """The tile of dense decode for `rows` (token, head) pairs per key head.
 
-    It depends on the shape of one request alone, so that a batch-invariant call may use it. Tiles of 64 rows need the
-    tensor cores of SM90 and later, which read q from shared memory: elsewhere 64 rows of the accumulator, 512 columns
-    wide, do not fit into the registers.
+    It depends on the shape of one request alone, so that a batch-invariant call may use it.
     """
-    largest = 64 if gpu.capability >= 90 and gpu.shared_memory > 200 * 1024 else 32
-    height = 16 if rows <= 16 else 32 if rows <= 32 else largest
+    height = 16 if rows <= 16 else 32 if rows <= 32 else _largest_height(gpu)
     for tile in _CANDIDATES[height]:
         warpgroups = height == 64
         if shared_bytes(tile, d_qk, warpgroups) + RESERVED_SHARED_MEMORY <= gpu.shared_memory:
@@ -99,19 +103,24 @@ def dense_tile(gpu: Gpu, rows: int, d_qk: int) -> Tile:
 # Dequantised keys lie in shared memory once; what is in flight is their bytes.
 _SPARSE_CANDIDATES = {
     16: (Tile(16, 64, 8, 2), Tile(16, 32, 8, 3), Tile(16, 32, 8, 2), Tile(16, 16, 8, 2)),
-    32: (Tile(32, 64, 8, 2), Tile(32, 32, 8, 2), Tile(32, 16, 8, 2)),
+    32: (Tile(32, 16, 8, 2), Tile(32, 16, 8, 1)),
     64: (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
 }
 
 
 @lru_cache(maxsize=1024)
-def sparse_tile(gpu: Gpu, heads: int, d_qk: int, quantised: bool) -> Tile:
-    """The tile of sparse decode for `heads` query heads; `dense_tile` says what limits it."""
-    largest = 64 if gpu.capability >= 90 and gpu.shared_memory > 200 * 1024 else 32
-    height = 16 if heads <= 16 else 32 if heads <= 32 else largest
+def sparse_tile(gpu: Gpu, heads: int, d_qk: int, in_flight: tuple[int, ...]) -> Tile:
+    """The tile of sparse decode for `heads` query heads; `dense_tile` says what limits it.
+
+    `in_flight`: for each cache, bytes that a quantised key takes while it is loaded; 0 for bfloat16 and no cache.
+    """
+    height = 16 if heads <= 16 else 32 if heads <= 32 else _largest_height(gpu)
+    if height == 32 and max(in_flight) > 1024:
+        height = 16  # two wide loads for each key leave no registers for more rows
     for tile in _SPARSE_CANDIDATES[height]:
-        in_flight = tile.num_stages * tile.block_n * (d_qk + 128 if quantised else 2 * d_qk)
-        needed = 2 * d_qk * (tile.block_m + (tile.block_n if quantised else 0)) + in_flight
+        staged = tile.num_stages * max(in_flight) + 2 * d_qk
+        plain = tile.num_stages * 2 * d_qk
+        needed = 2 * d_qk * tile.block_m + tile.block_n * max(staged, plain if 0 in in_flight else 0)
         if needed + RESERVED_SHARED_MEMORY <= gpu.shared_memory:
             return tile
     return _SPARSE_CANDIDATES[16][-1]

@@ -27,6 +27,14 @@ class Format(IntEnum):
     V41 = 6
     V41_FP4 = 7
 
+    @property
+    def in_flight(self) -> int:
+        """Bytes of shared memory that a key takes while it is loaded, or 0 for keys that are multiplied from there.
+
+        MODEL1's RoPE values are loaded in their place among 512 columns of bfloat16.
+        """
+        return {"V32": 704, "V32_NO_ROPE": 576, "MODEL1": 1600, "V41": 576, "V41_FP4": 320}.get(self.name, 0)
+
 
 NONE = tl.constexpr(int(Format.NONE))
 BF16_576 = tl.constexpr(int(Format.BF16_576))

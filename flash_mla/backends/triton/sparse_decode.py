@@ -381,8 +381,8 @@ def sparse_decode_batch_invariant(call: Call, tile: Tile | None = None) -> None:
 
 
 def _tile(call: Call) -> Tile:
-    quantised = any(keys.cache.dtype != torch.bfloat16 for keys in (call.keys, call.extra) if keys is not None)
-    return sparse_tile(Gpu.of(call.q.device), call.q.shape[2], call.q.shape[3], quantised)
+    in_flight = tuple(keys.format.in_flight for keys in (call.keys, call.extra) if keys is not None)
+    return sparse_tile(Gpu.of(call.q.device), call.q.shape[2], call.q.shape[3], in_flight)
 
 
 def _blocks(call: Call) -> Tensor:

@@ -1,0 +1,204 @@
+"""The Triton backend: who is chosen and why not, tiles, and dense decode with tiles other than the chosen one."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Target, target
+from test_dense_decode import assert_same_bits
+from test_errors import PROBLEM, run_python
+
+from flash_mla import FlashMLASchedMeta, UnsupportedError, backends, flash_mla_with_kvcache, merge_attention_states
+from flash_mla.backends import triton
+from flash_mla.backends.triton import config
+from flash_mla.backends.triton.config import Gpu, Tile
+from flash_mla.testing import check_dense_decode, make_dense_decode_inputs, make_schedule
+
+ROOT = Path(__file__).resolve().parent.parent
+needs_triton = pytest.mark.skipif(triton.missing() is not None, reason=f"triton: {triton.missing()}")
+
+
+@pytest.fixture
+def triton_target() -> Iterator[Target]:
+    chosen = target("triton")
+    with backends.use("triton"):
+        yield chosen
+
+
+# ---- The choice.
+
+
+def test_importing_the_package_imports_no_triton() -> None:
+    result = run_python("import flash_mla, sys; print('triton' in sys.modules)")
+    assert result.stdout.strip() == "False", result.stderr
+
+
+def test_the_order_of_the_registry() -> None:
+    assert [backend.name for backend in backends.REGISTRY] == ["cuda", "triton", "reference"]
+
+
+@needs_triton
+def test_it_serves_what_cuda_kernels_decline() -> None:
+    ampere = replace(PROBLEM, compute_capability=80)
+    assert backends.select(ampere) is backends.TRITON
+    assert backends.select(replace(PROBLEM, softmax_scale=-1.0)) is backends.TRITON
+    assert backends.select(ampere, behind=backends.TRITON) is backends.REFERENCE
+
+
+@needs_triton
+@pytest.mark.skipif(config.interpreting(), reason="TRITON_INTERPRET=1 lifts what depends on the device")
+def test_reasons_of_the_device() -> None:
+    assert triton.why_not(replace(PROBLEM, compute_capability=75)) == (
+        "needs compute capability 8.0 or newer, the GPU has 7.5"
+    )
+    reason = triton.why_not(replace(PROBLEM, device_type="cpu", compute_capability=None))
+    assert reason is not None
+    assert reason.startswith("the tensors are on cpu (TRITON_INTERPRET=1")
+    inputs = make_dense_decode_inputs([70])
+    with backends.use("triton"):
+        with pytest.raises(UnsupportedError, match="no backend takes the problem; triton: the tensors are on cpu"):
+            flash_mla_with_kvcache(**inputs.call(), tile_scheduler_metadata=None, enable_batch_invariant=True)
+        with pytest.raises(UnsupportedError, match="merging: no backend takes the problem; triton: the tensors are on"):
+            merge_attention_states([torch.zeros(1, 1, 512)], [torch.zeros(1, 1)])
+
+
+@needs_triton
+def test_reasons_of_the_problem() -> None:
+    for change, text in (
+        ({"dtype": torch.float32}, "dtype must be bfloat16 or float16, got float32"),
+        ({"d_qk": 128}, "d_qk must be 576 or 512, got 128"),
+        ({"d_v": 256}, "d_v must be 512, got 256"),
+    ):
+        assert triton.why_not(replace(PROBLEM, **change)) == text
+
+
+def test_without_triton_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton.missing.cache_clear()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    try:
+        assert triton.why_not(PROBLEM) == "triton is not installed (pip install 'flash_mla[triton]')"
+    finally:
+        triton.missing.cache_clear()
+
+
+@pytest.mark.parametrize("version", ["3.3.1", "3.10.0", "2.1"])
+def test_another_version_is_declined(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    triton.missing.cache_clear()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("importlib.metadata.version", lambda name: version)
+    try:
+        assert triton.missing() == f"triton must be at least 3.4 and below 3.10, version {version} is installed"
+    finally:
+        triton.missing.cache_clear()
+
+
+def test_the_pin_is_the_range_that_is_checked() -> None:
+    oldest, too_new = (".".join(map(str, pair)) for pair in (triton.support.OLDEST, triton.support.TOO_NEW))
+    assert f'"triton>={oldest},<{too_new}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_the_environment_asks_for_it() -> None:
+    code = "from flash_mla import backends; print(backends.override.name)"
+    assert run_python(code, FLASH_MLA_BACKEND="triton").stdout.strip() == "triton"
+
+
+# ---- Tiles.
+
+CARDS = [Gpu(80, 166912, 108), Gpu(86, 101376, 82), Gpu(90, 232448, 132), Gpu(100, 232448, 148), Gpu(120, 101376, 170)]
+
+
+@pytest.mark.parametrize("gpu", CARDS, ids=lambda gpu: f"sm{gpu.capability}")
+@pytest.mark.parametrize("d_qk", [576, 512])
+def test_tiles_fit_and_suit_the_rows(gpu: Gpu, d_qk: int) -> None:
+    for rows in (1, 16, 17, 32, 33, 64, 128, 5000):
+        tile = config.dense_tile(gpu, rows, d_qk)
+        assert config.shared_bytes(tile, d_qk, tile.block_m == 64) <= gpu.shared_memory
+        assert tile.block_m >= min(rows, 32)
+        assert tile.block_m < 2 * max(rows, 16)
+        assert 64 % tile.block_n == 0  # cuts of a schedule lie between tiles
+        for in_flight in ((0,), (704,), (1600, 1600), (576, 320)):
+            config.sparse_tile(gpu, rows, d_qk, in_flight)
+
+
+@pytest.mark.parametrize("gpu", CARDS, ids=lambda gpu: f"sm{gpu.capability}")
+@pytest.mark.parametrize(("s_q", "h_q", "h_kv"), [(1, 16, 1), (1, 128, 1), (2, 128, 1), (65, 128, 8), (1024, 128, 1)])
+def test_partial_results_are_bounded(gpu: Gpu, s_q: int, h_q: int, h_kv: int) -> None:
+    rows = s_q * (h_q // h_kv)
+    tiles = h_kv * -(-rows // config.dense_tile(gpu, rows, 576).block_m)
+    parts = config.num_parts(gpu, s_q, h_q, h_kv)
+    assert parts == 1 or 2 * parts * tiles <= 2 * gpu.num_sms
+
+
+@pytest.mark.parametrize("tile", [(16, 16, 4, 2), (16, 32, 8, 3), (32, 64, 8, 2), (64, 64, 8, 2)])
+@pytest.mark.parametrize("page", [64, 24])
+def test_every_tile_gives_the_answer(triton_target: Target, tile: tuple[int, ...], page: int) -> None:
+    from flash_mla.backends.triton import dense_decode as kernels
+
+    lengths = [130, 0, 65]
+    inputs = make_dense_decode_inputs(
+        lengths, s_q=2, h_q=10, page=page, causal=True, sink=True, device=triton_target.device
+    )
+    out = torch.full((3, 2, 10, 512), float("nan"), dtype=torch.bfloat16, device=triton_target.device)
+    lse = torch.full((3, 10, 2), float("nan"), device=triton_target.device)
+    call = kernels.Call(*list(inputs.call().values())[:4], inputs.attn_sink, 576**-0.5, True, out, lse)
+    kernels.dense_decode(call, *make_schedule(lengths, [1, 4], 1, triton_target.device), Tile(*tile))
+    check_dense_decode(inputs, result=(out, lse))
+
+
+# ---- Dense decode through the public function: the traps in small. The contract's tests run over this backend too.
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize(
+    ("d_qk", "dtype", "h_q", "h_kv", "s_q", "page"),
+    [
+        (576, torch.bfloat16, 16, 1, 1, 64),
+        (512, torch.float16, 9, 3, 3, 16),
+        (576, torch.float16, 3, 1, 2, 1),
+        (512, torch.bfloat16, 40, 1, 1, 256),
+    ],
+)
+def test_dense_decode(
+    triton_target: Target,
+    d_qk: int,
+    dtype: torch.dtype,
+    h_q: int,
+    h_kv: int,
+    s_q: int,
+    page: int,
+    batch_invariant: bool,
+) -> None:
+    inputs = make_dense_decode_inputs(
+        [520, 0, 65],
+        s_q=s_q,
+        h_q=h_q,
+        h_kv=h_kv,
+        d_qk=d_qk,
+        page=page,
+        dtype=dtype,
+        causal=True,
+        sink=h_q % 2 == 1,
+        device=triton_target.device,
+    )
+    options = {"tile_scheduler_metadata": FlashMLASchedMeta(), "enable_batch_invariant": batch_invariant}
+    first = flash_mla_with_kvcache(**inputs.call(), **options)
+    check_dense_decode(inputs, result=first)
+    assert_same_bits(flash_mla_with_kvcache(**inputs.call(), **options), first)
+
+
+# ---- Compilers.
+
+
+@needs_triton
+def test_kernels_compile_for_cards_that_are_not_here() -> None:
+    """Ahead of time, within each card's limits; all of them: tools/check_triton.py without --quick."""
+    command = [sys.executable, str(ROOT / "tools" / "check_triton.py"), "--quick", "--only", "dense"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("registers") == 3
