@@ -12,6 +12,7 @@ import torch
 from conftest import Target, target
 from test_dense_decode import assert_same_bits
 from test_errors import PROBLEM, run_python
+from test_schedule import check_schedule, random_lengths
 
 from flash_mla import FlashMLASchedMeta, UnsupportedError, backends, flash_mla_with_kvcache, merge_attention_states
 from flash_mla.backends import triton
@@ -148,6 +149,30 @@ def test_every_tile_gives_the_answer(triton_target: Target, tile: tuple[int, ...
     call = kernels.Call(*list(inputs.call().values())[:4], inputs.attn_sink, 576**-0.5, True, out, lse)
     kernels.dense_decode(call, *make_schedule(lengths, [1, 4], 1, triton_target.device), Tile(*tile))
     check_dense_decode(inputs, result=(out, lse))
+
+
+# ---- Planning.
+
+
+@pytest.mark.parametrize("num_parts", [1, 7, 132, 999])
+def test_a_plan_of_any_size(triton_target: Target, num_parts: int) -> None:
+    """More parts than the interpreter has by itself; lengths long enough for cuts to move to the edges of requests."""
+    from flash_mla.backends.triton.plan import plan_dense_decode
+
+    for seed in (0, 3, 7, 13):
+        lengths = random_lengths(seed)
+        seqlens = torch.tensor(lengths, dtype=torch.int32, device=triton_target.device)
+        check_schedule(*plan_dense_decode(seqlens, num_parts), lengths)
+
+
+def test_cuts_move_to_the_edges_of_requests(triton_target: Target) -> None:
+    from flash_mla.backends.triton.plan import plan_dense_decode
+
+    lengths = [64 * 101, 64 * 99, 64 * 100, 64 * 100]
+    seqlens = torch.tensor(lengths, dtype=torch.int32, device=triton_target.device)
+    rows, num_splits = plan_dense_decode(seqlens, 4)
+    check_schedule(rows, num_splits, lengths)
+    assert num_splits.tolist() == [0, 1, 2, 3, 4]
 
 
 # ---- Dense decode through the public function: the traps in small. The contract's tests run over this backend too.

@@ -107,6 +107,7 @@ def jobs(card: Card, quick: bool) -> Iterator[Job]:
         yield dense_job(gpu, 128, 576, page=64, fixed_cuts=True)
         yield combine_job()
         yield merge_job()
+        yield plan_job(config.num_parts(gpu, 1, 16, 1))
     pairs = [("V32", "NONE")] if quick else SPARSE_PAIRS
     for first, extra in pairs:
         for heads in (16,) if quick else (16, 128):
@@ -190,6 +191,13 @@ def merge_job(parts: int = 3) -> Job:
         "lse": "*fp32",
     }
     return Job("merge", merge_kernel, constants, types, 4, 3)
+
+
+def plan_job(num_parts: int) -> Job:
+    from flash_mla.backends.triton.plan import MAX_TOLERANCE, plan_kernel
+
+    constants = {"MAX_TOLERANCE": MAX_TOLERANCE, "PARTS": 1 << num_parts.bit_length(), "REQUESTS": 16, "CHUNK": 16}
+    return Job("plan", plan_kernel, constants, POINTERS, 8, 3)
 
 
 def compile_job(job: Job, capability: int) -> Report:

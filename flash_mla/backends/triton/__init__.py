@@ -10,6 +10,8 @@ environment when that happens, Triton's interpreter runs the kernels on any devi
 | `config` | tile sizes by architecture and shared memory |
 | `language` | what kernels share: constants, the softmax step, the pieces of a schedule |
 | `dense_decode`, `combine` | split-KV attention over a paged cache, and joining its partial results |
+| `plan` | the schedule, made on the device |
+| `dequant`, `sparse_decode` | cache formats in registers; decode over index lists, not yet bound to an operator |
 | `merge` | `merge_attention_states` |
 """
 

@@ -103,7 +103,7 @@ def dense_tile(gpu: Gpu, rows: int, d_qk: int) -> Tile:
 # Dequantised keys lie in shared memory once; what is in flight is their bytes.
 _SPARSE_CANDIDATES = {
     16: (Tile(16, 64, 8, 2), Tile(16, 32, 8, 3), Tile(16, 32, 8, 2), Tile(16, 16, 8, 2)),
-    32: (Tile(32, 16, 8, 2), Tile(32, 16, 8, 1)),
+    32: (Tile(32, 32, 8, 2), Tile(32, 16, 8, 2)),
     64: (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
 }
 

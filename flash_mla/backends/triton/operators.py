@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from flash_mla import _ops, errors, problem
-from flash_mla.backends.reference_schedule import plan_in_torch
 from flash_mla.backends.triton import config, support
 
 
@@ -78,7 +77,9 @@ def plan_dense_decode(cache_seqlens: Tensor, s_q: int, h_q: int, h_kv: int) -> t
     """`torch.ops.flash_mla.triton_plan_dense_decode`."""
     problem.check_plan(cache_seqlens, s_q, h_q, h_kv)
     _check_serves(cache_seqlens, "planning")
-    return plan_in_torch(cache_seqlens, config.num_parts(config.Gpu.of(cache_seqlens.device), s_q, h_q, h_kv))
+    from flash_mla.backends.triton import plan
+
+    return plan.plan_dense_decode(cache_seqlens, config.num_parts(config.Gpu.of(cache_seqlens.device), s_q, h_q, h_kv))
 
 
 def merge_attention_states(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
