@@ -133,6 +133,7 @@ def dense_job(gpu: Any, rows: int, d_qk: int, page: int, fixed_cuts: bool = Fals
     constants = {
         "PAGE": page,
         "ROPE": d_qk > 512,
+        "WIDE_ROWS": False,
         "CAUSAL": True,
         "HAS_SINK": True,
         "FIXED_CUTS": fixed_cuts,

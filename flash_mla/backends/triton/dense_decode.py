@@ -37,6 +37,8 @@ from flash_mla.problem import HEAD_DIM_V
 
 MAX_GRID_Y = 65535
 
+INT32_MAX = 2**31 - 1
+
 
 @jit
 def load_pages(
@@ -71,6 +73,7 @@ def load_keys(
     PAGE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ROPE: tl.constexpr,
+    WIDE_ROWS: tl.constexpr,
 ) -> Any:
     """Keys `[start, start + BLOCK_N)` of a request: V's part `[BLOCK_N, 512]` and the rest.
 
@@ -80,7 +83,7 @@ def load_keys(
     row = tl.minimum(tl.arange(0, BLOCK_N), end - 1 - start)
     if PAGE % BLOCK_N == 0:  # one 64-bit address and 32-bit distances from it save registers
         first = k_head + (page.to(tl.int64) * stride_k_page + wide(start % PAGE) * stride_k_row)
-        rows = first + row * stride_k_row
+        rows = first + (row.to(tl.int64) if WIDE_ROWS else row) * stride_k_row
     else:
         rows = k_head + (page.to(tl.int64) * stride_k_page + ((start + row) % PAGE).to(tl.int64) * stride_k_row)
     k = tl.load(rows[:, None] + tl.arange(0, D_V)[None, :])
@@ -90,7 +93,7 @@ def load_keys(
     return k, k_rope
 
 
-@jit_for_any_value("b", "s_q", "group", "num_row_tiles", "num_pages", "max_pages", "num_parts", "max_cuts", "first")
+@jit_for_any_value("b", "s_q", "group", "num_row_tiles", "num_pages", "max_keys", "num_parts", "max_cuts", "first")
 def dense_decode_kernel(
     q: tl.tensor,
     k_cache: tl.tensor,
@@ -108,7 +111,7 @@ def dense_decode_kernel(
     group: tl.tensor,
     num_row_tiles: tl.tensor,
     num_pages: tl.tensor,
-    max_pages: tl.tensor,
+    max_keys: tl.tensor,
     num_parts: tl.tensor,
     max_cuts: tl.tensor,
     first: tl.tensor,
@@ -127,6 +130,7 @@ def dense_decode_kernel(
     stride_lse_s: tl.tensor,
     PAGE: tl.constexpr,
     ROPE: tl.constexpr,
+    WIDE_ROWS: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_SINK: tl.constexpr,
     FIXED_CUTS: tl.constexpr,
@@ -165,7 +169,7 @@ def dense_decode_kernel(
         end_request = tl.where(begin_request < b, end_request, -1)
 
     for request in range(begin_request, end_request + 1):
-        seqlen = tl.minimum(tl.maximum(tl.load(cache_seqlens + request), 0), max_pages * PAGE)
+        seqlen = tl.minimum(tl.maximum(tl.load(cache_seqlens + request), 0), max_keys)
         if FIXED_CUTS:
             num_blocks = tl.maximum(ceil_div(seqlen, SCHEDULE_BLOCK), 1)
             cut_blocks = fixed_cut_blocks(num_blocks, max_cuts)
@@ -194,7 +198,9 @@ def dense_decode_kernel(
         # Loaded one tile ahead: the keys' addresses must not wait for the table.
         page = load_pages(table_row, begin * SCHEDULE_BLOCK, end_key, num_pages, PAGE, BLOCK_N)
         for start in range(begin * SCHEDULE_BLOCK, visible, BLOCK_N):
-            k, k_rope = load_keys(k_head, page, start, end_key, stride_k_page, stride_k_row, PAGE, BLOCK_N, ROPE)
+            k, k_rope = load_keys(
+                k_head, page, start, end_key, stride_k_page, stride_k_row, PAGE, BLOCK_N, ROPE, WIDE_ROWS
+            )
             page = load_pages(table_row, start + BLOCK_N, end_key, num_pages, PAGE, BLOCK_N)
             scores = dot(q_v, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
             if ROPE:
@@ -282,6 +288,11 @@ def _row_tiles(call: Call, tile: Tile) -> int:
     return -(-s_q * (h_q // call.k_cache.shape[2]) // tile.block_m)
 
 
+def _max_keys(call: Call) -> int:
+    """The most keys that the block table can name, within 32 bits."""
+    return min(call.block_table.shape[1] * call.k_cache.shape[1], INT32_MAX)
+
+
 def _partials(call: Call, tile: Tile, count: int) -> tuple[Tensor, Tensor]:
     """Memory for `count` partial results of all rows: sums of values, and the maximum and sum of each row."""
     rows = count * call.k_cache.shape[2] * _row_tiles(call, tile) * tile.block_m
@@ -317,7 +328,7 @@ def _launch(
         h_q // h_kv,
         row_tiles,
         num_pages,
-        call.block_table.shape[1],
+        _max_keys(call),
         parts,
         max_cuts,
         first,
@@ -328,6 +339,7 @@ def _launch(
         *call.lse.stride(),
         PAGE=page,
         ROPE=d_qk > HEAD_DIM_V,
+        WIDE_ROWS=call.k_cache.stride(1) * tile.block_n > INT32_MAX,
         CAUSAL=call.causal,
         HAS_SINK=call.attn_sink is not None,
         FIXED_CUTS=schedule is None,
@@ -352,6 +364,6 @@ def _join(call: Call, tile: Tile, partials: tuple[Tensor, Tensor], candidates: i
         rows_per_group=rows,
         rows_per_token=call.q.shape[2] // call.k_cache.shape[2],
         lengths=call.cache_seqlens,
-        max_keys=call.block_table.shape[1] * call.k_cache.shape[1],
+        max_keys=_max_keys(call),
         **cuts,
     )
