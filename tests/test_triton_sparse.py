@@ -146,10 +146,13 @@ class Lanes:
 
 
 def make_lanes(cache: Cache, b: int, s_q: int, topk: int, lengths: object, seed: int) -> Lanes:
-    """Random valid indices with duplicates, some invalid ones, and garbage at and past the lengths."""
+    """Random valid indices with duplicates, some invalid ones, and garbage at and past the lengths.
+
+    No valid one is slot 0, which a masked lane might read in place of nothing.
+    """
     g = torch.Generator().manual_seed(seed)
     slots = cache.values.shape[0]
-    indices = torch.randint(0, slots, (b, s_q, topk), generator=g)
+    indices = torch.randint(1, slots, (b, s_q, topk), generator=g)
     wrong = torch.tensor([-1, slots, 2**31 - 1, -(2**31), -1])
     spoiled = torch.rand(b, s_q, topk, generator=g) < 0.2
     indices = torch.where(spoiled, wrong[torch.randint(0, 5, (b, s_q, topk), generator=g)], indices)
