@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import flash_mla
-from flash_mla.backends import REFERENCE, cuda, select
+from flash_mla.backends import REFERENCE, REGISTRY, cuda, select
 from flash_mla.backends.capability import OPERATIONS
 from flash_mla.problem import DenseDecodeProblem
 from flash_mla.testing import Comparison, DenseDecodeInputs, compare, expected_dense_decode, make_dense_decode_inputs
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     say = _silent if options.json else print
     result = _machine(device)
     say(_describe_machine(result))
-    served = result["operations"]["dense_decode"]["kernel"] is not None
+    served = result["operations"]["dense_decode"]["backend"] != "reference"
     batch = _choose_batch(large=served, quick=options.quick)
     say(f"\nDecoding {batch.describe()}", flush=True)
     result |= _decode(batch, device, quick=options.quick)
@@ -106,7 +106,7 @@ def _operation(op: str, device: torch.device) -> dict[str, Any]:
     kernel = next((name for name, reason in table.items() if reason == ""), None) if backend == "cuda" else None
     against = {name: reason for name, reason in table.items() if reason}
     if kernel is None and not against:
-        against = {"cuda": str(flash_mla.why_not(op, problem))}
+        against = {other.name: reason for other in REGISTRY if (reason := other.why_not(problem)) is not None}
     return {"backend": backend, "kernel": kernel, "why_not": against}
 
 
@@ -148,7 +148,7 @@ def _decode(batch: Batch, device: torch.device, quick: bool) -> dict[str, Any]:
     check = _check(inputs, out, lse)
 
     backend = select(DenseDecodeProblem.of(inputs.q, inputs.k_cache)).name
-    timing = _time(arguments, device, graph=backend == "cuda", quick=quick)
+    timing = _time(arguments, device, graph=backend != "reference", quick=quick)
     ceilings = measure_ceilings(device, quick=quick)
     work, time_us = batch.work(), timing.median_us
     return {

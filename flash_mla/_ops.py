@@ -2,11 +2,13 @@
 
 The native library registers the operators for CUDA. Where it is missing the same schemas are defined from here, so that
 the package works, compiles and passes `opcheck` with the reference backend alone. Every operator `x` has a twin
-`reference_x` that runs the reference on any device; `flash_mla.backends.reference` registers both.
+`reference_x` that runs the reference on any device; `flash_mla.backends.reference` registers both. Those that Triton
+serves have a twin `triton_x` too, which `flash_mla.backends.triton.operators` defines.
 """
 
 import os
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -146,25 +148,37 @@ def why_not_native(name: str) -> str | None:
     return f"no CUDA kernel for {name} is built yet in this version of flash_mla"
 
 
+_FAKES: dict[str, Any] = {
+    "dense_decode": _fake_dense_decode,
+    "dense_decode_out": _fake_dense_decode_out,
+    "plan_dense_decode": _fake_plan,
+    "merge_attention_states": _fake_merge,
+    **_schemas.FAKES,
+}
+
+
+def define_twins(backend: str, names: Iterable[str], fake_plan: Any) -> None:
+    """Define `<backend>_x` for these operators `x`: the same schemas, to be served by one backend whatever the device.
+
+    `fake_plan`: the fake function of `plan_dense_decode`, since the size of a plan is the backend's own.
+    """
+    for name in names:
+        _definitions.define(f"{backend}_{name}{SCHEMAS[name]}")
+        fake = fake_plan if name == "plan_dense_decode" else _FAKES[name]
+        _library.register_fake(f"{NAMESPACE}::{backend}_{name}", fake, lib=_definitions)
+    for name in names:
+        _register_autograd(name, f"{backend}_{name}")
+
+
 def _register() -> None:
     """Define what the library has not, then attach fake functions and autograd behaviour to every operator."""
-    fakes = {
-        "dense_decode": _fake_dense_decode,
-        "dense_decode_out": _fake_dense_decode_out,
-        "plan_dense_decode": _fake_plan,
-        "merge_attention_states": _fake_merge,
-        **_schemas.FAKES,
-    }
     for name, schema in SCHEMAS.items():
         if name not in NATIVE:
             _definitions.define(name + schema)
-        _definitions.define(f"reference_{name}{schema}")
-        reference_fake = _fake_reference_plan if name == "plan_dense_decode" else fakes[name]
-        _library.register_fake(f"{NAMESPACE}::{name}", fakes[name], lib=_definitions)
-        _library.register_fake(f"{NAMESPACE}::reference_{name}", reference_fake, lib=_definitions)
+        _library.register_fake(f"{NAMESPACE}::{name}", _FAKES[name], lib=_definitions)
     for name in SCHEMAS:
         _register_autograd(name, name)
-        _register_autograd(name, f"reference_{name}")
+    define_twins("reference", SCHEMAS, _fake_reference_plan)
 
 
 def _register_autograd(name: str, op: str) -> None:

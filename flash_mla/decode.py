@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from flash_mla import arguments, backends, decode_calls, errors, problem, problem_sparse
-from flash_mla.backends import reference
 from flash_mla.decode_calls import DenseFP8Call, SparseCall
 from flash_mla.kv_format import BYTE_DTYPES, KVFormat
 from flash_mla.schedule import FlashMLASchedMeta
@@ -197,10 +196,9 @@ def _dense_decode(
 
 
 def _explain_or_reroute(error: Exception, *call: Any) -> tuple[Tensor, Tensor]:
-    """After a refused call: raise the error that names the argument; or let the reference serve what no kernel takes.
+    """After a refused call: raise the error that names the argument; or let the next backend serve what was declined.
 
-    Only an operator that declined before any launch gets here with `UnsupportedError`, and only where the kernel table
-    says the same is another backend asked. Every other failure is raised.
+    Only an operator that declined before any launch gets here with `UnsupportedError`. Every other failure is raised.
     """
     q, k_cache, block_table, cache_seqlens, head_dim_v, schedule, num_splits, scale, causal, sink, *rest = call
     batch_invariant, out, lse = rest
@@ -234,11 +232,7 @@ def _explain_or_reroute(error: Exception, *call: Any) -> tuple[Tensor, Tensor]:
     if not isinstance(failure, errors.UnsupportedError):
         raise failure from None
     wanted = problem.DenseDecodeProblem.of(q, k_cache, head_dim_v, scale)
-    reason = backends.CUDA.why_not(wanted)
-    if reason is None or backends.select(wanted) is not backends.REFERENCE:
-        raise failure from None
-    reference.warn_once(reason)
-    return _dense_decode(backends.REFERENCE.operators, *call)
+    return _dense_decode(backends.after(failure, wanted).operators, *call)
 
 
 def _check_schedule(q: Tensor, k_cache: Tensor, causal: bool, schedule: Any, num_splits: Any) -> None:

@@ -177,8 +177,7 @@ class DenseFP8Call(DecodeCall):
 def run(call: DecodeCall) -> tuple[Tensor, Tensor]:
     """Plan if there is no plan, then decode; where an operator refuses, find the words, or the backend that serves.
 
-    Only after an operator that declined before any launch is another backend asked, and only where the kernel table
-    says the same. Every other failure is raised.
+    Only after an operator that declined before any launch is another backend asked. Every other failure is raised.
     """
     try:
         return _run(backends.active, call)

@@ -141,9 +141,17 @@ def get_mla_decoding_metadata(
     problem.check_plan(seqlens_k, s_q, h_q, h_k)
     if topk is not None:
         problem_sparse.check_sparse_plan(seqlens_k, None, None, s_q, h_q, topk, 0)
-        rows, num_splits = backends.active.plan_sparse_decode(seqlens_k, None, None, s_q, h_q, topk, 0)
+        try:
+            rows, num_splits = backends.active.plan_sparse_decode(seqlens_k, None, None, s_q, h_q, topk, 0)
+        except Exception as error:
+            operators = backends.behind_cuda(errors.from_native(error), "plan_sparse_decode", seqlens_k)
+            rows, num_splits = operators.plan_sparse_decode(seqlens_k, None, None, s_q, h_q, topk, 0)
         return rows, num_splits
-    rows, num_splits = backends.active.plan_dense_decode(seqlens_k, s_q, h_q, h_k)
+    try:
+        rows, num_splits = backends.active.plan_dense_decode(seqlens_k, s_q, h_q, h_k)
+    except Exception as error:
+        operators = backends.behind_cuda(errors.from_native(error), "plan_dense_decode", seqlens_k)
+        rows, num_splits = operators.plan_dense_decode(seqlens_k, s_q, h_q, h_k)
     return rows, num_splits
 
 

@@ -9,6 +9,7 @@ import torch
 import flash_mla
 from flash_mla import backends
 from flash_mla.backends import cuda as cuda_backend
+from flash_mla.backends import triton
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -25,7 +26,15 @@ def cuda_missing() -> str | None:
         torch.empty((1, 1, 16, 576), dtype=torch.bfloat16, device="cuda"),
         torch.empty((1, 64, 1, 576), dtype=torch.bfloat16, device="cuda"),
     )
-    return flash_mla.why_not("dense_decode", problem)
+    return backends.CUDA.why_not(problem)
+
+
+def triton_missing() -> str | None:
+    """Why the Triton backend cannot be tested here, or None: it needs a GPU, or TRITON_INTERPRET=1."""
+    if torch.cuda.is_available() and not triton.config.interpreting():
+        major, minor = torch.cuda.get_device_capability()
+        return triton.why_not_on("cuda", 10 * major + minor)
+    return triton.why_not_on("cpu", None)
 
 
 @dataclass(frozen=True)
@@ -37,39 +46,59 @@ class Target:
 
     @property
     def is_cuda(self) -> bool:
+        """Whether it is the backend of CUDA kernels."""
         return self.name == "cuda"
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU computes: then tests are larger."""
+        return self.device == "cuda"
 
     def require(self, op: str) -> None:
         """Skip the test where the backend has no kernels for an operation."""
         if self.is_cuda and op in cuda_backend.WITHOUT_KERNELS:
             pytest.skip(cuda_backend.no_kernels(op))
+        if self.name == "triton" and op in triton.NOT_SERVED:
+            pytest.skip(f"triton: {triton.NOT_SERVED[op]}")
 
     def lengths(self, *small: int) -> list[int]:
-        """`small` for the reference; more and longer requests where a GPU computes them."""
-        if not self.is_cuda:
+        """`small` for the CPU; more and longer requests where a GPU computes them."""
+        if not self.on_gpu:
             return list(small)
         return [*small, 4097, 64, 1300, *(9 * length for length in small), 2048, 777, 1]
 
 
-@pytest.fixture(params=["reference", pytest.param("cuda", marks=pytest.mark.gpu)])
+def target(name: str) -> Target:
+    """The backend called `name` here; skips the test where it cannot run."""
+    reason = {"cuda": cuda_missing, "triton": triton_missing}.get(name, lambda: None)()
+    if reason is not None:
+        pytest.skip(f"{name}: {reason}")
+    on_gpu = name == "cuda" or (name == "triton" and torch.cuda.is_available() and not triton.config.interpreting())
+    return Target(name, "cuda" if on_gpu else "cpu")
+
+
+@pytest.fixture(params=["reference", "triton", pytest.param("cuda", marks=pytest.mark.gpu)])
 def backend(request: pytest.FixtureRequest) -> Iterator[Target]:
     """Every backend in turn, with all others shut out. A test file names its operation `OP`, if not dense decode."""
-    name = request.param
-    if name == "cuda":
-        reason = cuda_missing()
-        if reason is not None:
-            pytest.skip(reason)
-    target = Target(name, "cuda" if name == "cuda" else "cpu")
-    target.require(getattr(request.module, "OP", "dense_decode"))
-    with backends.use(name):
-        yield target
+    chosen = target(request.param)
+    chosen.require(getattr(request.module, "OP", "dense_decode"))
+    with backends.use(chosen.name):
+        yield chosen
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def gpu(request: pytest.FixtureRequest) -> Iterator[Target]:
+    """Every backend that runs on a GPU in turn, for tests marked gpu."""
+    chosen = target(request.param)
+    if not chosen.on_gpu:
+        pytest.skip("triton: no CUDA device, or TRITON_INTERPRET=1")
+    with backends.use(chosen.name):
+        yield chosen
 
 
 @pytest.fixture
 def cuda() -> Iterator[Target]:
     """The CUDA backend alone, for tests marked gpu."""
-    reason = cuda_missing()
-    if reason is not None:
-        pytest.skip(reason)
+    chosen = target("cuda")
     with backends.use("cuda"):
-        yield Target("cuda", "cuda")
+        yield chosen

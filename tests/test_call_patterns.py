@@ -71,7 +71,7 @@ def test_vllm_context_parallel_merge(backend: Target) -> None:
 
 def test_sglang_graph_buffers(backend: Target) -> None:
     """The schedule is copied into fixed buffers of [num_sms, 8] and [max_batch + 1], and passed as slices of them."""
-    num_sms = torch.cuda.get_device_properties(0).multi_processor_count if backend.is_cuda else 132
+    num_sms = torch.cuda.get_device_properties(0).multi_processor_count if backend.on_gpu else 132
     max_batch, h_q = 16, 16
     rows_buffer = torch.ones((num_sms, 8), dtype=torch.int32, device=backend.device)
     splits_buffer = torch.ones(max_batch + 1, dtype=torch.int32, device=backend.device)
@@ -94,7 +94,7 @@ def test_sglang_graph_buffers(backend: Target) -> None:
 
 
 @pytest.mark.gpu
-def test_sglang_captured_step(cuda: Target) -> None:
+def test_sglang_captured_step(gpu: Target) -> None:
     """The buffers are part of a graph; before each replay the host copies a new schedule into them."""
     h_q = 16
     inputs = make_dense_decode_inputs([5000, 5000, 5000], h_q=h_q, device="cuda")
@@ -114,7 +114,7 @@ def test_sglang_captured_step(cuda: Target) -> None:
 
 
 @pytest.mark.gpu
-def test_a_graph_padded_with_empty_requests(cuda: Target) -> None:
+def test_a_graph_padded_with_empty_requests(gpu: Target) -> None:
     """A batch captured at its largest; shorter ones leave requests without keys behind, whose tables are garbage."""
     inputs = make_dense_decode_inputs([900, 800, 700, 600], h_q=128, device="cuda")
     meta, _ = get_mla_metadata()

@@ -395,4 +395,5 @@ def test_the_cuda_backend_says_why_not() -> None:
         pytest.raises(UnsupportedError, match="dense prefill: no backend takes the problem; cuda"),
     ):
         flash_attn_varlen_func(**inputs.call())
-    assert flash_mla.why_not("dense_prefill", **inputs.call()) == "the tensors are on cpu"
+    reason = flash_mla.why_not("dense_prefill", **inputs.call())
+    assert reason == f"cuda: the tensors are on cpu; triton: {flash_mla.backends.triton.NOT_SERVED['dense_prefill']}"

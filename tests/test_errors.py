@@ -482,7 +482,7 @@ def test_backends_nest_and_are_put_back() -> None:
 
 
 def test_an_unknown_backend_is_named() -> None:
-    with pytest.raises(ValueError, match="backend: wanted cuda or reference, got fast"):
+    with pytest.raises(ValueError, match="backend: wanted cuda or triton or reference, got fast"):
         backends.set_backend("fast")
 
 
@@ -502,7 +502,7 @@ def test_the_environment_chooses_a_backend() -> None:
     assert run_python(code, FLASH_MLA_BACKEND="reference").stdout.strip() == "reference"
     wrong = run_python(code, FLASH_MLA_BACKEND="fast")
     assert wrong.returncode != 0
-    assert "FLASH_MLA_BACKEND: wanted cuda or reference, got fast" in wrong.stderr
+    assert "FLASH_MLA_BACKEND: wanted cuda or triton or reference, got fast" in wrong.stderr
 
 
 def test_a_named_library_must_exist() -> None:
@@ -568,17 +568,24 @@ def test_capability_queries() -> None:
     with pytest.raises(TypeError, match="why_not: wanted a DenseDecodeProblem, or the tensors q= and k_cache="):
         flash_mla.why_not("dense_decode", q=torch.zeros(1))
     for op in ("sparse_decode", "sparse_prefill", "dense_prefill"):
-        assert flash_mla.why_not(op) == f"no CUDA kernel for {op} is built yet in this version of flash_mla"
+        cuda_reason = f"cuda: no CUDA kernel for {op} is built yet in this version of flash_mla"
+        assert flash_mla.why_not(op) == f"{cuda_reason}; triton: {backends.triton.NOT_SERVED[op]}"
+        with backends.use("cuda"):
+            assert flash_mla.why_not(op) == cuda_reason
     inputs = make_dense_decode_inputs([70])
-    assert flash_mla.why_not("dense_decode", **inputs.call()) == "the tensors are on cpu"
-    reason = flash_mla.why_not("dense_decode", PROBLEM)
-    assert reason == backends.cuda_missing
+    reason = flash_mla.why_not("dense_decode", **inputs.call())
+    assert reason is not None
+    assert reason.startswith("cuda: the tensors are on cpu; triton: ")
+    with backends.use("cuda"):
+        assert flash_mla.why_not("dense_decode", **inputs.call()) == "cuda: the tensors are on cpu"
+        reason = flash_mla.why_not("dense_decode", PROBLEM)
+    assert reason == (backends.cuda_missing and f"cuda: {backends.cuda_missing}")
     with pytest.raises(ValueError, match="problem: wanted a SparseDecodeProblem for sparse_decode, got DenseDecodePro"):
         flash_mla.why_not("sparse_decode", PROBLEM)
 
 
 @pytest.mark.skipif(backends.cuda_missing is not None, reason=str(backends.cuda_missing))
-def test_problems_without_cuda_kernels() -> None:
+def test_problems_without_kernels() -> None:
     sparse = make_sparse_decode_inputs(2, h_q=2, extra_topk=3)
     problems = {
         "dense_decode": replace(PROBLEM, fp8_cache="V32"),
@@ -589,22 +596,29 @@ def test_problems_without_cuda_kernels() -> None:
     }
     for op, problem in problems.items():
         on_gpu = replace(problem, device_type="cuda", compute_capability=90)
-        assert re.fullmatch("no CUDA kernel for .* is built yet .*", str(flash_mla.why_not(op, on_gpu)))
+        text = "cuda: no CUDA kernel for .* is built yet .*; triton: (no kernel|its kernels) for .* yet"
+        assert re.fullmatch(text, str(flash_mla.why_not(op, on_gpu)))
         assert backends.select(on_gpu) is backends.REFERENCE
-        with backends.use("cuda"), pytest.raises(UnsupportedError, match="no backend takes the problem; cuda: no CUDA"):
-            backends.select(on_gpu)
+        for name, reason in (("cuda", "cuda: no CUDA"), ("triton", "triton: ")):
+            match = f"no backend takes the problem; {reason}"
+            with backends.use(name), pytest.raises(UnsupportedError, match=match):
+                backends.select(on_gpu)
 
 
 @pytest.mark.skipif(backends.cuda_missing is not None, reason=str(backends.cuda_missing))
 def test_the_kernel_table_without_a_gpu() -> None:
     for change in ({"dtype": torch.float32}, {"d_qk": 128}, {"d_v": 256}, {"compute_capability": 80}):
-        reason = flash_mla.why_not("dense_decode", replace(PROBLEM, **change))
+        problem = replace(PROBLEM, **change)
+        with backends.use("cuda"):
+            reason = flash_mla.why_not("dense_decode", problem)
         assert reason is not None
         for kernel in {support.kernel for support in flash_mla.kernels()}:
             assert f"{kernel}: " in reason
         with pytest.raises(UnsupportedError, match=r"; cuda: .*: "), backends.use("cuda"):
-            backends.select(replace(PROBLEM, **change))
-        assert backends.select(replace(PROBLEM, **change)) is backends.REFERENCE
+            backends.select(problem)
+        served = backends.TRITON.why_not(problem) is None
+        assert served == ("compute_capability" in change and backends.triton.missing() is None)
+        assert backends.select(problem) is (backends.TRITON if served else backends.REFERENCE)
     assert backends.select(PROBLEM) is backends.CUDA
 
 

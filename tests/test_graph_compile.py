@@ -21,13 +21,13 @@ def some_inputs(backend: Target, b: int = 3, **options: object) -> DenseDecodeIn
 
 def compiler(backend: Target) -> str:
     """Inductor generates code for the GPU; on the CPU the graph is captured, functionalised and run as it is."""
-    return "inductor" if backend.is_cuda else "aot_eager"
+    return "inductor" if backend.on_gpu else "aot_eager"
 
 
 @pytest.fixture
 def automatic(backend: Target) -> Target:
-    """The backend's device with the choice left to the library."""
-    with backends.use(None):
+    """The backend's device with the choice left to the library; it would not choose Triton where others serve."""
+    with backends.use("triton" if backend.name == "triton" else None):
         yield backend
 
 
@@ -51,7 +51,8 @@ def tensors(inputs: DenseDecodeInputs) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("choice", ["automatic", "override"])
 def test_compiled_without_graph_breaks(backend: Target, choice: str) -> None:
     arguments = tensors(some_inputs(backend))
-    with backends.use(None if choice == "automatic" else "reference"):
+    forced = "triton" if backend.name == "triton" else "reference"
+    with backends.use(None if choice == "automatic" else forced):
         actual = compiled(step, backend)(*arguments)
         wanted = step(*arguments)
     for one, other in zip(actual, wanted, strict=True):
@@ -132,8 +133,9 @@ def operator_arguments(inputs: DenseDecodeInputs) -> tuple[object, ...]:
 
 
 def operators(backend: Target, name: str) -> list[torch._ops.OpOverload]:
-    """The operator, and the reference's twin of it."""
-    return [getattr(torch.ops.flash_mla, name).default, getattr(torch.ops.flash_mla, f"reference_{name}").default]
+    """The operator and the reference's twin of it, or Triton's twin."""
+    prefixes = ("triton_",) if backend.name == "triton" else ("", "reference_")
+    return [getattr(torch.ops.flash_mla, prefix + name).default for prefix in prefixes]
 
 
 @pytest.mark.parametrize("sink", [False, True])
@@ -167,13 +169,11 @@ def test_opcheck_merge(backend: Target, dims: int) -> None:
 
 def test_fake_tensors_have_the_shapes_of_real_ones(backend: Target) -> None:
     arguments = operator_arguments(some_inputs(backend))
-    real = [
-        *torch.ops.flash_mla.dense_decode(*arguments),
-        *torch.ops.flash_mla.plan_dense_decode(arguments[3], 2, 16, 1),
-    ]
+    decode, plan = operators(backend, "dense_decode")[0], operators(backend, "plan_dense_decode")[0]
+    real = [*decode(*arguments), *plan(arguments[3], 2, 16, 1)]
     with FakeTensorMode() as mode:
         fakes = [mode.from_tensor(value) if isinstance(value, Tensor) else value for value in arguments]
-        fake = [*torch.ops.flash_mla.dense_decode(*fakes), *torch.ops.flash_mla.plan_dense_decode(fakes[3], 2, 16, 1)]
+        fake = [*decode(*fakes), *plan(fakes[3], 2, 16, 1)]
     for one, other in zip(fake, real, strict=True):
         assert one.shape == other.shape
         assert one.dtype == other.dtype
@@ -194,8 +194,8 @@ def test_the_schemas_are_those_of_the_native_library() -> None:
 
 
 @pytest.mark.gpu
-def test_layers_of_one_captured_step_share_a_plan(cuda: Target) -> None:
-    inputs = some_inputs(cuda)
+def test_layers_of_one_captured_step_share_a_plan(gpu: Target) -> None:
+    inputs = some_inputs(gpu)
     wanted = step(*tensors(inputs))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -208,8 +208,8 @@ def test_layers_of_one_captured_step_share_a_plan(cuda: Target) -> None:
 
 
 @pytest.mark.gpu
-def test_a_call_does_not_synchronise(cuda: Target) -> None:
-    inputs = some_inputs(cuda)
+def test_a_call_does_not_synchronise(gpu: Target) -> None:
+    inputs = some_inputs(gpu)
     run_dense_decode(inputs)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -221,8 +221,8 @@ def test_a_call_does_not_synchronise(cuda: Target) -> None:
 
 
 @pytest.mark.gpu
-def test_other_streams(cuda: Target) -> None:
-    inputs = some_inputs(cuda)
+def test_other_streams(gpu: Target) -> None:
+    inputs = some_inputs(gpu)
     wanted = run_dense_decode(inputs)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

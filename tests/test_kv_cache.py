@@ -482,4 +482,5 @@ def test_the_cuda_backend_says_why_not() -> None:
         pytest.skip(flash_mla.backends.cuda_missing)
     with flash_mla.backends.use("cuda"), pytest.raises(flash_mla.UnsupportedError, match="kv cache: no backend takes"):
         dequantize_kv_cache(CACHE, "MODEL1")
-    assert flash_mla.why_not("kv_cache", cache=CACHE, format="V4") == "the tensors are on cpu"
+    reason = flash_mla.why_not("kv_cache", cache=CACHE, format="V4")
+    assert reason == f"cuda: the tensors are on cpu; triton: {flash_mla.backends.triton.NOT_SERVED['kv_cache']}"

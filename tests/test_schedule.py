@@ -111,7 +111,7 @@ def test_planning_is_repeatable(backend: Target) -> None:
 
 
 @pytest.mark.gpu
-def test_planning_does_not_synchronise(cuda: Target) -> None:
+def test_planning_does_not_synchronise(gpu: Target) -> None:
     seqlens = torch.tensor(random_lengths(7), dtype=torch.int32, device="cuda")
     get_mla_decoding_metadata(seqlens, 128, 1)
     torch.cuda.set_sync_debug_mode("error")
@@ -122,7 +122,7 @@ def test_planning_does_not_synchronise(cuda: Target) -> None:
 
 
 @pytest.mark.gpu
-def test_a_captured_plan_follows_the_lengths(cuda: Target) -> None:
+def test_a_captured_plan_follows_the_lengths(gpu: Target) -> None:
     seqlens = torch.tensor(random_lengths(4), dtype=torch.int32, device="cuda")
     b = seqlens.shape[0]
     get_mla_decoding_metadata(seqlens, 128, 1)

@@ -809,7 +809,8 @@ def test_the_cuda_backend_says_why_not() -> None:
         pytest.raises(UnsupportedError, match="sparse decode: no backend takes the problem; cuda:"),
     ):
         run_decode(inputs)
-    assert flash_mla.why_not("sparse_decode", **inputs.call()) == "the tensors are on cpu"
+    reason = flash_mla.why_not("sparse_decode", **inputs.call())
+    assert reason == f"cuda: the tensors are on cpu; triton: {flash_mla.backends.triton.NOT_SERVED['sparse_decode']}"
     with pytest.raises(TypeError, match="why_not: wanted a SparseDecodeProblem, or the tensors q= and k_cache= and"):
         flash_mla.why_not("sparse_decode", q=inputs.q)
 

@@ -465,4 +465,5 @@ def test_the_cuda_backend_says_why_not() -> None:
     inputs = make_sparse_prefill_inputs(4, h_q=2)
     with backends.use("cuda"), pytest.raises(UnsupportedError, match="sparse prefill: no backend takes the problem"):
         run(inputs)
-    assert flash_mla.why_not("sparse_prefill", **inputs.call()) == "the tensors are on cpu"
+    reason = flash_mla.why_not("sparse_prefill", **inputs.call())
+    assert reason == f"cuda: the tensors are on cpu; triton: {flash_mla.backends.triton.NOT_SERVED['sparse_prefill']}"

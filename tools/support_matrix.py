@@ -45,6 +45,7 @@ def render() -> str:
         if not k.reason:
             takes = (listed(k.dtypes), listed(k.d_qk), pages(k), listed(k.h_kv))
             rows.append(("dense_decode", k.kernel, GPUS[k.compute_capability], *takes))
+    rows.append(("dense_decode", "triton", "SM80 and newer", "bfloat16, float16", "576, 512", "any", "any"))
     for op, served in REFERENCE.items():
         rows += [(op, "reference (PyTorch)", "any device", *takes) for takes in served]
     return table(("op", "kernel", "GPU", "dtypes or cache formats", "d_qk", "page sizes", "h_kv"), rows)

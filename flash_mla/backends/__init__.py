@@ -1,7 +1,8 @@
 """Which implementation serves a call: an ordered registry, and the choice from it.
 
-Order: the CUDA kernels, then the reference. (Triton kernels will stand between them.) The first whose `why_not` has
-nothing against the problem serves it. `FLASH_MLA_BACKEND=cuda|reference`, or `use(...)`, allows one backend only.
+Order: the CUDA kernels, the Triton kernels, the reference. The first whose `why_not` has nothing against the problem
+serves it. `FLASH_MLA_BACKEND=cuda|triton|reference`, or `use(...)`, allows one backend only. Tensors on the CPU go to
+the reference unless Triton is asked for by name: there is only its interpreter to serve them.
 
 The public functions do not walk this list on each call: they call `active`, whose operators torch dispatches by device
 and whose native implementation asks the kernel table. Only when that declines, before any launch, is the list
@@ -17,13 +18,14 @@ from typing import Any
 import torch
 
 from flash_mla._ops import why_not_native
-from flash_mla.backends import cuda, reference
+from flash_mla.backends import cuda, reference, triton
 from flash_mla.errors import UnsupportedError, from_native, wanted
 from flash_mla.problem import Problem
 
 
 def _absent(*_args: Any) -> Any:
-    raise UnsupportedError("the backend does not have this operator")
+    backend = "the backend" if override is None else f"backend {override.name}"
+    raise UnsupportedError(f"{backend} does not have this operator")
 
 
 @dataclass(frozen=True)
@@ -82,14 +84,39 @@ def _cuda_only(name: str) -> Callable[..., Any]:
     return call
 
 
+def _triton_first(name: str) -> Callable[..., Any]:
+    """An operator with CUDA tensors handed to Triton: what is called in place of a missing native library.
+
+    Where Triton does not run either, its operator raises `UnsupportedError`, and the reference is next.
+    """
+    op = _registered(name)
+    if name not in triton.OPERATORS:
+        return op
+    through_triton = _registered(f"triton_{name}")
+
+    def call(first: Any, *rest: Any) -> Any:
+        tensor = first[0] if isinstance(first, (list, tuple)) and first else first
+        if isinstance(tensor, torch.Tensor) and tensor.is_cuda:
+            return through_triton(first, *rest)
+        return op(first, *rest)
+
+    return call
+
+
 cuda_missing = cuda.missing()
 """None when the native library is loaded, else the reason."""
 
-AUTOMATIC = Operators.made_by(_registered)
+# torch dispatches by device: to the native library, or without it to the reference, unless Triton can take its place.
+AUTOMATIC = Operators.made_by(_registered if cuda_missing is None or triton.missing() is not None else _triton_first)
+"""What serves while no backend is asked for by name."""
+
 CUDA = Backend("cuda", cuda.why_not, Operators.made_by(_cuda_only))
+TRITON = Backend(
+    "triton", triton.why_not, Operators(**{name: _registered(f"triton_{name}") for name in triton.OPERATORS})
+)
 REFERENCE = Backend("reference", lambda problem: None, Operators.made_by(lambda name: _registered(f"reference_{name}")))
 
-REGISTRY = (CUDA, REFERENCE)
+REGISTRY = (CUDA, TRITON, REFERENCE)
 """In order of preference."""
 
 override: Backend | None = None
@@ -124,26 +151,58 @@ def use(name: str | None) -> Iterator[None]:
         set_backend(before)
 
 
-def select(problem: Problem) -> Backend:
+def select(problem: Problem, behind: Backend | None = None) -> Backend:
     """The backend that serves `problem`: the first allowed one that has nothing against it.
+
+    `behind`: only those that follow this one in the registry.
 
     Raises:
         UnsupportedError: none takes it; the text lists every candidate and its reason.
     """
-    reasons = []
-    for backend in REGISTRY if override is None else (override,):
-        reason = backend.why_not(problem)
+    reasons = {}
+    allowed = REGISTRY if override is None else (override,)
+    for backend in allowed[allowed.index(behind) + 1 :] if behind in allowed else allowed:
+        reason = _reason(backend, problem)
         if reason is None:
             return backend
-        reasons.append(f"{backend.name}: {reason}")
-    raise UnsupportedError(f"{problem.op.replace('_', ' ')}: no backend takes the problem; {'; '.join(reasons)}")
+        reasons[backend.name] = reason
+    raise UnsupportedError(f"{problem.op.replace('_', ' ')}: no backend takes the problem; {listed(reasons)}")
+
+
+def _reason(backend: Backend, problem: Problem) -> str | None:
+    """Why `backend` does not serve `problem`, or None."""
+    reason = backend.why_not(problem)
+    if reason is None and backend is TRITON and override is not TRITON and problem.device_type != "cuda":
+        return "only its interpreter serves tensors on the CPU, which is for tests: ask for the backend by name"
+    return reason
+
+
+def listed(reasons: dict[str, str]) -> str:
+    """The text of several backends' reasons."""
+    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+
+
+def with_kernels() -> list[Backend]:
+    """The backends that a capability query asks: all but the reference, or the one that alone is allowed."""
+    return [backend for backend in (CUDA, TRITON) if override in (None, REFERENCE, backend)]
+
+
+def why_no_kernel(problem: Problem) -> str | None:
+    """None when one of `with_kernels` takes `problem`, else the reason of each."""
+    reasons = {}
+    for backend in with_kernels():
+        reason = _reason(backend, problem)
+        if reason is None:
+            return None
+        reasons[backend.name] = reason
+    return listed(reasons)
 
 
 def serve(op: str, check: Callable[..., None], problem_of: Callable[..., Problem], *arguments: Any) -> Any:
     """Call operator `op`; where it refuses, find the words, or the backend that takes what no kernel does.
 
     The operators check their arguments themselves, so nothing stands before them. Only an operator that declined
-    before any launch, with `UnsupportedError`, is asked for again elsewhere, and only where its own table agrees.
+    before any launch, with `UnsupportedError`, is asked for again elsewhere.
 
     Args:
         op: field of `Operators`.
@@ -166,20 +225,32 @@ def serve(op: str, check: Callable[..., None], problem_of: Callable[..., Problem
 
 
 def after(failure: UnsupportedError, problem: Problem) -> Backend:
-    """The backend that takes over when an operator declined before any launch; the reference with a warning.
+    """The backend that takes over when an operator declined before any launch: Triton, or the reference with a warning.
 
     Raises:
-        UnsupportedError: `failure`, where the backend that declined claims to take the problem; or no backend takes it.
+        UnsupportedError: one backend alone is allowed; the text has its reason against the problem, or is `failure`'s.
     """
-    reason = CUDA.why_not(problem)
-    if reason is None:
+    if override is not None:
+        select(problem)
         raise failure from None
-    backend = select(problem)
-    if backend is override:
-        raise failure from None
+    backend = select(problem, behind=CUDA)
     if backend is REFERENCE:
-        reference.warn_once(reason)
+        reference.warn_once(CUDA.why_not(problem) or str(failure))
     return backend
+
+
+def behind_cuda(failure: Exception, op: str, tensor: torch.Tensor) -> Operators:
+    """`after` for a plan or a merge: the operators to call instead, of a backend that takes any call where it runs.
+
+    Raises:
+        Exception: `failure`, where it is no `UnsupportedError` or one backend alone is allowed.
+    """
+    if override is not None or not isinstance(failure, UnsupportedError):
+        raise failure from None
+    if tensor.is_cuda and op in triton.OPERATORS and triton.serves(tensor.device):
+        return TRITON.operators
+    reference.warn_once(str(failure))
+    return REFERENCE.operators
 
 
 def _from_environment() -> None:
@@ -197,16 +268,22 @@ __all__ = [
     "CUDA",
     "REFERENCE",
     "REGISTRY",
+    "TRITON",
     "Backend",
     "Operators",
     "active",
     "after",
+    "behind_cuda",
     "cuda",
     "cuda_missing",
+    "listed",
     "override",
     "reference",
     "select",
     "serve",
     "set_backend",
+    "triton",
     "use",
+    "why_no_kernel",
+    "with_kernels",
 ]

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from flash_mla.backends import cuda
+from flash_mla import backends
+from flash_mla.backends import cuda, triton
 from flash_mla.errors import wanted
 from flash_mla.problem import DenseDecodeProblem, Problem
 from flash_mla.problem_kv_cache import KVCacheProblem
@@ -26,7 +27,9 @@ OPERATIONS = tuple(_OPERATIONS)
 
 
 def why_not(op: str, problem: Problem | None = None, **call: Any) -> str | None:
-    """Why no CUDA kernel of this build serves a call; None when one does.
+    """Why no kernel, of CUDA or Triton, serves a call; None when one does.
+
+    Under `backends.use(...)` or `FLASH_MLA_BACKEND` only the backend named there is asked.
 
     Args:
         op: "dense_decode" (`flash_mla_with_kvcache` without indices), "sparse_decode" (with them), "sparse_prefill"
@@ -37,7 +40,8 @@ def why_not(op: str, problem: Problem | None = None, **call: Any) -> str | None:
             at.
 
     Returns:
-        None, or a text that lists each candidate kernel and its reason. The reference backend serves every call.
+        None, or a text that lists each backend with its reason, or those of its kernels: "cuda: ...; triton: ...". The
+        reference backend is not asked: it serves every call.
 
     Raises:
         ValueError: no such `op`, or the problem is of another one.
@@ -49,14 +53,15 @@ def why_not(op: str, problem: Problem | None = None, **call: Any) -> str | None:
     if problem is not None:
         if not isinstance(problem, kind):
             raise ValueError(wanted("problem", f"a {kind.__name__} for {op}", type(problem).__name__))
-        return cuda.why_not(problem)
-    if not call and op in cuda.WITHOUT_KERNELS:
-        return cuda.no_kernels(op)
+        return backends.why_no_kernel(problem)
+    if not call and op in cuda.WITHOUT_KERNELS and op in triton.NOT_SERVED:
+        reasons = {"cuda": cuda.no_kernels(op), "triton": triton.NOT_SERVED[op]}
+        return backends.listed({backend.name: reasons[backend.name] for backend in backends.with_kernels()})
     if not all(isinstance(call.get(name), torch.Tensor) for name in tensors):
         names = " and ".join(f"{name}=" for name in tensors)
         raise TypeError(wanted("why_not", f"a {kind.__name__}, or the tensors {names}", sorted(call)))
     known = {name: call[name] for name in options if name in call}
-    return cuda.why_not(kind.of(**{name: call[name] for name in tensors}, **known))
+    return backends.why_no_kernel(kind.of(**{name: call[name] for name in tensors}, **known))
 
 
 @dataclass(frozen=True)

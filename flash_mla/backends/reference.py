@@ -362,7 +362,7 @@ def warn_once(reason: str) -> None:
     if reason not in _warned:
         _warned.add(reason)
         warnings.warn(
-            f"flash_mla: the reference backend serves CUDA tensors (slow): {reason}", RuntimeWarning, stacklevel=4
+            f"flash_mla: the reference backend serves CUDA tensors (slow): {reason}", RuntimeWarning, stacklevel=5
         )
 
 

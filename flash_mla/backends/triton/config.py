@@ -1,0 +1,147 @@
+"""Tile sizes, chosen by architecture and shared memory. Needs no Triton."""
+
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+INTERPRETED_SMS = 4
+"""Multiprocessors that the interpreter pretends to have: enough for split requests, few enough to be quick."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What the choice of tiles depends on."""
+
+    capability: int
+    """90 for 9.0."""
+    shared_memory: int
+    """Bytes that one block may use."""
+    num_sms: int
+
+    @staticmethod
+    def of(device: torch.device) -> "Gpu":
+        """The GPU that a tensor is on; for the CPU, what the interpreter stands for."""
+        if device.type != "cuda":
+            return INTERPRETED
+        return _gpu(torch.cuda.current_device() if device.index is None else device.index)
+
+
+INTERPRETED = Gpu(90, 232448, INTERPRETED_SMS)
+
+
+@lru_cache(maxsize=64)
+def _gpu(index: int) -> Gpu:
+    properties: Any = torch.cuda.get_device_properties(index)  # not fully typed
+    return Gpu(
+        10 * properties.major + properties.minor,
+        getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block),
+        properties.multi_processor_count,
+    )
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter runs the kernels. Triton reads the variable when a kernel is defined."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a kernel is cut: rows (token and head pairs), keys, warps, and stages of the pipeline that loads keys."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+RESERVED_SHARED_MEMORY = 6 * 1024
+"""Probabilities, reductions and conversions between layouts, beside the tiles."""
+
+
+def shared_bytes(tile: Tile, d_qk: int, warpgroups: bool) -> int:
+    """Shared memory that a tile needs for q and the keys in flight, in bytes.
+
+    `warpgroups`: the product is asynchronous (64 rows and more on SM90), and keeps one stage more alive.
+    """
+    buffers = tile.num_stages if warpgroups else max(tile.num_stages - 1, 1)
+    return 2 * d_qk * (tile.block_m + buffers * tile.block_n)
+
+
+def _largest_height(gpu: Gpu) -> int:
+    """64 rows need SM90's tensor cores, which read q from shared memory: elsewhere 64 rows of the accumulator, 512
+    columns wide, do not fit into the registers, and on SM100 Triton keeps a second copy of the keys for them.
+    """
+    return 64 if gpu.capability == 90 and gpu.shared_memory > 200 * 1024 else 32
+
+
+# In order of preference, for tiles of 16, 32 and 64 rows. The first that fits is taken. Wide key tiles and a second
+# tile in flight hide latency; where 100 KB must hold all (SM86, SM89, SM120), d_qk 576 leaves 16 or 32 keys.
+_CANDIDATES = {
+    16: (Tile(16, 64, 8, 3), Tile(16, 32, 8, 4), Tile(16, 32, 8, 3), Tile(16, 16, 4, 2)),
+    32: (Tile(32, 64, 8, 3), Tile(32, 32, 8, 3), Tile(32, 16, 8, 3), Tile(32, 16, 8, 2)),
+    64: (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
+}
+
+
+@lru_cache(maxsize=1024)
+def dense_tile(gpu: Gpu, rows: int, d_qk: int) -> Tile:
+    """The tile of dense decode for `rows` (token, head) pairs per key head.
+
+    It depends on the shape of one request alone, so that a batch-invariant call may use it.
+    """
+    height = 16 if rows <= 16 else 32 if rows <= 32 else _largest_height(gpu)
+    for tile in _CANDIDATES[height]:
+        warpgroups = height == 64
+        if shared_bytes(tile, d_qk, warpgroups) + RESERVED_SHARED_MEMORY <= gpu.shared_memory:
+            return tile
+    return _CANDIDATES[16][-1]
+
+
+# Dequantised keys lie in shared memory once; what is in flight is their bytes.
+_SPARSE_CANDIDATES = {
+    16: (Tile(16, 64, 8, 2), Tile(16, 32, 8, 3), Tile(16, 32, 8, 2), Tile(16, 16, 8, 2)),
+    32: (Tile(32, 32, 8, 2), Tile(32, 16, 8, 2)),
+    64: (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
+}
+
+
+@lru_cache(maxsize=1024)
+def sparse_tile(gpu: Gpu, heads: int, d_qk: int, in_flight: tuple[int, ...]) -> Tile:
+    """The tile of sparse decode for `heads` query heads; `dense_tile` says what limits it.
+
+    `in_flight`: for each cache, bytes that a quantised key takes while it is loaded; 0 for bfloat16 and no cache.
+    """
+    height = 16 if heads <= 16 else 32 if heads <= 32 else _largest_height(gpu)
+    if height == 32 and max(in_flight) > 1024:
+        height = 16  # two wide loads for each key leave no registers for more rows
+    for tile in _SPARSE_CANDIDATES[height]:
+        staged = tile.num_stages * max(in_flight) + 2 * d_qk
+        plain = tile.num_stages * 2 * d_qk
+        needed = 2 * d_qk * tile.block_m + tile.block_n * max(staged, plain if 0 in in_flight else 0)
+        if needed + RESERVED_SHARED_MEMORY <= gpu.shared_memory:
+            return tile
+    return _SPARSE_CANDIDATES[16][-1]
+
+
+def converts_fp8(gpu: Gpu) -> bool:
+    """Whether the GPU converts FP8 itself. The interpreter takes the other way, which needs testing more."""
+    return gpu.capability >= 89 and gpu is not INTERPRETED and not interpreting()
+
+
+MAX_PARTS = 1024
+"""The most parts of a plan of ours."""
+
+
+def num_parts(gpu: Gpu, s_q: int, h_q: int, h_kv: int) -> int:
+    """Rows of a plan: as many as fill the machine once with one program per multiprocessor.
+
+    More would balance better, but the memory for partial results grows with them.
+    """
+    rows = s_q * (h_q // h_kv)
+    # d_qk is not known when a plan is made; it does not change the height of the tile.
+    height = dense_tile(gpu, rows, 576).block_m
+    tiles = h_kv * -(-rows // height)
+    return max(1, min(gpu.num_sms // tiles, MAX_PARTS))

@@ -1,0 +1,167 @@
+"""Cache formats in Triton: from the bytes of tokens to bfloat16 keys, in registers.
+
+Value = stored value * scale, computed in float32 and rounded once to bfloat16. FP8 and FP4 codes become float16 bit
+patterns by shifts and masks: float16 has more exponents, so every code, subnormals included, has an exact one, and the
+conversion of float16 to float32 exists on every GPU. Where the GPU converts FP8 itself (compute capability 8.9 and
+later), that is used instead; both give the same bits.
+"""
+
+from enum import IntEnum
+from typing import Any
+
+import triton.language as tl
+
+from flash_mla.backends.triton.language import D_ROPE, D_V, jit, rounded
+
+
+class Format(IntEnum):
+    """How the tokens of a cache are stored. Kernels compare the order too: what is not quantised comes first."""
+
+    NONE = 0
+    """There is no such cache."""
+    BF16_576 = 1
+    BF16_512 = 2
+    V32 = 3
+    V32_NO_ROPE = 4
+    MODEL1 = 5
+    V41 = 6
+    V41_FP4 = 7
+
+    @property
+    def in_flight(self) -> int:
+        """Bytes of shared memory that a key takes while it is loaded, or 0 for keys that are multiplied from there.
+
+        MODEL1's RoPE values are loaded in their place among 512 columns of bfloat16.
+        """
+        return {"V32": 704, "V32_NO_ROPE": 576, "MODEL1": 1600, "V41": 576, "V41_FP4": 320}.get(self.name, 0)
+
+
+NONE = tl.constexpr(int(Format.NONE))
+BF16_576 = tl.constexpr(int(Format.BF16_576))
+BF16_512 = tl.constexpr(int(Format.BF16_512))
+V32 = tl.constexpr(int(Format.V32))
+V32_NO_ROPE = tl.constexpr(int(Format.V32_NO_ROPE))
+MODEL1 = tl.constexpr(int(Format.MODEL1))
+V41 = tl.constexpr(int(Format.V41))
+V41_FP4 = tl.constexpr(int(Format.V41_FP4))
+
+# MODEL1: values before the RoPE part, bytes of a token's values, bytes of its scales.
+MODEL1_NOPE = tl.constexpr(448)
+MODEL1_TOKEN = tl.constexpr(576)
+MODEL1_SCALES = tl.constexpr(8)
+
+
+@jit
+def e4m3_to_float32(code: tl.tensor, HARDWARE: tl.constexpr) -> Any:
+    """The value of e4m3 codes (uint8). 0x7f and 0xff are NaN; there is no infinity."""
+    if HARDWARE:
+        value = code.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    else:
+        # e4m3 has bias 7 and float16 bias 15: the same fields stand for 2^-8 of the value.
+        wide = code.to(tl.uint16)
+        half = ((wide & 0x80) << 8) | ((wide & 0x7F) << 7)
+        value = half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+        value = tl.where((code & 0x7F) == 0x7F, float("nan"), value)
+    return value
+
+
+@jit
+def e2m1_to_float32(code: tl.tensor) -> Any:
+    """The value of e2m1 codes (uint8, 0 to 15): 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives."""
+    # e2m1 has bias 1 and float16 bias 15: the same fields stand for 2^-14 of the value.
+    wide = code.to(tl.uint16)
+    half = ((wide & 0x8) << 12) | ((wide & 0x7) << 9)
+    return half.to(tl.float16, bitcast=True).to(tl.float32) * 16384.0
+
+
+@jit
+def ue8m0_to_float32(code: tl.tensor) -> Any:
+    """`2^(code - 127)`; the smallest is a subnormal number of float32."""
+    wide = code.to(tl.uint32)
+    return tl.where(wide == 0, 0x00400000, wide << 23).to(tl.float32, bitcast=True)
+
+
+@jit
+def scaled(values: tl.tensor, scales: tl.tensor, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr) -> Any:
+    """float32 values `[BLOCK_N, 512]` times scales `[BLOCK_N, GROUPS]`, each for 512 / GROUPS of them; bfloat16."""
+    grouped = tl.reshape(values, [BLOCK_N, GROUPS, D_V // GROUPS]) * scales[:, :, None]
+    return rounded(tl.reshape(grouped, [BLOCK_N, D_V]), tl.bfloat16)
+
+
+@jit
+def token_bytes(
+    cache: tl.tensor,
+    index: tl.tensor,
+    stride_page: tl.tensor,
+    stride_token: tl.tensor,
+    page: tl.tensor,
+    FORMAT: tl.constexpr,
+) -> Any:
+    """Addresses of the tokens' values, and of their scales where those lie elsewhere."""
+    in_page = index % page
+    first = cache + (index // page).to(tl.int64) * stride_page
+    if FORMAT == MODEL1:
+        tokens = first + in_page * MODEL1_TOKEN
+        scales = first + (page * MODEL1_TOKEN + in_page * MODEL1_SCALES)
+    else:
+        tokens = first + in_page.to(tl.int64) * stride_token
+        scales = tokens
+    return tokens, scales
+
+
+@jit
+def load_tokens(
+    cache: tl.tensor,
+    index: tl.tensor,
+    valid: tl.tensor,
+    stride_page: tl.tensor,
+    stride_token: tl.tensor,
+    page: tl.tensor,
+    FORMAT: tl.constexpr,
+    HARDWARE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+) -> Any:
+    """Keys at `index` `[BLOCK_N]` of a cache: V's part bfloat16 `[BLOCK_N, 512]` and the RoPE part behind it, where
+    the format has one. Keys that are not `valid` are not read, and are 0.
+
+    `cache` points to bfloat16 for BF16 formats and to bytes for the others; the strides count elements of that.
+    """
+    tokens, scale_bytes = token_bytes(cache, index, stride_page, stride_token, page, FORMAT)
+    column = tl.arange(0, D_V)[None, :]
+    rope_column = tl.arange(0, D_ROPE)[None, :]
+    live = valid[:, None]
+    if FORMAT <= BF16_512:
+        k = tl.load(tokens[:, None] + column, mask=live, other=0.0)
+        k_rope = k
+        if FORMAT == BF16_576:
+            k_rope = tl.load(tokens[:, None] + D_V + rope_column, mask=live, other=0.0)
+    elif FORMAT <= V32_NO_ROPE:
+        code = tl.load(tokens[:, None] + column, mask=live, other=0)
+        at = (tokens + D_V).to(tl.pointer_type(tl.float32))[:, None] + tl.arange(0, 4)[None, :]
+        k = scaled(e4m3_to_float32(code, HARDWARE), tl.load(at, mask=live, other=0.0), BLOCK_N, 4)
+        k_rope = k
+        if FORMAT == V32:
+            rope = (tokens + D_V + 16).to(tl.pointer_type(tl.bfloat16))
+            k_rope = tl.load(rope[:, None] + rope_column, mask=live, other=0.0)
+    elif FORMAT == MODEL1:
+        code = tl.load(tokens[:, None] + column, mask=live & (column < MODEL1_NOPE), other=0)
+        scale = tl.load(scale_bytes[:, None] + tl.arange(0, 8)[None, :], mask=live, other=0)
+        nope = scaled(e4m3_to_float32(code, HARDWARE), ue8m0_to_float32(scale), BLOCK_N, 8)
+        # The RoPE part is the end of V too: its 64 values are loaded in their columns, behind 448 bytes of codes.
+        rope = (tokens + MODEL1_NOPE).to(tl.pointer_type(tl.bfloat16))
+        tail = tl.load(rope[:, None] + (column - MODEL1_NOPE), mask=live & (column >= MODEL1_NOPE), other=0.0)
+        k = tl.where(column < MODEL1_NOPE, nope, tail)
+        k_rope = k
+    elif FORMAT == V41:
+        code = tl.load(tokens[:, None] + column, mask=live, other=0)
+        scale = tl.load((tokens + D_V)[:, None] + tl.arange(0, 16)[None, :], mask=live, other=0)
+        k = scaled(e4m3_to_float32(code, HARDWARE), ue8m0_to_float32(scale), BLOCK_N, 16)
+        k_rope = k
+    else:
+        tl.static_assert(FORMAT == V41_FP4)
+        pair = tl.load(tokens[:, None] + tl.arange(0, 256)[None, :], mask=live, other=0)
+        value = tl.interleave(e2m1_to_float32(pair & 0xF), e2m1_to_float32(pair >> 4))
+        scale = tl.load((tokens + 256)[:, None] + tl.arange(0, 32)[None, :], mask=live, other=0)
+        k = scaled(value, e4m3_to_float32(scale, HARDWARE), BLOCK_N, 32)
+        k_rope = k
+    return k, k_rope

@@ -1,0 +1,182 @@
+"""What all kernels share: the typed decorator, constants, and the softmax over one tile of keys."""
+
+from collections.abc import Callable
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from flash_mla.backends.triton.config import interpreting
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """`triton.jit`, under a type that a checker accepts where Triton is not installed."""
+    return triton.jit(function)
+
+
+def jit_for_any_value(*names: str) -> Callable[[Callable[..., Any]], Any]:
+    """`triton.jit` that compiles no special case for the values 1 and multiples of 16 of these arguments.
+
+    Sizes of the batch change from call to call; a compilation for each kind of value would stall a server.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        return triton.jit(function, do_not_specialize=list(names))
+
+    return decorate
+
+
+INTERPRETED = tl.constexpr(interpreting())
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+SCHEDULE_BLOCK = tl.constexpr(64)
+"""Keys per block of a schedule."""
+
+NO_END = tl.constexpr(2**31 - 1)
+
+WHOLE, NOTHING = tl.constexpr(-1), tl.constexpr(-2)
+"""In place of the index of a partial result: the piece is the whole request; there is no piece."""
+
+D_V = tl.constexpr(512)
+"""V is the first so many values of a key."""
+
+D_ROPE = tl.constexpr(64)
+"""Values of a key behind V, where d_qk is 576."""
+
+
+@jit
+def wide(number: tl.tensor) -> Any:
+    """`number` with 64 bits. (The variable of a loop is a plain int under the interpreter, and has no `.to`.)"""
+    return tl.full((), 0, tl.int64) + number
+
+
+@jit
+def dot(a: tl.tensor, b: tl.tensor, acc: tl.tensor) -> Any:
+    """`a @ b + acc` in float32. (The interpreter multiplies the bit patterns of bfloat16 as if they were integers.)"""
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc)
+
+
+@jit
+def rounded(x: tl.tensor, DTYPE: tl.constexpr) -> Any:
+    """float32 `x` in another float type, rounded to nearest even. (The interpreter cuts bfloat16 off.)"""
+    if INTERPRETED and tl.bfloat16 == DTYPE:
+        bits = x.to(tl.uint32, bitcast=True)
+        up = bits + (0x7FFF + ((bits >> 16) & 1))
+        x = tl.where(x == x, up & 0xFFFF0000, bits).to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
+
+
+@jit
+def ceil_div(a: tl.tensor, b: tl.tensor) -> Any:
+    """`a / b` rounded up, for numbers that are not negative."""
+    return (a + b - 1) // b
+
+
+@jit
+def piece_of(
+    schedule: tl.tensor,
+    part: tl.tensor,
+    num_parts: tl.tensor,
+    request: tl.tensor,
+    begin_request: tl.tensor,
+    end_request: tl.tensor,
+) -> Any:
+    """What `part` does of `request`: first block, end block (exclusive), and the index of its partial result, or WHOLE.
+
+    The schedule may have been made for other lengths (a captured graph that is replayed). Cuts between parts are taken
+    from the schedule; the part that holds a request's last piece goes on to the request's present end. So every key is
+    seen once, whatever the lengths were.
+    """
+    begin_block = tl.load(schedule + part * 8 + 2)
+    end_block = tl.load(schedule + part * 8 + 3)
+    next_request = tl.load(schedule + (part + 1) * 8, mask=part + 1 < num_parts, other=-1)
+    first = request == begin_request
+    continues = (request == end_request) & (next_request == request)
+    begin = tl.where(first, begin_block, 0)
+    end = tl.where(continues, end_block, NO_END)
+    whole = (begin == 0) & (continues == 0)
+    partial = tl.where(whole, WHOLE, 2 * part + tl.where(first, 0, 1))
+    return begin, end, partial
+
+
+@jit
+def fixed_cut_blocks(num_blocks: tl.tensor, max_cuts: tl.tensor) -> Any:
+    """Blocks per piece in the batch-invariant mode: cuts that depend on the request alone.
+
+    Up to `max_cuts` pieces of equal length, none shorter than 8 blocks.
+    """
+    return tl.maximum(ceil_div(num_blocks, max_cuts), 8)
+
+
+@jit
+def online_softmax(scores: tl.tensor, row_max: tl.tensor, row_sum: tl.tensor) -> Any:
+    """One step of the online softmax in base 2, over scores `[rows, keys]` that are -inf where masked.
+
+    Returns the probabilities relative to the new maximum, the factor for what was accumulated before, and the new
+    maximum and sum.
+    """
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    # A row that has seen no key yet: -inf - -inf is NaN.
+    origin = tl.where(new_max == float("-inf"), 0.0, new_max)
+    p = tl.exp2(scores - origin[:, None])
+    rescale = tl.exp2(row_max - origin)
+    return p, rescale, new_max, row_sum * rescale + tl.sum(p, 1)
+
+
+@jit
+def final_factor(row_max: tl.tensor, row_sum: tl.tensor, sink: tl.tensor, HAS_SINK: tl.constexpr) -> Any:
+    """What turns the accumulator of each row into its output: 0 for a row without keys."""
+    total = row_sum
+    if HAS_SINK:
+        # A row without keys has maximum -inf, which must not meet a sink of -inf.
+        total += tl.exp2(sink * LOG2E - tl.where(row_max == float("-inf"), 0.0, row_max))
+    return tl.where(row_sum == 0.0, 0.0, 1.0 / tl.where(row_sum == 0.0, 1.0, total))
+
+
+@jit
+def natural_lse(row_max: tl.tensor, row_sum: tl.tensor) -> Any:
+    """Natural logarithm of the sum of exponentials; +inf for a row without keys."""
+    return tl.where(row_sum == 0.0, float("inf"), (row_max + tl.log2(tl.where(row_sum == 0.0, 1.0, row_sum))) * LN2)
+
+
+@jit
+def store_result(
+    out_rows: tl.tensor,
+    lse_rows: tl.tensor,
+    acc: tl.tensor,
+    row_max: tl.tensor,
+    row_sum: tl.tensor,
+    sink: tl.tensor,
+    exists: tl.tensor,
+    HAS_SINK: tl.constexpr,
+) -> None:
+    """Write the outputs `[rows, 512]` and logarithms of rows whose keys have all been seen."""
+    factor = final_factor(row_max, row_sum, sink, HAS_SINK)[:, None]
+    # The accumulator of a row without keys may be NaN, where the keys of other rows are.
+    result = tl.where(factor == 0.0, 0.0, acc * factor)
+    at = out_rows[:, None] + tl.arange(0, D_V)[None, :]
+    tl.store(at, rounded(result, out_rows.dtype.element_ty), mask=exists[:, None])
+    tl.store(lse_rows, natural_lse(row_max, row_sum), mask=exists)
+
+
+@jit
+def store_partial(
+    partial_out: tl.tensor,
+    partial_stats: tl.tensor,
+    tile: tl.tensor,
+    acc: tl.tensor,
+    row_max: tl.tensor,
+    row_sum: tl.tensor,
+    exists: tl.tensor,
+    BLOCK_M: tl.constexpr,
+) -> None:
+    """Write tile number `tile` (64 bits) of the partial results: sums that are not divided, and what divides them."""
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    tl.store(partial_out + rows[:, None] * D_V + tl.arange(0, D_V)[None, :], acc, mask=exists[:, None])
+    tl.store(partial_stats + rows * 2, row_max, mask=exists)
+    tl.store(partial_stats + rows * 2 + 1, row_sum, mask=exists)

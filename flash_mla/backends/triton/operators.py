@@ -1,0 +1,118 @@
+"""The operators `torch.ops.flash_mla.triton_*`. Importing this imports no Triton: the first call does."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flash_mla import _ops, errors, problem
+from flash_mla.backends.triton import config, support
+
+
+def _check_serves(tensor: Tensor, name: str) -> None:
+    capability = None
+    if tensor.device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(tensor.device)
+        capability = 10 * major + minor
+    reason = support.why_not_on(tensor.device.type, capability)
+    if reason is not None:
+        raise errors.UnsupportedError(f"{name}: no backend takes the problem; triton: {reason}")
+
+
+def dense_decode_out(
+    q: Tensor,
+    k_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    tile_scheduler_metadata: Tensor | None,
+    num_splits: Tensor | None,
+    attn_sink: Tensor | None,
+    head_dim_v: int,
+    softmax_scale: float,
+    causal: bool,
+    batch_invariant: bool,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """`torch.ops.flash_mla.triton_dense_decode_out`."""
+    problem.check_dense_decode(
+        q,
+        k_cache,
+        block_table,
+        cache_seqlens,
+        tile_scheduler_metadata,
+        num_splits,
+        attn_sink,
+        head_dim_v,
+        softmax_scale,
+        causal,
+        batch_invariant,
+        out,
+        lse,
+    )
+    _check_serves(q, "dense decode")
+    from flash_mla.backends.triton import dense_decode as kernels
+
+    call = kernels.Call(q, k_cache, block_table, cache_seqlens, attn_sink, softmax_scale, causal, out, lse)
+    if batch_invariant:
+        kernels.dense_decode_batch_invariant(call)
+    else:
+        assert tile_scheduler_metadata is not None  # checked above
+        assert num_splits is not None
+        kernels.dense_decode(call, tile_scheduler_metadata, num_splits)
+
+
+def dense_decode(q: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
+    """`torch.ops.flash_mla.triton_dense_decode`."""
+    problem.check_dense_decode(q, *inputs)
+    b, s_q, h_q, _ = q.shape
+    out = q.new_empty((b, s_q, h_q, problem.HEAD_DIM_V))
+    lse = q.new_empty((b, h_q, s_q), dtype=torch.float32)
+    arguments: Any = (q, *inputs, out, lse)
+    dense_decode_out(*arguments)
+    return out, lse
+
+
+def plan_dense_decode(cache_seqlens: Tensor, s_q: int, h_q: int, h_kv: int) -> tuple[Tensor, Tensor]:
+    """`torch.ops.flash_mla.triton_plan_dense_decode`."""
+    problem.check_plan(cache_seqlens, s_q, h_q, h_kv)
+    _check_serves(cache_seqlens, "planning")
+    from flash_mla.backends.triton import plan
+
+    return plan.plan_dense_decode(cache_seqlens, config.num_parts(config.Gpu.of(cache_seqlens.device), s_q, h_q, h_kv))
+
+
+def merge_attention_states(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """`torch.ops.flash_mla.triton_merge_attention_states`."""
+    problem.check_merge(outs, lses)
+    _check_serves(outs[0], "merging")
+    from flash_mla.backends.triton import merge
+
+    return merge.merge_attention_states(outs, lses)
+
+
+def fake_plan(cache_seqlens: Tensor, s_q: int, h_q: int, h_kv: int) -> tuple[Tensor, Tensor]:
+    """The shapes of a plan."""
+    problem.check_plan(cache_seqlens, s_q, h_q, h_kv)
+    parts = config.num_parts(config.Gpu.of(cache_seqlens.device), s_q, h_q, h_kv)
+    new = cache_seqlens.new_empty
+    return new((parts, problem.ROW_FIELDS)), new((cache_seqlens.shape[0] + 1,))
+
+
+_FUNCTIONS = {
+    "dense_decode": dense_decode,
+    "dense_decode_out": dense_decode_out,
+    "plan_dense_decode": plan_dense_decode,
+    "merge_attention_states": merge_attention_states,
+}
+OPERATORS = tuple(_FUNCTIONS)
+"""Operators that the backend has."""
+
+
+def _register() -> None:
+    _ops.define_twins("triton", OPERATORS, fake_plan)
+    for name, function in _FUNCTIONS.items():
+        _ops.implement(f"triton_{name}", function, "CompositeExplicitAutograd")
+
+
+_register()

@@ -1,0 +1,492 @@
+"""Sparse decode over quantised or bfloat16 caches: each query has its own list of keys, perhaps in two caches.
+
+The rows of a tile are heads of one query, since the next query has other keys. The blocks of a request are 64 lanes of
+its first index list each, at least one, and then 64 lanes of the second: the schedule cuts that sequence.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from flash_mla.backends.triton.combine import MAX_CUTS, launch_combine
+from flash_mla.backends.triton.config import Gpu, Tile, converts_fp8, sparse_tile
+from flash_mla.backends.triton.dequant import NONE, Format, load_tokens
+from flash_mla.backends.triton.language import (
+    D_ROPE,
+    D_V,
+    LOG2E,
+    NOTHING,
+    SCHEDULE_BLOCK,
+    WHOLE,
+    ceil_div,
+    dot,
+    fixed_cut_blocks,
+    jit,
+    jit_for_any_value,
+    online_softmax,
+    piece_of,
+    rounded,
+    store_partial,
+    store_result,
+    wide,
+)
+from flash_mla.backends.triton.launch import OPTIONS, device_of
+from flash_mla.problem import HEAD_DIM_V
+
+
+@jit
+def load_indices(row: tl.tensor, start: tl.tensor, end: tl.tensor, num_slots: tl.tensor, BLOCK_N: tl.constexpr) -> Any:
+    """Lanes `[start, start + BLOCK_N)` of an index list; -1 for lanes at and past `end`, and for what names no slot."""
+    lane = start + tl.arange(0, BLOCK_N)
+    index = tl.load(row + lane, mask=lane < end, other=-1)
+    return tl.where((index >= 0) & (index < num_slots), index, -1)
+
+
+@jit
+def attend_lanes(
+    acc: tl.tensor,
+    row_max: tl.tensor,
+    row_sum: tl.tensor,
+    q_v: tl.tensor,
+    q_rope: tl.tensor,
+    scale_log2: tl.tensor,
+    row: tl.tensor,
+    begin: tl.tensor,
+    end: tl.tensor,
+    cache: tl.tensor,
+    num_slots: tl.tensor,
+    page: tl.tensor,
+    stride_page: tl.tensor,
+    stride_token: tl.tensor,
+    FORMAT: tl.constexpr,
+    HARDWARE: tl.constexpr,
+    ROPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+) -> Any:
+    """Add the keys of lanes `[begin, end)` of one index list to the online softmax."""
+    # Loaded one tile ahead: the keys' addresses must not wait for the list.
+    index = load_indices(row, begin, end, num_slots, BLOCK_N)
+    for start in range(begin, end, BLOCK_N):
+        valid = index >= 0
+        k, k_rope = load_tokens(
+            cache, tl.where(valid, index, 0), valid, stride_page, stride_token, page, FORMAT, HARDWARE, BLOCK_N
+        )
+        index = load_indices(row, start + BLOCK_N, end, num_slots, BLOCK_N)
+        scores = dot(q_v, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+        if ROPE:
+            scores = dot(q_rope, tl.trans(k_rope), scores)
+        scores = tl.where(valid[None, :], scores * scale_log2, float("-inf"))
+        p, rescale, row_max, row_sum = online_softmax(scores, row_max, row_sum)
+        acc = dot(rounded(p, k.dtype), k, acc * rescale[:, None])
+    return acc, row_max, row_sum
+
+
+@jit
+def lanes_of(
+    length: tl.tensor,
+    request: tl.tensor,
+    token: tl.tensor,
+    stride_b: tl.tensor,
+    stride_s: tl.tensor,
+    topk: tl.tensor,
+    HAS_LENGTH: tl.constexpr,
+) -> Any:
+    """How many lanes of an index list count."""
+    lanes = topk
+    if HAS_LENGTH:
+        lanes = tl.load(length + wide(request) * stride_b + wide(token) * stride_s)
+        lanes = tl.minimum(tl.maximum(lanes, 0), topk)
+    return lanes
+
+
+@jit_for_any_value(
+    "b",
+    "h_q",
+    "num_head_tiles",
+    "num_parts",
+    "max_cuts",
+    "first",
+    "topk",
+    "num_slots",
+    "page",
+    "extra_topk",
+    "extra_num_slots",
+    "extra_page",
+)
+def sparse_decode_kernel(
+    q: tl.tensor,
+    cache: tl.tensor,
+    indices: tl.tensor,
+    length: tl.tensor,
+    extra_cache: tl.tensor,
+    extra_indices: tl.tensor,
+    extra_length: tl.tensor,
+    schedule: tl.tensor,
+    attn_sink: tl.tensor,
+    out: tl.tensor,
+    lse: tl.tensor,
+    partial_out: tl.tensor,
+    partial_stats: tl.tensor,
+    scale_log2: tl.tensor,
+    b: tl.tensor,
+    h_q: tl.tensor,
+    num_head_tiles: tl.tensor,
+    num_parts: tl.tensor,
+    max_cuts: tl.tensor,
+    first: tl.tensor,
+    topk: tl.tensor,
+    num_slots: tl.tensor,
+    page: tl.tensor,
+    extra_topk: tl.tensor,
+    extra_num_slots: tl.tensor,
+    extra_page: tl.tensor,
+    stride_q_b: tl.tensor,
+    stride_q_s: tl.tensor,
+    stride_q_h: tl.tensor,
+    stride_page: tl.tensor,
+    stride_token: tl.tensor,
+    stride_extra_page: tl.tensor,
+    stride_extra_token: tl.tensor,
+    stride_indices_b: tl.tensor,
+    stride_indices_s: tl.tensor,
+    stride_extra_indices_b: tl.tensor,
+    stride_extra_indices_s: tl.tensor,
+    stride_length_b: tl.tensor,
+    stride_length_s: tl.tensor,
+    stride_extra_length_b: tl.tensor,
+    stride_extra_length_s: tl.tensor,
+    stride_out_b: tl.tensor,
+    stride_out_s: tl.tensor,
+    stride_out_h: tl.tensor,
+    stride_lse_b: tl.tensor,
+    stride_lse_h: tl.tensor,
+    stride_lse_s: tl.tensor,
+    FORMAT: tl.constexpr,
+    EXTRA_FORMAT: tl.constexpr,
+    HARDWARE: tl.constexpr,
+    ROPE: tl.constexpr,
+    HAS_LENGTH: tl.constexpr,
+    HAS_EXTRA_LENGTH: tl.constexpr,
+    HAS_SINK: tl.constexpr,
+    FIXED_CUTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+) -> None:
+    """Grid `(num_head_tiles * s_q, parts)`: head tiles fastest, so that programs that read the same keys start
+    together.
+
+    With FIXED_CUTS part p is piece `p % max_cuts` of request `first + p // max_cuts`, and `schedule` is not read.
+    Partial results are float32 `[parts * 2, s_q, num_head_tiles * BLOCK_M, 512]` (with FIXED_CUTS one per part).
+    """
+    head_tile = tl.program_id(0) % num_head_tiles
+    token = tl.program_id(0) // num_head_tiles
+    part = tl.program_id(1)
+    head = head_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    exists = head < h_q
+    column = tl.arange(0, D_V)[None, :]
+    sink = tl.zeros([BLOCK_M], tl.float32)
+    if HAS_SINK:
+        sink = tl.load(attn_sink + head, mask=exists, other=0.0)
+    if FIXED_CUTS:
+        begin_request = first + part // max_cuts
+        end_request = begin_request
+    else:
+        begin_request = tl.load(schedule + part * 8)
+        end_request = tl.minimum(tl.load(schedule + part * 8 + 1), b - 1)
+        end_request = tl.where(begin_request < b, end_request, -1)
+
+    for request in range(begin_request, end_request + 1):
+        lanes = lanes_of(length, request, token, stride_length_b, stride_length_s, topk, HAS_LENGTH)
+        blocks = tl.maximum(ceil_div(lanes, SCHEDULE_BLOCK), 1)
+        all_blocks = blocks
+        extra_lanes = 0
+        if EXTRA_FORMAT != NONE:
+            extra_lanes = lanes_of(
+                extra_length, request, token, stride_extra_length_b, stride_extra_length_s, extra_topk, HAS_EXTRA_LENGTH
+            )
+            all_blocks = blocks + ceil_div(extra_lanes, SCHEDULE_BLOCK)
+        if FIXED_CUTS:
+            cut_blocks = fixed_cut_blocks(all_blocks, max_cuts)
+            begin = (part % max_cuts) * cut_blocks
+            end = begin + cut_blocks
+            partial = tl.where(cut_blocks < all_blocks, part, WHOLE)
+            partial = tl.where(begin < all_blocks, partial, NOTHING)
+        else:
+            begin, end, partial = piece_of(schedule, part, num_parts, request, begin_request, end_request)
+        end = tl.minimum(end, all_blocks)
+
+        q_rows = q + wide(request) * stride_q_b + wide(token) * stride_q_s + head.to(tl.int64) * stride_q_h
+        q_v = tl.load(q_rows[:, None] + column, mask=exists[:, None], other=0.0)
+        q_rope = q_v
+        if ROPE:
+            q_rope = tl.load(q_rows[:, None] + D_V + tl.arange(0, D_ROPE)[None, :], mask=exists[:, None], other=0.0)
+        row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        row_sum = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, D_V], tl.float32)
+        acc, row_max, row_sum = attend_lanes(
+            acc,
+            row_max,
+            row_sum,
+            q_v,
+            q_rope,
+            scale_log2,
+            indices + wide(request) * stride_indices_b + wide(token) * stride_indices_s,
+            begin * SCHEDULE_BLOCK,
+            tl.minimum(tl.minimum(end, blocks) * SCHEDULE_BLOCK, lanes),
+            cache,
+            num_slots,
+            page,
+            stride_page,
+            stride_token,
+            FORMAT,
+            HARDWARE,
+            ROPE,
+            BLOCK_M,
+            BLOCK_N,
+        )
+        if EXTRA_FORMAT != NONE:
+            acc, row_max, row_sum = attend_lanes(
+                acc,
+                row_max,
+                row_sum,
+                q_v,
+                q_rope,
+                scale_log2,
+                extra_indices + wide(request) * stride_extra_indices_b + wide(token) * stride_extra_indices_s,
+                tl.maximum(begin - blocks, 0) * SCHEDULE_BLOCK,
+                tl.minimum((end - blocks) * SCHEDULE_BLOCK, extra_lanes),
+                extra_cache,
+                extra_num_slots,
+                extra_page,
+                stride_extra_page,
+                stride_extra_token,
+                EXTRA_FORMAT,
+                HARDWARE,
+                ROPE,
+                BLOCK_M,
+                BLOCK_N,
+            )
+        if partial == WHOLE:
+            out_rows = (
+                out + wide(request) * stride_out_b + wide(token) * stride_out_s + head.to(tl.int64) * stride_out_h
+            )
+            lse_rows = (
+                lse + wide(request) * stride_lse_b + wide(token) * stride_lse_s + head.to(tl.int64) * stride_lse_h
+            )
+            store_result(out_rows, lse_rows, acc, row_max, row_sum, sink, exists, HAS_SINK)
+        elif partial != NOTHING:
+            tile = wide(partial) * tl.num_programs(0) + tl.program_id(0)
+            store_partial(partial_out, partial_stats, tile, acc, row_max, row_sum, exists, BLOCK_M)
+
+
+# ---- The launch.
+
+
+@dataclass(frozen=True)
+class Keys:
+    """One cache, and the lanes of it that each query sees."""
+
+    cache: Tensor
+    """`[num_blocks, page, 1, d_qk]` bfloat16, or `[num_blocks, page, 1, bytes]` of a one-byte type."""
+    format: Format
+    indices: Tensor
+    """int32 `[b, s_q, topk]`: `page_index * page + offset`; what is not a slot is masked."""
+    length: Tensor | None = None
+    """int32 `[b]` or `[b, s_q]`: lanes at and past it are not read."""
+
+    def arguments(self) -> tuple[tuple[Any, ...], tuple[int, int, int]]:
+        """(cache, indices, length) and (topk, slots, page) for the kernel."""
+        cache = self.cache if self.cache.dtype == torch.bfloat16 else self.cache.view(torch.uint8)
+        length = self.indices if self.length is None else self.length
+        num_blocks, page = self.cache.shape[:2]
+        return (cache, self.indices, length), (self.indices.shape[2], num_blocks * page, page)
+
+    def tokens(self, some: slice) -> "Keys":
+        """The same cache for some of the queries of each request."""
+        length = self.length
+        if length is not None and length.dim() == 2:
+            length = length[:, some]
+        return Keys(self.cache, self.format, self.indices[:, some], length)
+
+    def length_strides(self) -> tuple[int, int]:
+        """Strides of `length` by request and by query."""
+        if self.length is None:
+            return 0, 0
+        return self.length.stride(0), self.length.stride(1) if self.length.dim() == 2 else 0
+
+
+@dataclass(frozen=True)
+class Call:
+    """The tensors and numbers of one call, checked. Written: `out` `[b, s_q, h_q, 512]` and `lse` `[b, h_q, s_q]`."""
+
+    q: Tensor
+    keys: Keys
+    extra: Keys | None
+    attn_sink: Tensor | None
+    softmax_scale: float
+    out: Tensor
+    lse: Tensor
+
+    def tokens(self, begin: int, end: int) -> "Call":
+        """The same call for some of the queries of each request."""
+        if begin == 0 and end == self.q.shape[1]:
+            return self
+        some = slice(begin, end)
+        return Call(
+            self.q[:, some],
+            self.keys.tokens(some),
+            None if self.extra is None else self.extra.tokens(some),
+            self.attn_sink,
+            self.softmax_scale,
+            self.out[:, some],
+            self.lse[:, :, some],
+        )
+
+
+def sparse_decode(call: Call, schedule: Tensor, num_splits: Tensor, tile: Tile | None = None) -> None:
+    """Decode as a schedule says: int32 `[parts, 8]` and `[b + 1]`, made for these lengths or for others."""
+    if call.q.shape[0] == 0:
+        return
+    tile = tile or _tile(call)
+    parts = schedule.shape[0]
+    partials = _partials(call, tile, 2 * parts) if parts > 1 else (call.lse, call.lse)
+    with device_of(call.q):
+        _launch(call, tile, partials, parts, schedule=schedule)
+        if parts > 1:
+            _join(call, tile, partials, parts, schedule=schedule, num_splits=num_splits)
+
+
+def sparse_decode_batch_invariant(call: Call, tile: Tile | None = None) -> None:
+    """Decode with cuts that depend on each query's own lengths, in as many rounds as bounded memory needs."""
+    b, s_q, h_q, _ = call.q.shape
+    tile = tile or _tile(call)
+    head_tiles = -(-h_q // tile.block_m)
+    limit = 2 * Gpu.of(call.q.device).num_sms
+    max_cuts = max(1, min(limit // head_tiles, MAX_CUTS))
+    tokens = max(1, min(s_q, limit // (head_tiles * max_cuts)))
+    at_once = max(1, limit // (head_tiles * max_cuts * tokens))
+    for begin in range(0, s_q, tokens):
+        some = call.tokens(begin, min(begin + tokens, s_q))
+        blocks = _blocks(some)
+        partials = _partials(some, tile, min(at_once, b) * max_cuts)
+        with device_of(call.q):
+            for first in range(0, b, at_once):
+                requests = min(at_once, b - first)
+                _launch(some, tile, partials, requests * max_cuts, max_cuts=max_cuts, first=first)
+                _join(some, tile, partials, requests, max_cuts=max_cuts, first=first, blocks=blocks)
+
+
+def _tile(call: Call) -> Tile:
+    in_flight = tuple(keys.format.in_flight for keys in (call.keys, call.extra) if keys is not None)
+    return sparse_tile(Gpu.of(call.q.device), call.q.shape[2], call.q.shape[3], in_flight)
+
+
+def _blocks(call: Call) -> Tensor:
+    """int32 `[b, s_q]`: blocks of each query, as the kernel counts them."""
+    b, s_q = call.q.shape[:2]
+    total = torch.zeros((b, s_q), dtype=torch.int32, device=call.q.device)
+    for keys, least in ((call.keys, 1), (call.extra, 0)):
+        if keys is not None:
+            topk = keys.indices.shape[2]
+            lanes: Tensor | int = topk
+            if keys.length is not None:
+                lanes = keys.length.clamp(0, topk).view(b, -1)
+            count = (total * 0 + lanes + (SCHEDULE_BLOCK.value - 1)) // SCHEDULE_BLOCK.value
+            total = total + count.clamp(min=least)
+    return total
+
+
+def _partials(call: Call, tile: Tile, count: int) -> tuple[Tensor, Tensor]:
+    """Memory for `count` partial results of all rows: sums of values, and the maximum and sum of each row."""
+    rows = count * call.q.shape[1] * _padded_heads(call, tile)
+    new = call.lse.new_empty
+    return new((rows, HEAD_DIM_V)), new((rows, 2))
+
+
+def _padded_heads(call: Call, tile: Tile) -> int:
+    return -(-call.q.shape[2] // tile.block_m) * tile.block_m
+
+
+def _launch(
+    call: Call,
+    tile: Tile,
+    partials: tuple[Tensor, Tensor],
+    parts: int,
+    schedule: Tensor | None = None,
+    max_cuts: int = 1,
+    first: int = 0,
+) -> None:
+    b, s_q, h_q, d_qk = call.q.shape
+    keys, extra = call.keys, call.extra or call.keys
+    tensors, sizes = keys.arguments()
+    extra_tensors, extra_sizes = extra.arguments()
+    head_tiles = -(-h_q // tile.block_m)
+    sparse_decode_kernel[(head_tiles * s_q, parts)](
+        call.q,
+        *tensors,
+        *extra_tensors,
+        keys.indices if schedule is None else schedule,
+        call.lse if call.attn_sink is None else call.attn_sink,
+        call.out,
+        call.lse,
+        *partials,
+        float(call.softmax_scale * LOG2E.value),
+        b,
+        h_q,
+        head_tiles,
+        parts,
+        max_cuts,
+        first,
+        *sizes,
+        *extra_sizes,
+        *call.q.stride()[:3],
+        *keys.cache.stride()[:2],
+        *extra.cache.stride()[:2],
+        *keys.indices.stride()[:2],
+        *extra.indices.stride()[:2],
+        *keys.length_strides(),
+        *extra.length_strides(),
+        *call.out.stride()[:3],
+        *call.lse.stride(),
+        FORMAT=int(keys.format),
+        EXTRA_FORMAT=int(Format.NONE if call.extra is None else extra.format),
+        HARDWARE=converts_fp8(Gpu.of(call.q.device)),
+        ROPE=d_qk > HEAD_DIM_V,
+        HAS_LENGTH=keys.length is not None,
+        HAS_EXTRA_LENGTH=extra.length is not None,
+        HAS_SINK=call.attn_sink is not None,
+        FIXED_CUTS=schedule is None,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        **OPTIONS,
+    )
+
+
+def _join(
+    call: Call,
+    tile: Tile,
+    partials: tuple[Tensor, Tensor],
+    candidates: int,
+    blocks: Tensor | None = None,
+    **cuts: Any,
+) -> None:
+    heads = _padded_heads(call, tile)
+    launch_combine(
+        partials,
+        call.out,
+        call.lse,
+        call.attn_sink,
+        candidates,
+        head_group=call.q.shape[2],
+        partial_rows=call.q.shape[1] * heads,
+        rows_per_group=0,
+        rows_per_token=heads,
+        lengths=call.lse[0, 0] if blocks is None else blocks,
+        **cuts,
+    )

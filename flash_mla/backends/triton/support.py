@@ -1,0 +1,81 @@
+"""Where the Triton backend runs and what it takes. Imports no Triton."""
+
+import importlib.util
+from functools import lru_cache
+from importlib import metadata
+
+import torch
+
+from flash_mla import problem
+from flash_mla.backends.triton import config
+from flash_mla.problem import DenseDecodeProblem, Problem
+
+OLDEST, TOO_NEW = (3, 4), (3, 10)
+"""Versions of Triton that the kernels are written for, as pyproject.toml pins them: from the first, below the
+second.
+"""
+
+MIN_CAPABILITY = 80
+"""bfloat16 on tensor cores."""
+
+NOT_SERVED = {
+    "dense_decode_fp8": "no kernel for dense_decode over FP8 caches is written yet",
+    "sparse_decode": "its kernels for sparse_decode are not bound to flash_mla_with_kvcache yet",
+    "sparse_prefill": "no kernel for sparse_prefill is written yet",
+    "dense_prefill": "no kernel for dense_prefill is written yet",
+    "kv_cache": "no kernel for kv_cache is written yet",
+}
+"""Operations, and variants of them, that the backend declines on every device so far, each with its reason."""
+
+
+@lru_cache(maxsize=1)
+def missing() -> str | None:
+    """None when a Triton that the kernels are written for is installed, else the reason."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install 'flash_mla[triton]')"
+    try:
+        version = metadata.version("triton")
+    except metadata.PackageNotFoundError:  # vendored under another distribution's name
+        return None
+    if not OLDEST <= tuple(map(int, version.split(".")[:2])) < TOO_NEW:
+        oldest, newest = (".".join(map(str, pair)) for pair in (OLDEST, TOO_NEW))
+        return f"triton must be at least {oldest} and below {newest}, version {version} is installed"
+    return None
+
+
+def why_not_on(device_type: str, compute_capability: int | None) -> str | None:
+    """None when the kernels run on such a device, else the reason."""
+    reason = missing()
+    if reason is not None:
+        return reason
+    if config.interpreting():
+        return None
+    if device_type != "cuda":
+        return f"the tensors are on {device_type} (TRITON_INTERPRET=1 in the environment runs the interpreter there)"
+    if compute_capability is not None and compute_capability < MIN_CAPABILITY and torch.version.hip is None:
+        return f"needs compute capability 8.0 or newer, the GPU has {compute_capability / 10}"
+    return None
+
+
+def why_not(wanted: Problem) -> str | None:
+    """None when a kernel takes `wanted`, else the reason."""
+    if not isinstance(wanted, DenseDecodeProblem):
+        return NOT_SERVED[wanted.op]
+    if wanted.fp8_cache is not None:
+        return NOT_SERVED["dense_decode_fp8"]
+    reason = why_not_on(wanted.device_type, wanted.compute_capability)
+    if reason is not None:
+        return reason
+    if wanted.dtype not in problem.HALF_DTYPES:
+        return f"dtype must be bfloat16 or float16, got {str(wanted.dtype).removeprefix('torch.')}"
+    if wanted.d_qk not in problem.HEAD_DIMS_QK:
+        return f"d_qk must be 576 or 512, got {wanted.d_qk}"
+    if wanted.d_v != problem.HEAD_DIM_V:
+        return f"d_v must be {problem.HEAD_DIM_V}, got {wanted.d_v}"
+    return None
+
+
+def serves(device: torch.device) -> bool:
+    """Whether the kernels run on this CUDA device."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return why_not_on("cuda", 10 * major + minor) is None

@@ -1,0 +1,284 @@
+#!/usr/bin/env python3
+"""Compile the Triton kernels for every architecture without such a GPU, and hold them against its limits.
+
+python tools/check_triton.py                   # all: the tiles that are chosen on each card, every cache format
+python tools/check_triton.py --quick           # the largest kernels of three cards
+python tools/check_triton.py --arch 89 --arch 120
+
+Fails where a kernel does not compile, needs more shared memory than a block may have, or spills more than
+MAX_SPILL bytes per thread. The register file is kept by the compiler: with 8 warps it never gives a thread more than
+fits, and spills the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.pop("TRITON_INTERPRET", None)  # what is interpreted cannot be compiled
+
+MAX_SPILL = 1536
+"""Bytes per thread. What is the same for all requests of a part is computed once and waits in memory while the loop
+over keys runs; that loop itself has next to no spills. A tile that is too large spills several times this.
+"""
+
+
+@dataclass(frozen=True)
+class Card:
+    """An architecture and the limits of its blocks."""
+
+    capability: int
+    example: str
+    shared_memory: int
+    num_sms: int
+
+
+CARDS = [
+    Card(80, "A100", 166912, 108),
+    Card(86, "RTX 3090", 101376, 82),
+    Card(89, "L40S", 101376, 142),
+    Card(90, "H100", 232448, 132),
+    Card(100, "B200", 232448, 148),
+    Card(120, "RTX 5090", 101376, 170),
+]
+QUICK = (80, 89, 120)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One kernel to compile: its constants, and the types of its other arguments."""
+
+    name: str
+    kernel: Any
+    constants: dict[str, Any]
+    types: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the compiler made of a job."""
+
+    shared: int
+    registers: int
+    stack: int
+    seconds: float
+
+
+POINTERS = {
+    "block_table": "*i32",
+    "cache_seqlens": "*i32",
+    "lengths": "*i32",
+    "indices": "*i32",
+    "length": "*i32",
+    "extra_indices": "*i32",
+    "extra_length": "*i32",
+    "schedule": "*i32",
+    "num_splits": "*i32",
+    "attn_sink": "*fp32",
+    "lse": "*fp32",
+    "partial_out": "*fp32",
+    "partial_stats": "*fp32",
+    "scale_log2": "fp32",
+}
+
+
+def jobs(card: Card, quick: bool) -> Iterator[Job]:
+    """Every kernel as it would run on the card."""
+    from flash_mla.backends.triton import config
+
+    gpu = config.Gpu(card.capability, card.shared_memory, card.num_sms)
+    for rows, d_qk in ((128, 576),) if quick else ((16, 576), (32, 576), (128, 576), (16, 512), (128, 512)):
+        yield dense_job(gpu, rows, d_qk, page=64)
+    if not quick:
+        yield dense_job(gpu, 16, 576, page=1)
+        yield dense_job(gpu, 128, 576, page=64, fixed_cuts=True)
+        yield combine_job()
+        yield merge_job()
+        yield plan_job(config.num_parts(gpu, 1, 16, 1))
+    pairs = [("V32", "NONE")] if quick else SPARSE_PAIRS
+    for first, extra in pairs:
+        for heads in (16,) if quick else (16, 128):
+            yield sparse_job(gpu, heads, first, extra)
+
+
+SPARSE_PAIRS = [
+    ("BF16_576", "NONE"),
+    ("BF16_512", "BF16_512"),
+    ("V32", "NONE"),
+    ("V32_NO_ROPE", "NONE"),
+    ("MODEL1", "MODEL1"),
+    ("V41", "V41"),
+    ("V41", "V41_FP4"),
+]
+
+
+def dense_job(gpu: Any, rows: int, d_qk: int, page: int, fixed_cuts: bool = False) -> Job:
+    from flash_mla.backends.triton import config
+    from flash_mla.backends.triton.dense_decode import dense_decode_kernel
+
+    tile = config.dense_tile(gpu, rows, d_qk)
+    constants = {
+        "PAGE": page,
+        "ROPE": d_qk > 512,
+        "WIDE_ROWS": False,
+        "CAUSAL": True,
+        "HAS_SINK": True,
+        "FIXED_CUTS": fixed_cuts,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+    }
+    types = POINTERS | {"q": "*bf16", "k_cache": "*bf16", "out": "*bf16"}
+    name = f"dense_decode d{d_qk} page {page} {tile.block_m}x{tile.block_n}{' fixed cuts' if fixed_cuts else ''}"
+    return Job(name, dense_decode_kernel, constants, types, tile.num_warps, tile.num_stages)
+
+
+def sparse_job(gpu: Any, heads: int, first: str, extra: str) -> Job:
+    from flash_mla.backends.triton import config
+    from flash_mla.backends.triton.dequant import Format
+    from flash_mla.backends.triton.sparse_decode import sparse_decode_kernel
+
+    d_qk = 576 if first in ("V32", "BF16_576") else 512
+    in_flight = tuple(Format[name].in_flight for name in (first, extra) if name != "NONE")
+    tile = config.sparse_tile(gpu, heads, d_qk, in_flight)
+    constants = {
+        "FORMAT": int(Format[first]),
+        "EXTRA_FORMAT": int(Format[extra]),
+        "HARDWARE": config.converts_fp8(gpu),
+        "ROPE": d_qk > 512,
+        "HAS_LENGTH": True,
+        "HAS_EXTRA_LENGTH": extra != "NONE",
+        "HAS_SINK": True,
+        "FIXED_CUTS": False,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+    }
+    types = POINTERS | {"q": "*bf16", "out": "*bf16"}
+    types["cache"] = "*bf16" if first.startswith("BF16") else "*u8"
+    types["extra_cache"] = "*bf16" if (first if extra == "NONE" else extra).startswith("BF16") else "*u8"
+    name = f"sparse_decode {first}{'' if extra == 'NONE' else ' + ' + extra} {tile.block_m}x{tile.block_n}"
+    return Job(name, sparse_decode_kernel, constants, types, tile.num_warps, tile.num_stages)
+
+
+def combine_job() -> Job:
+    from flash_mla.backends.triton.combine import combine_kernel
+
+    constants = {"HAS_SINK": True, "FIXED_CUTS": False, "BLOCKS_GIVEN": False, "ROWS": 1, "SPLITS": 4}
+    return Job("combine", combine_kernel, constants, POINTERS | {"out": "*bf16"}, 4, 3)
+
+
+def merge_job(parts: int = 3) -> Job:
+    from flash_mla.backends.triton.merge import merge_kernel
+
+    constants = {"PARTS": parts, "D": 512, "ROWS": 1, "COLUMNS": 512}
+    types = {
+        "outs": ("*bf16",) * parts,
+        "lses": ("*fp32",) * parts,
+        "out_strides": (("i32",) * 3,) * parts,
+        "lse_strides": (("i32",) * 3,) * parts,
+        "out": "*bf16",
+        "lse": "*fp32",
+    }
+    return Job("merge", merge_kernel, constants, types, 4, 3)
+
+
+def plan_job(num_parts: int) -> Job:
+    from flash_mla.backends.triton.plan import MAX_TOLERANCE, plan_kernel
+
+    constants = {"MAX_TOLERANCE": MAX_TOLERANCE, "PARTS": 1 << num_parts.bit_length(), "REQUESTS": 16, "CHUNK": 16}
+    return Job("plan", plan_kernel, constants, POINTERS, 8, 3)
+
+
+def compile_job(job: Job, capability: int) -> Report:
+    """Compile with what a call's arguments usually are: addresses and strides that are multiples of 16."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = job.kernel.arg_names
+    signature = {name: "constexpr" if name in job.constants else job.types.get(name, "i32") for name in names}
+    aligned = [
+        (index,)
+        for index, name in enumerate(names)
+        if isinstance(signature[name], str)
+        and (signature[name].startswith("*") or re.fullmatch(r"stride_(q|k|out|extra)?_?(b|s|h|page|row|token)", name))
+    ]
+    source = ASTSource(job.kernel, signature, dict(job.constants), {at: [["tt.divisibility", 16]] for at in aligned})
+    options = {"num_warps": job.num_warps, "num_stages": job.num_stages, "enable_fp_fusion": True}
+    began = time.monotonic()
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    seconds = time.monotonic() - began
+    registers, stack = resources(compiled.asm["cubin"])
+    return Report(compiled.metadata.shared, registers, stack, seconds)
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack per thread, from the binary."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    match = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if match is None:
+        raise SystemExit(f"cuobjdump says nothing of registers: {text}")
+    return int(match[1]), int(match[2])
+
+
+def check(card: Card, job: Job) -> list[str]:
+    """Compile, print a line, and return what is wrong."""
+    where = f"sm{card.capability} {job.name}"
+    try:
+        report = compile_job(job, card.capability)
+    except Exception as error:
+        print(f"{where:62s} does not compile", flush=True)
+        return [f"{where}: {type(error).__name__}: {error}"]
+    wrong = []
+    if report.shared > card.shared_memory:
+        wrong.append(f"{where}: {report.shared} bytes of shared memory, {card.shared_memory} are there")
+    if report.stack > MAX_SPILL:
+        wrong.append(f"{where}: {report.stack} bytes of spills, at most {MAX_SPILL} are accepted")
+    print(
+        f"{where:62s} shared {report.shared:6d} of {card.shared_memory}  registers {report.registers:3d}"
+        f"  spills {report.stack:4d}  {report.seconds:4.1f} s{'  WRONG' if wrong else ''}",
+        flush=True,
+    )
+    return wrong
+
+
+def main() -> int:
+    assert __doc__
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the largest kernels of three cards")
+    parser.add_argument("--arch", type=int, action="append", help="compute capability, such as 89; may be repeated")
+    parser.add_argument("--only", default="", help="jobs whose name contains this")
+    arguments = parser.parse_args()
+    wanted = arguments.arch or (QUICK if arguments.quick else [card.capability for card in CARDS])
+    wrong: list[str] = []
+    for card in CARDS:
+        if card.capability in wanted:
+            for job in jobs(card, arguments.quick):
+                if arguments.only in job.name:
+                    wrong += check(card, job)
+    for line in wrong:
+        print(line, file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
