@@ -11,8 +11,7 @@
 
 namespace flash_mla::sm90::dense_decode {
 
-// What a tensor map is made from. Maps are kept per thread: making one was about 1.6 us of every call, and a cache
-// seldom changes.
+// What a tensor map is made from. Maps are kept per thread, since a cache seldom changes.
 struct CacheFacts {
   const void* data;
   int64_t stride_page, stride_row, stride_head;
