@@ -139,19 +139,16 @@ def get_mla_decoding_metadata(
     del is_fp8_kvcache
     s_q, h_q = _split_query_rows(num_q_tokens_per_head_k, h_k, h_q)
     problem.check_plan(seqlens_k, s_q, h_q, h_k)
+    op: str = "plan_dense_decode"
+    inputs: tuple[Any, ...] = (seqlens_k, s_q, h_q, h_k)
     if topk is not None:
-        problem_sparse.check_sparse_plan(seqlens_k, None, None, s_q, h_q, topk, 0)
-        try:
-            rows, num_splits = backends.active.plan_sparse_decode(seqlens_k, None, None, s_q, h_q, topk, 0)
-        except Exception as error:
-            operators = backends.behind_cuda(errors.from_native(error), "plan_sparse_decode", seqlens_k)
-            rows, num_splits = operators.plan_sparse_decode(seqlens_k, None, None, s_q, h_q, topk, 0)
-        return rows, num_splits
+        op, inputs = "plan_sparse_decode", (seqlens_k, None, None, s_q, h_q, topk, 0)
+        problem_sparse.check_sparse_plan(*inputs)
     try:
-        rows, num_splits = backends.active.plan_dense_decode(seqlens_k, s_q, h_q, h_k)
+        rows, num_splits = getattr(backends.active, op)(*inputs)
     except Exception as error:
-        operators = backends.behind_cuda(errors.from_native(error), "plan_dense_decode", seqlens_k)
-        rows, num_splits = operators.plan_dense_decode(seqlens_k, s_q, h_q, h_k)
+        operators = backends.behind_cuda(errors.from_native(error), op, seqlens_k)
+        rows, num_splits = getattr(operators, op)(*inputs)
     return rows, num_splits
 
 

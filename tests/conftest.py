@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import flash_mla
-from flash_mla import backends
+from flash_mla import _ops, backends
 from flash_mla.backends import cuda as cuda_backend
 from flash_mla.backends import triton
 
@@ -57,7 +57,7 @@ class Target:
     def require(self, op: str) -> None:
         """Skip the test where the backend has no kernels for an operation."""
         if self.is_cuda and op in cuda_backend.WITHOUT_KERNELS:
-            pytest.skip(cuda_backend.no_kernels(op))
+            pytest.skip(_ops.no_kernels(op))
         if self.name == "triton" and op in triton.NOT_SERVED:
             pytest.skip(f"triton: {triton.NOT_SERVED[op]}")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from flash_mla import backends
+from flash_mla import _ops, backends
 from flash_mla.backends import cuda, triton
 from flash_mla.errors import wanted
 from flash_mla.problem import DenseDecodeProblem, Problem
@@ -55,7 +55,7 @@ def why_not(op: str, problem: Problem | None = None, **call: Any) -> str | None:
             raise ValueError(wanted("problem", f"a {kind.__name__} for {op}", type(problem).__name__))
         return backends.why_no_kernel(problem)
     if not call and op in cuda.WITHOUT_KERNELS and op in triton.NOT_SERVED:
-        reasons = {"cuda": cuda.no_kernels(op), "triton": triton.NOT_SERVED[op]}
+        reasons = {"cuda": _ops.no_kernels(op), "triton": triton.NOT_SERVED[op]}
         return backends.listed({backend.name: reasons[backend.name] for backend in backends.with_kernels()})
     if not all(isinstance(call.get(name), torch.Tensor) for name in tensors):
         names = " and ".join(f"{name}=" for name in tensors)

@@ -52,15 +52,10 @@ def why_not(problem: Problem) -> str | None:
     if _ops.why_not_loaded is not None:
         return _ops.why_not_loaded
     if not isinstance(problem, DenseDecodeProblem):
-        return no_kernels(problem.op)
+        return _ops.no_kernels(problem.op)
     if problem.fp8_cache is not None:
-        return no_kernels("dense_decode_fp8")
+        return _ops.no_kernels("dense_decode_fp8")
     table = dense_decode_table(problem)
     if any(reason == "" for reason in table.values()):
         return None
     return "; ".join(f"{name}: {reason}" for name, reason in table.items())
-
-
-def no_kernels(op: str) -> str:
-    """The reason of an operation that has no kernels so far."""
-    return f"no CUDA kernel for {op} is built yet in this version of flash_mla"
