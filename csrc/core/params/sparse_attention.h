@@ -1,0 +1,85 @@
+// What the kernels of sparse decode, sparse prefill and decode over FP8 caches are given.
+//
+// A request has units: sets of rows that attend to the same list of keys. With indices a unit is a query token and its
+// rows are heads; over block tables a request is one unit and its rows are (token, head) pairs, token-major. A unit's
+// rows are computed in tiles of 64.
+#pragma once
+
+#include <cstdint>
+
+#include "core/kv_format.h"
+#include "core/params/dense_decode.h"
+#include "core/schedule.h"
+
+namespace flash_mla {
+
+// What a call asks for, as far as the choice of a kernel goes.
+struct SparseAttentionProblem {
+  int compute_capability;
+  KVFormat format;
+  KVFormat extra_format;  // kNone: no second cache
+  bool from_table;        // keys by block table, not by indices
+  int b, s_q, h_q, d_qk, d_v;
+  int page, extra_page;
+  int topk, extra_topk;
+  float softmax_scale;
+};
+
+// A cache, and which of its rows the units attend to.
+struct KeySource {
+  const void* cache;                // null: there is no such source, and topk is 0
+  const int32_t* indices;           // [b, s_q, topk], page * page_size + offset each; or a block table [b, max_pages]
+  const int32_t* lengths;           // how many entries (of a table: keys) count; null: topk
+  int64_t stride_page, stride_row;  // bytes
+  int64_t stride_indices_b, stride_indices_s;
+  int64_t stride_lengths_b, stride_lengths_s;  // stride_lengths_s is 0 for lengths [b]
+  int topk;                                    // entries of a list; of a table: max_pages * page
+  int page;
+  int page_shift;      // log2(page), -1: not a power of two
+  uint32_t num_slots;  // of the cache, at most 2^31: an index at or past it is not valid
+};
+
+struct SparseAttentionParams {
+  const void* q;                // bfloat16 [b, s_q, h_q, d_qk]
+  KeySource keys[2];            // the keys of a unit are those of the first source, then those of the second
+  const ScheduleRow* schedule;  // null: fixed cuts
+  const int32_t* num_splits;
+  const float* attn_sink;  // null: none
+  void* out;               // bfloat16 [b, s_q, h_q, 512]
+  float* lse;              // [b, h_q, s_q] by its strides
+  float* max_logits;       // null: not asked for; strides of lse
+  float* partial_out;      // [partials, units, tiles per unit, kPartialTile]; null: nothing can be split
+  float* partial_lse;      // [partials, units, tiles per unit, kRowTile], as partial results of dense decode
+
+  int64_t stride_q_b, stride_q_s, stride_q_h;
+  int64_t stride_out_b, stride_out_s, stride_out_h;
+  int64_t stride_lse_b, stride_lse_h, stride_lse_s;
+
+  int b, s_q, h_q;
+  // In a schedule, requests are those of the batch. With fixed cuts over indices each token is a request of its own, so
+  // that its cuts depend on nothing else: then `tokens_per_batch` is s_q, request r is token r % s_q of r / s_q, and
+  // num_units is 1. Otherwise tokens_per_batch is 1.
+  int tokens_per_batch;
+  int num_requests_total;  // b, or b * s_q
+  int num_units;           // of a request
+  int unit_rows;           // h_q, or s_q * h_q over block tables
+  int unit_tiles;          // ceil(unit_rows / 64)
+  int num_sms;
+  int num_parts;
+  int max_cuts;       // fixed cuts: pieces per request at the most
+  int first_request;  // fixed cuts: the launch serves requests from here on
+  int num_requests;   // fixed cuts: and so many of them
+  float scale_log2;   // softmax_scale * log2(e)
+  bool from_table;
+  bool causal;     // over block tables only
+  bool lse_base2;  // lse in base 2
+};
+
+// Blocks of a unit's list: those of the first source (at least one, so that a unit without keys has a part that writes
+// its result), then those of the second. `length0` and `length1` are within 0 and topk.
+constexpr int unit_blocks(int length0, int length1) {
+  const int first = ceil_div(length0, kScheduleBlock);
+  return (first < 1 ? 1 : first) + ceil_div(length1, kScheduleBlock);
+}
+
+}  // namespace flash_mla
