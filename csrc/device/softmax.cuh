@@ -33,6 +33,17 @@ __device__ __forceinline__ void mask_scores(float (&scores)[32], const int (&lim
   }
 }
 
+// Scores of keys whose bit is not set become -inf; `low` has those of the first 32.
+__device__ __forceinline__ void mask_keys(float (&scores)[32], uint32_t low, uint32_t high, int lane) {
+  low >>= lane % 4 * 2;
+  high >>= lane % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < 32; ++i) {
+    const uint32_t word = i < 16 ? low : high;
+    scores[i] = word >> (i / 4 % 4 * 8 + i % 2) & 1 ? scores[i] : -INFINITY;
+  }
+}
+
 // The largest score of each of the thread's two rows.
 __device__ __forceinline__ void row_maximum(const float (&scores)[32], float (&largest)[2]) {
 #pragma unroll
@@ -47,17 +58,17 @@ __device__ __forceinline__ void row_maximum(const float (&scores)[32], float (&l
   }
 }
 
-// scores -> 2^(scores * scale - reference), packed as the A operand of the next product; adds the row's part to `sum`
-// (this thread's columns only).
-template <class T>
+// 2^(scores * scale - reference) of columns 16 kFirst to 16 (kFirst + kCount) - 1, packed as A operands of the next
+// product, one for 16 columns; adds the row's part to `sum` (this thread's columns only).
+template <class T, int kFirst, int kCount>
 __device__ __forceinline__ void exponentiate(const float (&scores)[32], float scale, const float (&reference)[2],
-                                             float (&sum)[2], uint32_t (&packed)[16]) {
+                                             float (&sum)[2], uint32_t (&packed)[4 * kCount]) {
   float partial[2][2] = {};
 #pragma unroll
-  for (int i = 0; i < 32; i += 2) {
+  for (int i = 0; i < 8 * kCount; i += 2) {
     const int r = (i / 2) % 2;
-    const float x = exp2_approx(fmaf(scores[i], scale, -reference[r])),
-                y = exp2_approx(fmaf(scores[i + 1], scale, -reference[r]));
+    const float x = exp2_approx(fmaf(scores[8 * kFirst + i], scale, -reference[r])),
+                y = exp2_approx(fmaf(scores[8 * kFirst + i + 1], scale, -reference[r]));
     partial[r][0] += x;
     partial[r][1] += y;
     packed[i / 2] = pack2<T>(x, y);

@@ -37,6 +37,21 @@ __device__ __forceinline__ void async_copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// The same, always.
+__device__ __forceinline__ void async_copy16(uint32_t destination, const void* source) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(destination), "l"(source) : "memory");
+}
+
+// One of the barrier's arrivals, once this thread's copies so far are done. Who waits for it has to order the copies
+// before its own use by the async proxy.
+__device__ __forceinline__ void async_copy_arrive(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void prefetch_l2(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address) : "memory");
+}
+
 // Four 8 x 8 matrices of 16-bit values; each lane names the address of one row.
 __device__ __forceinline__ void store_matrix_x4(uint32_t row, const uint32_t* fragment) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(fragment[0]),

@@ -198,7 +198,7 @@ class MathWarpgroup {
       storage_.row_max[row_] = reference_[0];
       storage_.row_max[row_ + 8] = reference_[1];
     }
-    exponentiate<T>(scores, params_.scale_log2, reference_, sum_, probabilities);
+    exponentiate<T, 0, 4>(scores, params_.scale_log2, reference_, sum_, probabilities);
   }
 
   // How many keys a row of the tile sees.

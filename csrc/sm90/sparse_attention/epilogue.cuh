@@ -1,0 +1,71 @@
+// Writing a piece: the final rows where it is a whole request, else a partial result for the combine kernel. Straight
+// from registers, so that the key slots go on filling.
+#pragma once
+
+#include "device/numeric.cuh"
+#include "sm90/sparse_attention/storage.h"
+
+namespace flash_mla::sm90::sparse_attention {
+
+// `row` is the first of the thread's two rows of the tile, the other is 8 further.
+// `side`: which half of the columns.
+__device__ __forceinline__ void write_partial(const SparseAttentionParams& params, const PieceFacts& piece, int side,
+                                              int row, int lane, const float (&output)[2][64],
+                                              const float (&reference)[2], const float (&sum)[2]) {
+  const int group = row / 16;
+  if (piece.row_tile * kRowTile + group * 16 >= params.unit_rows) {
+    return;
+  }
+  const int64_t tile =
+      (static_cast<int64_t>(piece.partial) * params.num_units + piece.unit) * params.unit_tiles + piece.row_tile;
+  const float scale[2] = {sum[0] != 0 ? 1.0f / sum[0] : 0.0f, sum[1] != 0 ? 1.0f / sum[1] : 0.0f};
+  if (side == 0 && lane % 4 == 0) {
+    // No sum is a logarithm of -inf.
+    *reinterpret_cast<float2*>(params.partial_lse + tile * kRowTile + group * 16 + lane / 4 * 2) =
+        make_float2(reference[0] + log2f(sum[0]), reference[1] + log2f(sum[1]));
+  }
+  float* out = params.partial_out + tile * kPartialTile + group * kPartialGroup +
+               side * kPartialBlocks / 2 * kPartialBlock + lane * 4;
+#pragma unroll
+  for (int block = 0; block < kPartialBlocks / 2; ++block) {
+    const float* values = &output[block / 16][block % 16 * 4];
+    *reinterpret_cast<float4*>(out + block * kPartialBlock) =
+        make_float4(values[0] * scale[0], values[1] * scale[0], values[2] * scale[1], values[3] * scale[1]);
+  }
+}
+
+__device__ __forceinline__ void write_final(const SparseAttentionParams& params, const PieceFacts& piece, int side,
+                                            int row, int lane, const float (&output)[2][64],
+                                            const float (&reference)[2], const float (&sum)[2]) {
+  const int batch = piece.request / params.tokens_per_batch;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int tile_row = piece.row_tile * kRowTile + row + 8 * r, unit_row = piece.unit * params.unit_rows + tile_row;
+    const bool exists = tile_row < params.unit_rows, any_key = sum[r] != 0;
+    const int token = piece.request % params.tokens_per_batch + unit_row / params.h_q, head = unit_row % params.h_q;
+    const float sink = params.attn_sink && exists ? exp2f(params.attn_sink[head] * kLog2E - reference[r]) : 0.0f;
+    const float scale = any_key ? 1.0f / (sum[r] + sink) : 0.0f;
+    __nv_bfloat16* out = static_cast<__nv_bfloat16*>(params.out) + batch * params.stride_out_b +
+                         token * params.stride_out_s + head * params.stride_out_h + side * 256;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {  // 32 columns: a quad's four words become four runs of 8 columns
+      uint32_t words[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int at = i % 4 * 16 + j * 4 + 2 * r;
+        words[j] = pack2<__nv_bfloat16>(output[i / 4][at] * scale, output[i / 4][at + 1] * scale);
+      }
+      transpose_quad(words, lane);
+      if (exists) {
+        *reinterpret_cast<uint4*>(out + i * 32 + lane % 4 * 8) = make_uint4(words[0], words[1], words[2], words[3]);
+      }
+    }
+    if (side == 0 && exists && lane % 4 == 0) {
+      const float lse = reference[r] + log2f(sum[r]);
+      params.lse[batch * params.stride_lse_b + head * params.stride_lse_h + token * params.stride_lse_s] =
+          any_key ? (params.lse_base2 ? lse : lse * kLn2) : INFINITY;
+    }
+  }
+}
+
+}  // namespace flash_mla::sm90::sparse_attention

@@ -1,0 +1,6 @@
+#include "sm90/sparse_attention/launch.cuh"
+#include "sm90/sparse_attention/launch.h"
+
+void flash_mla::sm90::sparse_attention::launch_model1(const SparseAttentionParams& params, void* stream) {
+  launch<KVFormat::kModel1, KVFormat::kNone, 512>("sm90_sparse_model1", params, stream);
+}

@@ -1,0 +1,58 @@
+// Shared-memory map of the sparse attention kernels. Slices are 64 rows x 64 columns of bfloat16, 128 bytes a row, whose
+// 16-byte units are permuted by the row.
+#pragma once
+
+#include "sm90/sparse_attention/config.h"
+
+namespace flash_mla::sm90::sparse_attention {
+
+// What the math warps have to know of a piece of work. The producers hand it over together with Q.
+struct PieceFacts {
+  int num_tiles;  // 0: nothing to read, but the output still has to be written; -1: no more pieces
+  int request, unit, row_tile;
+  int partial;          // index of the partial result, -1: the piece is the whole list
+  int limit;            // causal: the keys of the piece from its beginning that the request's first token sees
+};
+
+// A run of key tiles from one source, as a producer warp walks it.
+struct alignas(16) Run {
+  const int32_t* list;
+  int position, length;  // of the next tile, in entries (of a block table: keys)
+  int num_tiles;         // still to come
+  uint32_t bits;         // class ProducerWarp::Entry of the next tile
+};
+
+// Where a producer warp stands in the sequence of pieces. It walks it two tiles ahead, once a tile, and has no registers
+// to keep this in between.
+struct Walk {
+  Run run;
+  int item, request, end_request, next_length[2];  // of the piece behind this one
+  int second_tiles, second_position, second_length;  // the run over the second source that follows this one
+  int num_pieces;                                  // begun so far
+  PieceFacts pending[4];                           // the last ones, by number
+};
+
+template <class C>
+struct Storage {
+  // Probabilities of slot 0 lie in its RoPE slice where that is no part of the values: it is dead once it is scored.
+  static constexpr int kProbabilityTiles = C::kRopeBehindValues ? 1 : 3;
+
+  alignas(1024) unsigned char q[C::kTileBytes];
+  alignas(1024) unsigned char k[2][C::kTileBytes];
+  alignas(1024) unsigned char probabilities[kProbabilityTiles][C::kSliceBytes];
+  float row_max[C::kRows];        // the reference maximum that both math warpgroups scale by, base 2
+  float row_sum[2][2][C::kRows];  // by parity of the piece, by warpgroup
+  uint32_t valid[2][2];           // of a slot, by half of its keys: a bit for each key that counts
+  PieceFacts pieces[2];           // by parity of the piece
+  Walk walks[kProducerWarps];
+  uint64_t k_full[2][kNumGroups];
+  uint64_t k_empty[2][kNumGroups];
+  uint64_t q_full, q_empty;
+  uint64_t probabilities_full[2];  // of a slot, and the reference maximum they are relative to
+  uint64_t row_sums_full;
+};
+
+template <class C>
+constexpr bool kStorageFits = sizeof(Storage<C>) <= 232448;
+
+}  // namespace flash_mla::sm90::sparse_attention
