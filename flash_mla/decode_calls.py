@@ -112,7 +112,8 @@ class SparseCall(DecodeCall):
     def problem(self) -> problem.Problem:
         """What the choice of a backend depends on."""
         caches = (self.k_cache, self.indices, self.extra_k_cache, self.extra_indices)
-        return problem_sparse.SparseDecodeProblem.of(self.q, *caches, self.kv_format)
+        options = (self.kv_format, self.head_dim_v, self.softmax_scale)
+        return problem_sparse.SparseDecodeProblem.of(self.q, *caches, *options)
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,8 @@ class SparseDecodeProblem:
     topk: int
     extra_topk: int
     """0 without a second cache."""
+    d_v: int
+    softmax_scale: float
 
     @staticmethod
     def of(
@@ -42,6 +44,8 @@ class SparseDecodeProblem:
         extra_k_cache: Tensor | None = None,
         extra_indices_in_kvcache: Tensor | None = None,
         kv_format: KVFormat | str | None = None,
+        head_dim_v: int = problem.HEAD_DIM_V,
+        softmax_scale: float | None = None,
     ) -> "SparseDecodeProblem":
         """The problem of a sparse `flash_mla_with_kvcache` call with these tensors."""
         b, s_q, h_q, d_qk = q.shape
@@ -58,6 +62,8 @@ class SparseDecodeProblem:
             None if extra_k_cache is None else extra_k_cache.shape[1],
             indices.shape[-1],
             0 if extra_indices_in_kvcache is None else extra_indices_in_kvcache.shape[-1],
+            head_dim_v,
+            problem.default_softmax_scale(d_qk) if softmax_scale is None else softmax_scale,
         )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -56,10 +57,19 @@ class Target:
 
     def require(self, op: str) -> None:
         """Skip the test where the backend has no kernels for an operation."""
-        if self.is_cuda and op in cuda_backend.WITHOUT_KERNELS:
-            pytest.skip(_ops.no_kernels(op))
+        if self.is_cuda:
+            reason = _ops.no_kernels(op) if op in cuda_backend.WITHOUT_KERNELS else _ops.why_not_native(op)
+            if reason is not None:
+                pytest.skip(f"cuda: {reason}")
         if self.name == "triton" and op in triton.NOT_SERVED:
             pytest.skip(f"triton: {triton.NOT_SERVED[op]}")
+
+    def require_kernel(self, op: str, **call: Any) -> None:
+        """Skip the test where the backend's kernels for an operation do not take a call."""
+        if self.is_cuda:
+            reason = flash_mla.why_not(op, **call)
+            if reason is not None:
+                pytest.skip(reason)
 
     def lengths(self, *small: int) -> list[int]:
         """`small` for the CPU; more and longer requests where a GPU computes them."""
