@@ -1,7 +1,8 @@
 """What the test files share: the backends that every test of an operator runs on."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import pytest
@@ -11,6 +12,23 @@ import flash_mla
 from flash_mla import _ops, backends
 from flash_mla.backends import cuda as cuda_backend
 from flash_mla.backends import triton
+
+
+def by_reference(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` served by the reference, whatever backend is under test."""
+
+    @wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        with backends.use("reference"):
+            return function(*args, **options)
+
+    return call
+
+
+# What tests of other operations write and read caches with.
+append_kv_cache = by_reference(flash_mla.append_kv_cache)
+dequantize_kv_cache = by_reference(flash_mla.dequantize_kv_cache)
+quantize_kv_cache = by_reference(flash_mla.quantize_kv_cache)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Target
+from conftest import Target, append_kv_cache, dequantize_kv_cache
 from test_dense_decode import assert_same_bits, guarded
 from torch import Tensor
 
@@ -14,8 +14,6 @@ import flash_mla
 from flash_mla import (
     FlashMLASchedMeta,
     KVFormat,
-    append_kv_cache,
-    dequantize_kv_cache,
     flash_mla_with_kvcache,
     get_mla_metadata,
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Target
+from conftest import Target, append_kv_cache, dequantize_kv_cache, quantize_kv_cache
 from test_dense_decode import assert_same_bits, guarded
 from torch import Tensor
 
@@ -16,12 +16,9 @@ from flash_mla import (
     FlashMLASchedMeta,
     KVFormat,
     UnsupportedError,
-    append_kv_cache,
     backends,
-    dequantize_kv_cache,
     flash_mla_with_kvcache,
     get_mla_metadata,
-    quantize_kv_cache,
 )
 from flash_mla.testing import (
     SparseDecodeInputs,
