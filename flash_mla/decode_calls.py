@@ -12,7 +12,7 @@ from flash_mla.kv_format import KVFormat
 from flash_mla.schedule import FlashMLASchedMeta
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class DecodeCall(ABC):
     """What the calls have in common. The checks of arguments are the operators' own, as long as nothing is refused."""
 
@@ -50,7 +50,7 @@ class DecodeCall(ABC):
         """What the choice of a backend depends on."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class SparseCall(DecodeCall):
     """Each query attends to the cache rows that its indices name."""
 
@@ -116,7 +116,7 @@ class SparseCall(DecodeCall):
         return problem_sparse.SparseDecodeProblem.of(self.q, *caches, *options)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class DenseFP8Call(DecodeCall):
     """Every query attends to the first rows of its request's pages, in a cache of bytes."""
 
