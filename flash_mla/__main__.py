@@ -12,7 +12,8 @@ import torch
 import flash_mla
 from flash_mla.backends import REFERENCE, REGISTRY, cuda, select
 from flash_mla.backends.capability import OPERATIONS
-from flash_mla.problem import DenseDecodeProblem
+from flash_mla.problem import DenseDecodeProblem, Problem
+from flash_mla.problem_sparse import SparseDecodeProblem
 from flash_mla.testing import Comparison, DenseDecodeInputs, compare, expected_dense_decode, make_dense_decode_inputs
 from flash_mla.testing.progress import Progress
 from flash_mla.testing.roofline import Ceilings, Work, dense_decode_work, measure_ceilings
@@ -98,10 +99,10 @@ def _device(device: torch.device) -> dict[str, Any]:
 
 
 def _operation(op: str, device: torch.device) -> dict[str, Any]:
-    if op != "dense_decode":
+    problem = _problem(op, device)
+    if problem is None:
         return {"backend": REFERENCE.name, "kernel": None, "why_not": {op: flash_mla.why_not(op)}}
-    problem = _problem(device)
-    table = cuda.dense_decode_table(problem)
+    table = cuda.kernel_table(problem)
     backend = select(problem).name
     kernel = next((name for name, reason in table.items() if reason == ""), None) if backend == "cuda" else None
     against = {name: reason for name, reason in table.items() if reason}
@@ -110,11 +111,16 @@ def _operation(op: str, device: torch.device) -> dict[str, Any]:
     return {"backend": backend, "kernel": kernel, "why_not": against}
 
 
-def _problem(device: torch.device) -> DenseDecodeProblem:
-    """The call of the demonstration, as the kernel table sees it."""
+def _problem(op: str, device: torch.device) -> Problem | None:
+    """A usual call, as the kernel tables see it: that of the demonstration, and V3.2's of sparse decode. None where
+    nothing but the reference has the operation."""
     q = torch.empty(1, 1, 128, 576, device=device, dtype=torch.bfloat16)
-    k_cache = torch.empty(1, 64, 1, 576, device=device, dtype=torch.bfloat16)
-    return DenseDecodeProblem.of(q, k_cache)
+    if op == "dense_decode":
+        return DenseDecodeProblem.of(q, torch.empty(1, 64, 1, 576, device=device, dtype=torch.bfloat16))
+    if op == "sparse_decode":
+        k_cache = torch.empty(1, 64, 1, 656, device=device, dtype=torch.uint8)
+        return SparseDecodeProblem.of(q, k_cache, torch.empty(1, 1, 2048, device=device, dtype=torch.int32))
+    return None
 
 
 def _describe_machine(result: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_mla import _schemas, problem
+from flash_mla import _schemas, problem, problem_sparse
 
 NAMESPACE = "flash_mla"
 
@@ -89,6 +89,14 @@ def num_sm_parts(device: torch.device, s_q: int, h_q: int, h_kv: int) -> int:
     return int(_ops.flash_mla.num_sm_parts(index, s_q, h_q, h_kv))
 
 
+def num_sparse_parts(device: torch.device, s_q: int, h_q: int) -> int:
+    """Number of rows that `plan_sparse_decode` makes on `device`: row tiles are of one query token each."""
+    if "plan_sparse_decode" not in NATIVE:
+        return problem.REFERENCE_PARTS
+    tiles = s_q * -(-h_q // problem.ROW_TILE)
+    return num_sm_parts(device, tiles, problem.ROW_TILE, 1)
+
+
 def _fake_dense_decode(
     q: Tensor,
     k_cache: Tensor,
@@ -136,6 +144,19 @@ def _fake_reference_plan(cache_seqlens: Tensor, s_q: int, h_q: int, h_kv: int) -
     return cache_seqlens.new_empty((problem.REFERENCE_PARTS, problem.ROW_FIELDS)), cache_seqlens.new_empty((b + 1,))
 
 
+def _fake_sparse_plan(
+    requests: Tensor,
+    topk_length: Tensor | None,
+    extra_topk_length: Tensor | None,
+    s_q: int,
+    h_q: int,
+    topk: int,
+    extra_topk: int,
+) -> tuple[Tensor, Tensor]:
+    problem_sparse.check_sparse_plan(requests, topk_length, extra_topk_length, s_q, h_q, topk, extra_topk)
+    return _schemas.sparse_plan_of(requests, num_sparse_parts(requests.device, s_q, h_q))
+
+
 def _fake_merge(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     problem.check_merge(outs, lses)
     return outs[0].new_empty(outs[0].shape), lses[0].new_empty(lses[0].shape)
@@ -159,17 +180,23 @@ _FAKES: dict[str, Any] = {
     "plan_dense_decode": _fake_plan,
     "merge_attention_states": _fake_merge,
     **_schemas.FAKES,
+    "plan_sparse_decode": _fake_sparse_plan,
+}
+
+_REFERENCE_PLANS = {
+    "plan_dense_decode": _fake_reference_plan,
+    "plan_sparse_decode": _schemas.FAKES["plan_sparse_decode"],
 }
 
 
-def define_twins(backend: str, names: Iterable[str], fake_plan: Any) -> None:
+def define_twins(backend: str, names: Iterable[str], fake_plans: dict[str, Any]) -> None:
     """Define `<backend>_x` for these operators `x`: the same schemas, to be served by one backend whatever the device.
 
-    `fake_plan`: the fake function of `plan_dense_decode`, since the size of a plan is the backend's own.
+    `fake_plans`: the fake functions of operators that plan, since the size of a plan is the backend's own.
     """
     for name in names:
         _definitions.define(f"{backend}_{name}{SCHEMAS[name]}")
-        fake = fake_plan if name == "plan_dense_decode" else _FAKES[name]
+        fake = fake_plans.get(name, _FAKES[name])
         _library.register_fake(f"{NAMESPACE}::{backend}_{name}", fake, lib=_definitions)
     for name in names:
         _register_autograd(name, f"{backend}_{name}")
@@ -183,7 +210,7 @@ def _register() -> None:
         _library.register_fake(f"{NAMESPACE}::{name}", _FAKES[name], lib=_definitions)
     for name in SCHEMAS:
         _register_autograd(name, name)
-    define_twins("reference", SCHEMAS, _fake_reference_plan)
+    define_twins("reference", SCHEMAS, _REFERENCE_PLANS)
 
 
 def _register_autograd(name: str, op: str) -> None:

@@ -86,7 +86,12 @@ def _fake_sparse_decode_out(*args: Any) -> None:
 
 def _fake_plan_sparse_decode(requests: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     problem_sparse.check_sparse_plan(requests, *rest)
-    rows = requests.new_empty((problem.REFERENCE_PARTS, problem.ROW_FIELDS), dtype=torch.int32)
+    return sparse_plan_of(requests, problem.REFERENCE_PARTS)
+
+
+def sparse_plan_of(requests: Tensor, parts: int) -> tuple[Tensor, Tensor]:
+    """The tensors of a sparse plan of so many parts, empty."""
+    rows = requests.new_empty((parts, problem.ROW_FIELDS), dtype=torch.int32)
     return rows, requests.new_empty((requests.shape[0] + 1,), dtype=torch.int32)
 
 

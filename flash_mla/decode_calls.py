@@ -12,7 +12,7 @@ from flash_mla.kv_format import KVFormat
 from flash_mla.schedule import FlashMLASchedMeta
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class DecodeCall(ABC):
     """What the calls have in common. The checks of arguments are the operators' own, as long as nothing is refused."""
 
@@ -50,7 +50,7 @@ class DecodeCall(ABC):
         """What the choice of a backend depends on."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class SparseCall(DecodeCall):
     """Each query attends to the cache rows that its indices name."""
 
@@ -112,10 +112,11 @@ class SparseCall(DecodeCall):
     def problem(self) -> problem.Problem:
         """What the choice of a backend depends on."""
         caches = (self.k_cache, self.indices, self.extra_k_cache, self.extra_indices)
-        return problem_sparse.SparseDecodeProblem.of(self.q, *caches, self.kv_format)
+        options = (self.kv_format, self.head_dim_v, self.softmax_scale)
+        return problem_sparse.SparseDecodeProblem.of(self.q, *caches, *options)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class DenseFP8Call(DecodeCall):
     """Every query attends to the first rows of its request's pages, in a cache of bytes."""
 

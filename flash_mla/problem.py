@@ -34,6 +34,9 @@ BLOCK_KEYS = 64
 ROW_FIELDS = 8
 """int32 fields per row of a schedule."""
 
+ROW_TILE = 64
+"""Rows that the CUDA kernels compute together: partial results are of so many."""
+
 REFERENCE_PARTS = 8
 """Rows that the PyTorch planner makes; the reference backend does not depend on the number."""
 

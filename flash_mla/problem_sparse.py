@@ -33,6 +33,8 @@ class SparseDecodeProblem:
     topk: int
     extra_topk: int
     """0 without a second cache."""
+    d_v: int
+    softmax_scale: float
 
     @staticmethod
     def of(
@@ -42,6 +44,8 @@ class SparseDecodeProblem:
         extra_k_cache: Tensor | None = None,
         extra_indices_in_kvcache: Tensor | None = None,
         kv_format: KVFormat | str | None = None,
+        head_dim_v: int = problem.HEAD_DIM_V,
+        softmax_scale: float | None = None,
     ) -> "SparseDecodeProblem":
         """The problem of a sparse `flash_mla_with_kvcache` call with these tensors."""
         b, s_q, h_q, d_qk = q.shape
@@ -58,6 +62,8 @@ class SparseDecodeProblem:
             None if extra_k_cache is None else extra_k_cache.shape[1],
             indices.shape[-1],
             0 if extra_indices_in_kvcache is None else extra_indices_in_kvcache.shape[-1],
+            head_dim_v,
+            problem.default_softmax_scale(d_qk) if softmax_scale is None else softmax_scale,
         )
 
 
@@ -122,6 +128,27 @@ def resolve_formats(
     if known is KVFormat.V41 and extra.shape[-1] == fp4.layout.bytes_per_token:
         return known, kv_format.resolve("extra_k_cache", extra, d_qk, fp4)
     return known, kv_format.resolve("extra_k_cache", extra, d_qk, known)
+
+
+_resolved: dict[Any, tuple[KVFormat, KVFormat | None]] = {}
+
+
+def formats_of_call(
+    k_cache: Any, extra: Any, d_qk: int, named: KVFormat | str | None
+) -> tuple[KVFormat, KVFormat | None]:
+    """`resolve_formats` for a decode call, remembered: on every call it would take longer than all the rest.
+
+    Whether the caches have four dimensions is then left to the operator's checks.
+    """
+    if torch.compiler.is_compiling() or not isinstance(k_cache, Tensor) or not isinstance(named, str | None):
+        return resolve_formats("k_cache", k_cache, extra, d_qk, named)
+    second = (extra.dtype, extra.shape[-1:]) if isinstance(extra, Tensor) else extra is None
+    facts = (k_cache.dtype, k_cache.shape[-1:], d_qk, named, second)
+    known = _resolved.get(facts)
+    if known is None:
+        known = resolve_formats("k_cache", k_cache, extra, d_qk, named)
+        _resolved[facts] = known
+    return known
 
 
 def check_extra_arguments(extra_k_cache: Any, extra_indices_in_kvcache: Any, extra_topk_length: Any) -> None:

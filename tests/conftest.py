@@ -1,7 +1,9 @@
 """What the test files share: the backends that every test of an operator runs on."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import wraps
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,23 @@ import flash_mla
 from flash_mla import _ops, backends
 from flash_mla.backends import cuda as cuda_backend
 from flash_mla.backends import triton
+
+
+def by_reference(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` served by the reference, whatever backend is under test."""
+
+    @wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        with backends.use("reference"):
+            return function(*args, **options)
+
+    return call
+
+
+# What tests of other operations write and read caches with.
+append_kv_cache = by_reference(flash_mla.append_kv_cache)
+dequantize_kv_cache = by_reference(flash_mla.dequantize_kv_cache)
+quantize_kv_cache = by_reference(flash_mla.quantize_kv_cache)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -56,10 +75,19 @@ class Target:
 
     def require(self, op: str) -> None:
         """Skip the test where the backend has no kernels for an operation."""
-        if self.is_cuda and op in cuda_backend.WITHOUT_KERNELS:
-            pytest.skip(_ops.no_kernels(op))
+        if self.is_cuda:
+            reason = _ops.no_kernels(op) if op in cuda_backend.WITHOUT_KERNELS else _ops.why_not_native(op)
+            if reason is not None:
+                pytest.skip(f"cuda: {reason}")
         if self.name == "triton" and op in triton.NOT_SERVED:
             pytest.skip(f"triton: {triton.NOT_SERVED[op]}")
+
+    def require_kernel(self, op: str, **call: Any) -> None:
+        """Skip the test where the backend's kernels for an operation do not take a call."""
+        if self.is_cuda:
+            reason = flash_mla.why_not(op, **call)
+            if reason is not None:
+                pytest.skip(reason)
 
     def lengths(self, *small: int) -> list[int]:
         """`small` for the CPU; more and longer requests where a GPU computes them."""

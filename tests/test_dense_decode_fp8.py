@@ -2,10 +2,11 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from conftest import Target
+from conftest import Target, append_kv_cache, dequantize_kv_cache
 from test_dense_decode import assert_same_bits, guarded
 from torch import Tensor
 
@@ -13,12 +14,10 @@ import flash_mla
 from flash_mla import (
     FlashMLASchedMeta,
     KVFormat,
-    append_kv_cache,
-    dequantize_kv_cache,
     flash_mla_with_kvcache,
     get_mla_metadata,
 )
-from flash_mla.testing import DenseDecodeInputs, check_decode, make_dense_fp8_inputs, run_decode
+from flash_mla.testing import DenseDecodeInputs, DenseFP8Inputs, check_decode, make_dense_fp8_inputs, run_decode
 
 OP = "dense_decode_fp8"
 FORMATS = [KVFormat.V32, KVFormat.V32_NO_ROPE, KVFormat.MODEL1, KVFormat.V41, None]
@@ -26,33 +25,38 @@ NAMES = [known.value if known else "E4M3" for known in FORMATS]
 formats = pytest.mark.parametrize("known", FORMATS, ids=NAMES)
 
 
+def make_inputs(backend: Target, lengths: list[int], known: KVFormat | str | None, **options: Any) -> DenseFP8Inputs:
+    """Inputs on the backend's device; skips the test where its kernels do not take them."""
+    inputs = make_dense_fp8_inputs(lengths, known, device=backend.device, **options)
+    backend.require_kernel("dense_decode", **inputs.call())
+    return inputs
+
+
 @formats
 @pytest.mark.parametrize("h_q", [1, 16, 63, 128])
 def test_heads(backend: Target, h_q: int, known: KVFormat | None) -> None:
-    inputs = make_dense_fp8_inputs([65, 0, 1, 200], known, h_q=h_q, sink=h_q % 2 == 0, device=backend.device)
+    inputs = make_inputs(backend, [65, 0, 1, 200], known, h_q=h_q, sink=h_q % 2 == 0)
     check_decode(inputs)
 
 
 @formats
 @pytest.mark.parametrize("page", [1, 2, 53, 64, 256])
 def test_pages(backend: Target, page: int, known: KVFormat | None) -> None:
-    inputs = make_dense_fp8_inputs(
-        [page, page + 1, 0, 150], known, s_q=2, h_q=4, page=page, causal=True, device=backend.device
-    )
+    inputs = make_inputs(backend, [page, page + 1, 0, 150], known, s_q=2, h_q=4, page=page, causal=True)
     check_decode(inputs)
 
 
 @formats
 @pytest.mark.parametrize("causal", [False, True])
 def test_queries(backend: Target, causal: bool, known: KVFormat | None) -> None:
-    inputs = make_dense_fp8_inputs([66, 1, 0, 7, 150], known, s_q=7, h_q=4, causal=causal, device=backend.device)
+    inputs = make_inputs(backend, [66, 1, 0, 7, 150], known, s_q=7, h_q=4, causal=causal)
     check_decode(inputs)
 
 
 @formats
 def test_fp8_queries(backend: Target, known: KVFormat | None) -> None:
     """e4m3 q times descale_q; out is bfloat16."""
-    inputs = make_dense_fp8_inputs([65, 0, 130], known, s_q=2, h_q=8, fp8_q=True, device=backend.device)
+    inputs = make_inputs(backend, [65, 0, 130], known, s_q=2, h_q=8, fp8_q=True)
     assert inputs.q.dtype == torch.float8_e4m3fn
     result = run_decode(inputs)
     assert result[0].dtype == torch.bfloat16
@@ -62,7 +66,7 @@ def test_fp8_queries(backend: Target, known: KVFormat | None) -> None:
 @pytest.mark.parametrize("d_qk", [576, 512])
 @pytest.mark.parametrize("h_kv", [1, 2])
 def test_a_scale_for_the_whole_cache(backend: Target, h_kv: int, d_qk: int) -> None:
-    inputs = make_dense_fp8_inputs([65, 0, 130], None, h_q=8, h_kv=h_kv, d_qk=d_qk, device=backend.device)
+    inputs = make_inputs(backend, [65, 0, 130], None, h_q=8, h_kv=h_kv, d_qk=d_qk)
     result = run_decode(inputs)
     check_decode(inputs, result=result)
     values = inputs.k_cache.float() * inputs.descale_k
@@ -74,7 +78,7 @@ def test_a_scale_for_the_whole_cache(backend: Target, h_kv: int, d_qk: int) -> N
 @pytest.mark.parametrize("known", FORMATS[:-1], ids=NAMES[:-1])
 def test_the_same_bits_as_over_the_values(backend: Target, known: KVFormat) -> None:
     """The values of a format are exact in bfloat16."""
-    inputs = make_dense_fp8_inputs([65, 0, 130], known, s_q=2, h_q=8, causal=True, device=backend.device)
+    inputs = make_inputs(backend, [65, 0, 130], known, s_q=2, h_q=8, causal=True)
     values = dequantize_kv_cache(inputs.k_cache, known)
     names = ("block_table", "cache_seqlens", "causal")
     plain = DenseDecodeInputs(inputs.q, values, **{name: getattr(inputs, name) for name in names})
@@ -87,7 +91,7 @@ def test_the_same_bits_as_over_the_values(backend: Target, known: KVFormat) -> N
 
 @formats
 def test_nothing_unreachable_matters(backend: Target, known: KVFormat | None) -> None:
-    inputs = make_dense_fp8_inputs([65, 0, 130, 1], known, h_q=4, device=backend.device)
+    inputs = make_inputs(backend, [65, 0, 130, 1], known, h_q=4)
     trapped = run_decode(inputs)
     assert not bool(trapped[0].isnan().any())
     if known is None:
@@ -103,7 +107,7 @@ def test_nothing_unreachable_matters(backend: Target, known: KVFormat | None) ->
 
 @formats
 def test_batch_invariance(backend: Target, known: KVFormat | None) -> None:
-    inputs = make_dense_fp8_inputs([300, 64, 0, 777], known, s_q=2, h_q=8, causal=True, device=backend.device)
+    inputs = make_inputs(backend, [300, 64, 0, 777], known, s_q=2, h_q=8, causal=True)
     out, lse = run_decode(inputs, enable_batch_invariant=True)
     check_decode(inputs, result=(out, lse))
     for request in (0, 3):
@@ -119,7 +123,7 @@ def test_batch_invariance(backend: Target, known: KVFormat | None) -> None:
 
 def test_the_dtype_alone_tells(backend: Target) -> None:
     """Without the flag and without the name of the format."""
-    inputs = make_dense_fp8_inputs([65, 0], "V32", h_q=4, device=backend.device)
+    inputs = make_inputs(backend, [65, 0], "V32", h_q=4)
     wanted = run_decode(inputs)
     call = {**inputs.call(), "is_fp8_kvcache": False, "kv_format": None}
     for dtype in (torch.uint8, torch.int8, torch.float8_e4m3fn):
@@ -128,7 +132,7 @@ def test_the_dtype_alone_tells(backend: Target) -> None:
 
 
 def test_given_outputs(backend: Target) -> None:
-    inputs = make_dense_fp8_inputs([65, 0, 7], "MODEL1", s_q=2, h_q=9, device=backend.device)
+    inputs = make_inputs(backend, [65, 0, 7], "MODEL1", s_q=2, h_q=9)
     out, out_bytes = guarded((3, 2, 9, 512), torch.bfloat16, backend.device)
     lse, _ = guarded((3, 9, 2), torch.float32, backend.device)
     result = run_decode(inputs, out=out, lse=lse)
@@ -140,7 +144,7 @@ def test_given_outputs(backend: Target) -> None:
 
 
 def test_the_metadata_object(backend: Target) -> None:
-    inputs = make_dense_fp8_inputs([65, 0, 300], "V32", s_q=2, h_q=4, causal=True, device=backend.device)
+    inputs = make_inputs(backend, [65, 0, 300], "V32", s_q=2, h_q=4, causal=True)
     meta, _ = get_mla_metadata()
     run_decode(inputs, meta)
     assert meta.config == FlashMLASchedMeta.Config(3, 2, 4, 64, 1, True, True)
@@ -154,7 +158,7 @@ def test_the_metadata_object(backend: Target) -> None:
 
 def test_opcheck(backend: Target) -> None:
     """Over bytes: opcheck itself cannot compare e4m3 tensors."""
-    inputs = make_dense_fp8_inputs([65, 0], "V32", s_q=2, h_q=4, device=backend.device)
+    inputs = make_inputs(backend, [65, 0], "V32", s_q=2, h_q=4)
     plan = torch.ops.flash_mla.plan_dense_decode(inputs.cache_seqlens, 2, 4, 1)
     tensors = (inputs.q, inputs.k_cache, inputs.block_table, inputs.cache_seqlens, *plan)
     arguments = (*tensors, None, 512, 0.04, False, False, None, None, "V32")
@@ -227,11 +231,12 @@ def test_wrong_calls(backend: Target, case: str) -> None:
     spoiled = {name: change(call.get(name)) for name, change in changes.items()}
     with pytest.raises(error, match=text):
         flash_mla_with_kvcache(**{**call, **spoiled})
+    backend.require_kernel("dense_decode", **inputs.call())
     flash_mla_with_kvcache(**call)
 
 
 def test_scales_of_a_format_stand_in_the_cache(backend: Target) -> None:
-    inputs = make_dense_fp8_inputs([65, 0], "V32", h_q=4, device=backend.device)
+    inputs = make_inputs(backend, [65, 0], "V32", h_q=4)
     inputs.descale_k = torch.ones(1, device=backend.device)
     with pytest.raises(
         ValueError, match=r"descale_k: wanted None without a k_cache of torch.uint8 without scales, got"
@@ -250,7 +255,7 @@ def test_lengths_beyond_the_table_are_an_error() -> None:
 
 
 def test_no_keys_at_all(backend: Target) -> None:
-    inputs = make_dense_fp8_inputs([0, 0], "MODEL1", s_q=2, h_q=4, sink=True, device=backend.device)
+    inputs = make_inputs(backend, [0, 0], "MODEL1", s_q=2, h_q=4, sink=True)
     out, lse = run_decode(inputs)
     assert not out.any()
     assert bool((lse == math.inf).all())

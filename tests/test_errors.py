@@ -17,7 +17,9 @@ from conftest import Target
 import flash_mla
 from flash_mla import (
     FlashMLASchedMeta,
+    KVFormat,
     UnsupportedError,
+    _ops,
     backends,
     dequantize_kv_cache,
     errors,
@@ -567,7 +569,7 @@ def test_capability_queries() -> None:
         flash_mla.why_not("decode")
     with pytest.raises(TypeError, match="why_not: wanted a DenseDecodeProblem, or the tensors q= and k_cache="):
         flash_mla.why_not("dense_decode", q=torch.zeros(1))
-    for op in ("sparse_decode", "sparse_prefill", "dense_prefill"):
+    for op in ("sparse_prefill", "dense_prefill"):
         cuda_reason = f"cuda: no CUDA kernel for {op} is built yet in this version of flash_mla"
         assert flash_mla.why_not(op) == f"{cuda_reason}; triton: {backends.triton.NOT_SERVED[op]}"
         with backends.use("cuda"):
@@ -586,33 +588,102 @@ def test_capability_queries() -> None:
 
 @pytest.mark.skipif(backends.cuda_missing is not None, reason=str(backends.cuda_missing))
 def test_problems_without_kernels() -> None:
-    sparse = make_sparse_decode_inputs(2, h_q=2, extra_topk=3)
-    problems = {
-        "dense_decode": replace(PROBLEM, fp8_cache="V32"),
-        "sparse_decode": flash_mla.SparseDecodeProblem.of(
-            sparse.q, sparse.primary.cache, sparse.primary.indices, sparse.extra.cache, sparse.extra.indices
-        ),
-        "kv_cache": flash_mla.KVCacheProblem.of(sparse.primary.cache, "V32"),
-    }
-    for op, problem in problems.items():
-        on_gpu = replace(problem, device_type="cuda", compute_capability=90)
-        text = "cuda: no CUDA kernel for .* is built yet .*; triton: (no kernel|its kernels) for .* yet"
-        assert re.fullmatch(text, str(flash_mla.why_not(op, on_gpu)))
-        assert backends.select(on_gpu) is backends.REFERENCE
-        for name, reason in (("cuda", "cuda: no CUDA"), ("triton", "triton: ")):
-            match = f"no backend takes the problem; {reason}"
-            with backends.use(name), pytest.raises(UnsupportedError, match=match):
-                backends.select(on_gpu)
+    cache = make_sparse_decode_inputs(2, h_q=2).primary.cache
+    on_gpu = replace(flash_mla.KVCacheProblem.of(cache, "V32"), device_type="cuda", compute_capability=90)
+    text = "cuda: no CUDA kernel for .* is built yet .*; triton: (no kernel|its kernels) for .* yet"
+    assert re.fullmatch(text, str(flash_mla.why_not("kv_cache", on_gpu)))
+    assert backends.select(on_gpu) is backends.REFERENCE
+    for name, reason in (("cuda", "cuda: no CUDA"), ("triton", "triton: ")):
+        match = f"no backend takes the problem; {reason}"
+        with backends.use(name), pytest.raises(UnsupportedError, match=match):
+            backends.select(on_gpu)
+
+
+SPARSE = flash_mla.SparseDecodeProblem(
+    "cuda", 90, KVFormat.V32, None, 8, 1, 128, 576, 64, None, 2048, 0, 512, 576**-0.5
+)
+V41 = {"kv_format": KVFormat.V41, "d_qk": 512}
+# A change of SPARSE, or of PROBLEM for a dense one: the kernel that takes it, or the reason of one that does not.
+SPARSE_TABLE: dict[str, tuple[dict[str, object], str]] = {
+    "V32": ({}, "v32"),
+    "MODEL1": ({"kv_format": KVFormat.MODEL1, "d_qk": 512}, "model1"),
+    "V32_NO_ROPE": ({"kv_format": KVFormat.V32_NO_ROPE, "d_qk": 512}, "v32_no_rope"),
+    "V41": (V41, "v41"),
+    "two caches": ({**V41, "extra_kv_format": KVFormat.V41, "extra_page_block_size": 2, "extra_topk": 9}, "v41"),
+    "FP4": ({**V41, "extra_kv_format": KVFormat.V41_FP4, "extra_page_block_size": 2, "extra_topk": 9}, "v41_fp4"),
+    "BF16, 576": ({"kv_format": KVFormat.BF16}, "bf16_576"),
+    "BF16, 512": ({"kv_format": KVFormat.BF16, "d_qk": 512}, "bf16_512"),
+    "dense V32": ({"fp8_cache": "V32"}, "v32"),
+    "dense V41": ({"fp8_cache": "V41", "d_qk": 512}, "v41"),
+    "old GPU": ({"compute_capability": 80}, "v32: runs on compute capability 9.0 only"),
+    "format": (V41, "model1: k_cache must be of format MODEL1"),
+    "no FP4": (V41, "v41_fp4: extra_k_cache must be of format V41_FP4"),
+    "other second cache": (
+        {"extra_kv_format": KVFormat.MODEL1},
+        "v32: extra_k_cache must be of the same format as k_cache",
+    ),
+    "d_qk": ({"kv_format": KVFormat.BF16}, "bf16_512: d_qk must be 512"),
+    "d_v": ({"d_v": 256}, "v32: head_dim_v must be 512"),
+    "scale": ({"softmax_scale": -0.5}, "v32: softmax_scale must not be negative"),
+    "dense E4M3": ({"fp8_cache": "E4M3"}, "v32: k_cache must be of format V32"),
+    "FP8 q": ({"fp8_cache": "V32", "dtype": torch.float8_e4m3fn}, "v32: q must be bfloat16"),
+}
+
+
+@pytest.mark.skipif(backends.cuda_missing is not None, reason=str(backends.cuda_missing))
+@pytest.mark.parametrize("case", SPARSE_TABLE)
+def test_the_table_of_sparse_attention(case: str) -> None:
+    changes, wanted = SPARSE_TABLE[case]
+    problem = replace(PROBLEM if "fp8_cache" in changes else SPARSE, **changes)
+    table = backends.cuda.kernel_table(problem)
+    kernel, _, reason = wanted.partition(": ")
+    assert table[f"sm90_sparse_attention_{kernel}"] == reason
+    takes = [name for name, why_not in table.items() if why_not == ""]
+    with backends.use("cuda"):
+        text = flash_mla.why_not(problem.op, problem)
+    if reason == "":
+        assert takes == [f"sm90_sparse_attention_{kernel}"]
+        assert text is None
+        assert backends.select(problem) is backends.CUDA
+    elif not takes:
+        assert f"sm90_sparse_attention_{kernel}: {reason}" in text
+        assert backends.select(problem) is backends.REFERENCE
+
+
+@pytest.mark.skipif(backends.cuda_missing is not None, reason=str(backends.cuda_missing))
+def test_the_scale_is_part_of_a_sparse_problem() -> None:
+    """Only the kernel table needs it: the reference takes any scale."""
+    inputs = make_sparse_decode_inputs(2, h_q=2)
+    inputs.softmax_scale = -0.25
+    check_decode(inputs)
+    known = ("q", "k_cache", "indices", "softmax_scale", "kv_format")
+    problem = flash_mla.SparseDecodeProblem.of(**{name: inputs.call()[name] for name in known})
+    assert problem.softmax_scale == -0.25
+    on_gpu = replace(problem, device_type="cuda", compute_capability=90)
+    assert "sm90_sparse_attention_v32: softmax_scale must not be negative" in str(backends.CUDA.why_not(on_gpu))
+
+
+def test_a_library_without_an_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An older one than the package: its kernels serve what they know, and the rest is declined in words."""
+    monkeypatch.setattr(_ops, "why_not_loaded", None)
+    monkeypatch.setattr(_ops, "NATIVE", frozenset({"dense_decode", "plan_dense_decode"}))
+    text = "no CUDA kernel for sparse_decode is built yet in this version of flash_mla"
+    assert backends.CUDA.why_not(SPARSE) == text
+    assert backends.cuda.kernel_table(SPARSE) == {}
+    assert backends.CUDA.why_not(replace(PROBLEM, fp8_cache="V32")) == text.replace("sparse_decode", "dense_decode_fp8")
+    assert _ops.num_sparse_parts(torch.device("cuda"), 1, 128) == 8
 
 
 @pytest.mark.skipif(backends.cuda_missing is not None, reason=str(backends.cuda_missing))
 def test_the_kernel_table_without_a_gpu() -> None:
+    kernels = {support.kernel for support in flash_mla.kernels() if "float16" in "".join(support.dtypes)}
     for change in ({"dtype": torch.float32}, {"d_qk": 128}, {"d_v": 256}, {"compute_capability": 80}):
         problem = replace(PROBLEM, **change)
         with backends.use("cuda"):
             reason = flash_mla.why_not("dense_decode", problem)
         assert reason is not None
-        for kernel in {support.kernel for support in flash_mla.kernels()}:
+        assert kernels
+        for kernel in kernels:
             assert f"{kernel}: " in reason
         with pytest.raises(UnsupportedError, match=r"; cuda: .*: "), backends.use("cuda"):
             backends.select(problem)
@@ -622,18 +693,24 @@ def test_the_kernel_table_without_a_gpu() -> None:
     assert backends.select(PROBLEM) is backends.CUDA
 
 
+OPS_WITH_KERNELS = ("dense_decode", "sparse_decode")
+
+
 @pytest.mark.skipif(backends.cuda_missing is not None, reason=str(backends.cuda_missing))
 def test_the_support_matrix_says_what_the_table_says() -> None:
     supported = flash_mla.kernels()
     assert supported
     for entry in supported:
         assert bool(entry.reason) == (not entry.dtypes)
-    hopper = [entry for entry in supported if entry.compute_capability == 90]
-    assert {dtype for entry in hopper for dtype in entry.dtypes} == {"bfloat16", "float16"}
+    hopper = [entry for entry in supported if entry.compute_capability == 90 and not entry.reason]
+    taken = {op: {kind for entry in hopper if entry.op == op for kind in entry.dtypes} for op in OPS_WITH_KERNELS}
+    formats = {"V32", "V32_NO_ROPE", "MODEL1", "V41"}
+    assert taken["dense_decode"] == {"bfloat16", "float16", *formats}
+    assert taken["sparse_decode"] == {"BF16", "V41 + V41_FP4", *formats}
     assert {d_qk for entry in hopper for d_qk in entry.d_qk} == {576, 512}
     for entry in hopper:
         assert entry.page_block_sizes == (1, 3, 16, 32, 64, 128, 256, 1000)
-        assert entry.h_kv == (1, 2, 3, 8)
+        assert entry.h_kv == ((1, 2, 3, 8) if "float16" in "".join(entry.dtypes) else (1,))
 
 
 # ---- The native library's errors.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Target
+from conftest import Target, append_kv_cache, dequantize_kv_cache, quantize_kv_cache
 from test_dense_decode import assert_same_bits, guarded
 from torch import Tensor
 
@@ -16,12 +16,9 @@ from flash_mla import (
     FlashMLASchedMeta,
     KVFormat,
     UnsupportedError,
-    append_kv_cache,
     backends,
-    dequantize_kv_cache,
     flash_mla_with_kvcache,
     get_mla_metadata,
-    quantize_kv_cache,
 )
 from flash_mla.testing import (
     SparseDecodeInputs,
@@ -371,6 +368,29 @@ def test_batch_invariance(backend: Target) -> None:
                 padded[..., topk : 2 * topk].masked_fill_(dead, -1)
             side.indices, side.lengths = padded, None
         assert_same_bits(run_decode(alone, **options), (out[rows], lse[rows]))
+
+
+@pytest.mark.parametrize("h_q", [4, 65])
+def test_batch_invariance_of_long_lists(backend: Target, h_q: int) -> None:
+    """Lists of several pieces: the same bits alone, and with indices of nothing between those that count."""
+    inputs = make_sparse_decode_inputs(
+        3, 2, h_q=h_q, topk=1500, kv_format="MODEL1", extra_topk=700, lengths="token", device=backend.device
+    )
+    options = {"enable_batch_invariant": True}
+    out, lse = run_decode(inputs, **options)
+    check_decode(inputs, result=(out, lse))
+    rows = slice(2, 3)
+    alone = SparseDecodeInputs(inputs.q[rows], cut(inputs.primary, rows), cut(inputs.extra, rows), None)
+    for side in (alone.primary, alone.extra):
+        topk = side.indices.shape[2]
+        indices = side.indices
+        if side.lengths is not None:
+            lengths = side.lengths if side.lengths.dim() == 2 else side.lengths[:, None]
+            indices = indices.masked_fill(torch.arange(topk, device=backend.device) >= lengths[..., None], -1)
+        spread = torch.full((1, 2, 3 * topk), -1, dtype=torch.int32, device=backend.device)
+        spread[..., 1::3], spread[..., 2::3] = indices, 2**31 - 1
+        side.indices, side.lengths = spread, None
+    assert_same_bits(run_decode(alone, **options), (out[rows], lse[rows]))
 
 
 def cut(side: object, rows: slice) -> object:

@@ -41,12 +41,14 @@ def render() -> str:
     from flash_mla import kernels
 
     rows: list[tuple[str, ...]] = []
-    for k in kernels():
-        if not k.reason:
-            takes = (listed(k.dtypes), listed(k.d_qk), pages(k), listed(k.h_kv))
-            rows.append(("dense_decode", k.kernel, GPUS[k.compute_capability], *takes))
-    rows.append(("dense_decode", "triton", "SM80 and newer", "bfloat16, float16", "576, 512", "any", "any"))
+    supported = kernels()
     for op, served in REFERENCE.items():
+        for k in supported:
+            if k.op == op and not k.reason:
+                takes = (listed(k.dtypes), listed(k.d_qk), pages(k), listed(k.h_kv))
+                rows.append((op, k.kernel, GPUS[k.compute_capability], *takes))
+        if op == "dense_decode":
+            rows.append((op, "triton", "SM80 and newer", "bfloat16, float16", "576, 512", "any", "any"))
         rows += [(op, "reference (PyTorch)", "any device", *takes) for takes in served]
     return table(("op", "kernel", "GPU", "dtypes or cache formats", "d_qk", "page sizes", "h_kv"), rows)
 

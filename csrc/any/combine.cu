@@ -1,11 +1,11 @@
 // Joins the partial results of requests that the schedule split: out = sum_i 2^(lse_i - m) out_i / sum_i 2^(lse_i - m),
-// in the order of the splits, so that the bits do not depend on which part came last. A partial result without a key
-// has lse -inf and counts for nothing, whatever its memory holds.
+// in the order of the splits, so that the bits do not depend on which part came last. A row of a partial result without
+// a key has lse -inf and zeros, which are read and count for nothing.
 //
-// Every CTA lists the split requests of the schedule, then takes work in turn. A unit of work is one warp wide: 32
+// Every CTA lists the split requests of the schedule, then takes work in turn. A strip of work is one warp wide: 32
 // columns of a group of 16 rows, of which each lane has two rows and four pairs of columns, as the accumulators of the
 // decode kernel had them. So a lane's weights serve 16 values, and loads are runs of 512 bytes. Where there are fewer
-// units than warps, several warps of a CTA share a unit's splits.
+// strips than warps, several warps of a CTA share a strip's splits.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -19,8 +19,8 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * 32;
-constexpr int kUnitBlocks = 4;                             // of 8 columns
-constexpr int kGroupUnits = kPartialBlocks / kUnitBlocks;  // units of a group of 16 rows
+constexpr int kStripBlocks = 4;                              // of 8 columns
+constexpr int kGroupStrips = kPartialBlocks / kStripBlocks;  // strips of a group of 16 rows
 constexpr int kCtasPerSm = 2;
 constexpr int kUnroll = 4;         // partial results in flight per warp
 constexpr int kListed = kThreads;  // candidates per round of listing
@@ -40,7 +40,7 @@ constexpr float kNoKey = -1e38f;
 // A lane's weighted sum of partial results. Weights are relative to `largest`, base 2; index 0 is row lane / 4 of the
 // group, 1 the row 8 further.
 struct Sum {
-  float4 value[kUnitBlocks] = {};  // (row 0, column 0), (0, 1), (1, 0), (1, 1)
+  float4 value[kStripBlocks] = {};  // (row 0, column 0), (0, 1), (1, 0), (1, 1)
   float weight[2] = {0, 0};
   float largest[2] = {kNoKey, kNoKey};
 
@@ -55,14 +55,14 @@ struct Sum {
     largest[1] = to1;
   }
   // `other` is relative to `other_largest`, which is not above `largest`.
-  __device__ __forceinline__ void add(const float4 (&other)[kUnitBlocks], const float (&other_weight)[2],
+  __device__ __forceinline__ void add(const float4 (&other)[kStripBlocks], const float (&other_weight)[2],
                                       const float (&other_largest)[2]) {
     const float x = device::exp2_approx(other_largest[0] - largest[0]),
                 y = device::exp2_approx(other_largest[1] - largest[1]);
     weight[0] = fmaf(x, other_weight[0], weight[0]);
     weight[1] = fmaf(y, other_weight[1], weight[1]);
 #pragma unroll
-    for (int b = 0; b < kUnitBlocks; ++b) {
+    for (int b = 0; b < kStripBlocks; ++b) {
       value[b] = make_float4(fmaf(x, other[b].x, value[b].x), fmaf(x, other[b].y, value[b].y),
                              fmaf(y, other[b].z, value[b].z), fmaf(y, other[b].w, value[b].w));
     }
@@ -75,12 +75,62 @@ struct Shared {
   Sum sums[kWarps][32];
 };
 
+// The parameters of both kinds of kernels have partial results in common: [partials, units, tiles of 64 rows]. They
+// differ in what a unit is, and in where its rows and its length stand.
+
+__host__ __device__ int num_units(const DenseDecodeParams& params) { return params.h_kv; }
+__host__ __device__ int num_units(const SparseAttentionParams& params) { return params.num_units; }
+
+__host__ __device__ int unit_rows(const DenseDecodeParams& params) { return params.s_q * params.group; }
+__host__ __device__ int unit_rows(const SparseAttentionParams& params) { return params.unit_rows; }
+
+__host__ __device__ int unit_tiles(const DenseDecodeParams& params) { return params.num_row_tiles; }
+__host__ __device__ int unit_tiles(const SparseAttentionParams& params) { return params.unit_tiles; }
+
+__host__ __device__ int num_requests(const DenseDecodeParams& params) { return params.b; }
+__host__ __device__ int num_requests(const SparseAttentionParams& params) { return params.num_requests_total; }
+
+// Blocks that fixed cuts divide.
+__device__ int request_blocks(const DenseDecodeParams& params, int request) {
+  return max(ceil_div(min(max(params.cache_seqlens[request], 0), params.max_pages * params.page), kScheduleBlock), 1);
+}
+
+__device__ int request_blocks(const SparseAttentionParams& params, int request) {
+  const int batch = request / params.tokens_per_batch, token = request - batch * params.tokens_per_batch;
+  auto length = [&](const KeySource& keys) {
+    return keys.lengths == nullptr
+               ? keys.topk
+               : min(max(keys.lengths[batch * keys.stride_lengths_b + token * keys.stride_lengths_s], 0), keys.topk);
+  };
+  return unit_blocks(length(params.keys[0]), length(params.keys[1]));
+}
+
+struct RowPlace {
+  int batch, token, head;
+};
+
+__device__ __forceinline__ RowPlace place_of_row(const DenseDecodeParams& params, int request, int unit, int row) {
+  const int token = row / params.group;
+  return {request, token, unit * params.group + row - token * params.group};
+}
+
+__device__ __forceinline__ RowPlace place_of_row(const SparseAttentionParams& params, int request, int unit, int row) {
+  const int batch = request / params.tokens_per_batch, of_unit = row / params.h_q;
+  // Several units are one token each; a unit of several tokens is the only one.
+  return {batch, request - batch * params.tokens_per_batch + unit + of_unit, row - of_unit * params.h_q};
+}
+
+__device__ __forceinline__ float lse_unit(const DenseDecodeParams&) { return device::kLn2; }
+__device__ __forceinline__ float lse_unit(const SparseAttentionParams& params) {
+  return params.lse_base2 ? 1.0f : device::kLn2;
+}
+
 // The request that is split and begins in this part (fixed cuts: with this index).
-__device__ bool split_request(const DenseDecodeParams& params, int index, SplitRequest& found) {
+template <class Params>
+__device__ bool split_request(const Params& params, int index, SplitRequest& found) {
   if (params.schedule == nullptr) {
     const int request = params.first_request + index;
-    const int blocks =
-        max(ceil_div(min(max(params.cache_seqlens[request], 0), params.max_pages * params.page), kScheduleBlock), 1);
+    const int blocks = request_blocks(params, request);
     const int cut_blocks = fixed_cut_blocks(blocks, params.max_cuts);
     found = {request, ceil_div(blocks, cut_blocks), index * params.max_cuts, index * params.max_cuts + 1, 1};
     return cut_blocks < blocks;
@@ -89,7 +139,7 @@ __device__ bool split_request(const DenseDecodeParams& params, int index, SplitR
   const int begin_request = row.begin_request, begin_block = row.begin_block, request = row.end_request;
   const int next_begin_request = index + 1 < params.num_parts ? params.schedule[index + 1].begin_request : -1;
   const bool only = begin_request == request;
-  if (begin_request >= params.b || next_begin_request != request || (only && begin_block > 0)) {
+  if (begin_request >= num_requests(params) || next_begin_request != request || (only && begin_block > 0)) {
     return false;  // without work, not split, or begun in an earlier part
   }
   const int num_splits = min(params.num_splits[request + 1] - params.num_splits[request], params.num_parts - index);
@@ -100,7 +150,8 @@ __device__ bool split_request(const DenseDecodeParams& params, int index, SplitR
 
 // Lists the split requests from `base` on, in order, one candidate a thread: on an SM that the decode kernel has just
 // left this is time that the whole call takes longer.
-__device__ void list_split_requests(const DenseDecodeParams& params, Shared& shared, int base, int num_candidates) {
+template <class Params>
+__device__ void list_split_requests(const Params& params, Shared& shared, int base, int num_candidates) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, at = base + static_cast<int>(threadIdx.x);
   SplitRequest found;
   const bool is = at < num_candidates && split_request(params, at, found);
@@ -122,11 +173,11 @@ __device__ void list_split_requests(const DenseDecodeParams& params, Shared& sha
   __syncthreads();
 }
 
-// How many warps share a unit: as many as leave no warp of the grid without work.
+// How many warps share a strip: as many as leave no warp of the grid without work.
 __device__ int choose_sharing(int num_groups, int most_splits) {
   int sharing = 1;
   while (sharing < kWarps && 2 * sharing <= most_splits &&
-         num_groups * kGroupUnits / kWarps * sharing <= static_cast<int>(gridDim.x)) {
+         num_groups * kGroupStrips / kWarps * sharing <= static_cast<int>(gridDim.x)) {
     sharing *= 2;
   }
   return sharing;
@@ -139,7 +190,7 @@ __device__ __forceinline__ Sum accumulate(const SplitRequest& split, const float
 #pragma unroll 1
   for (int i = first; i < split.num_splits; i += kUnroll * step) {
     float lse[kUnroll][2];
-    float4 value[kUnroll][kUnitBlocks];
+    float4 value[kUnroll][kStripBlocks];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int at = i + u * step;
@@ -153,7 +204,7 @@ __device__ __forceinline__ Sum accumulate(const SplitRequest& split, const float
         lse[u][1] = pair.y;
       }
 #pragma unroll
-      for (int b = 0; b < kUnitBlocks; ++b) {
+      for (int b = 0; b < kStripBlocks; ++b) {
         value[u][b] = make_float4(0, 0, 0, 0);
         if (exists) {
           value[u][b] =
@@ -176,12 +227,12 @@ __device__ __forceinline__ Sum accumulate(const SplitRequest& split, const float
   return sum;
 }
 
-// The sums of the warps that share a unit, joined by the first of them, which returns true.
+// The sums of the warps that share a strip, joined by the first of them, which returns true.
 __device__ __forceinline__ bool join(Shared& shared, int warp, int lane, int sharing, Sum& sum) {
   if (sharing == 1) {
     return true;
   }
-  __syncthreads();  // the sums of the unit before have been read
+  __syncthreads();  // the sums of the strip before have been read
   shared.sums[warp][lane] = sum;
   __syncthreads();
   if (warp % sharing != 0) {
@@ -196,41 +247,40 @@ __device__ __forceinline__ bool join(Shared& shared, int warp, int lane, int sha
   return true;
 }
 
-// The lane's share of row `row` of the rows of a key head, 8 of the unit's 32 columns after a transposition, or nothing
-// where there is no such row.
-template <class T>
-__device__ __forceinline__ void store_row(const DenseDecodeParams& params, int request, int kv_head, int row,
-                                          int column, int lane, const Sum& sum, int r) {
-  const bool exists = row < params.s_q * params.group, any_key = sum.weight[r] != 0;
-  const int token = row / params.group, head = kv_head * params.group + row - token * params.group;
+// The lane's share of row `row` of a unit, 8 of 32 columns after a transposition, or nothing where there is no such
+// row.
+template <class T, class Params>
+__device__ __forceinline__ void store_row(const Params& params, int request, int unit, int row, int column, int lane,
+                                          const Sum& sum, int r) {
+  const bool exists = row < unit_rows(params), any_key = sum.weight[r] != 0;
+  const auto [batch, token, head] = place_of_row(params, request, unit, row);
   const float sink =
       params.attn_sink && exists && any_key ? exp2f(params.attn_sink[head] * device::kLog2E - sum.largest[r]) : 0.0f;
   const float scale = any_key ? 1.0f / (sum.weight[r] + sink) : 0.0f;
-  uint32_t words[kUnitBlocks];
+  uint32_t words[kStripBlocks];
 #pragma unroll
-  for (int b = 0; b < kUnitBlocks; ++b) {
+  for (int b = 0; b < kStripBlocks; ++b) {
     const float4& v = sum.value[b];
     words[b] = device::pack2<T>((r == 0 ? v.x : v.z) * scale, (r == 0 ? v.y : v.w) * scale);
   }
   device::transpose_quad(words, lane);
   if (exists) {
-    T* out = static_cast<T*>(params.out) + request * params.stride_out_b + token * params.stride_out_s +
+    T* out = static_cast<T*>(params.out) + batch * params.stride_out_b + token * params.stride_out_s +
              head * params.stride_out_h + column + lane % 4 * 8;
     *reinterpret_cast<uint4*>(out) = make_uint4(words[0], words[1], words[2], words[3]);
     if (column == 0 && lane % 4 == 0) {
-      params.lse[request * params.stride_lse_b + head * params.stride_lse_h + token * params.stride_lse_s] =
-          any_key ? (sum.largest[r] + log2f(sum.weight[r])) * device::kLn2 : INFINITY;
+      params.lse[batch * params.stride_lse_b + head * params.stride_lse_h + token * params.stride_lse_s] =
+          any_key ? (sum.largest[r] + log2f(sum.weight[r])) * lse_unit(params) : INFINITY;
     }
   }
 }
 
-template <class T>
-__global__ void __launch_bounds__(kThreads, kCtasPerSm)
-    combine_kernel(const __grid_constant__ DenseDecodeParams params) {
+template <class T, class Params>
+__global__ void __launch_bounds__(kThreads, kCtasPerSm) combine_kernel(const __grid_constant__ Params params) {
   __shared__ Shared shared;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int groups_per_head = ceil_div(params.s_q * params.group, 16), groups = groups_per_head * params.h_kv;
-  const int partial_tiles = params.h_kv * params.num_row_tiles;
+  const int groups_per_unit = ceil_div(unit_rows(params), 16), groups = groups_per_unit * num_units(params);
+  const int partial_tiles = num_units(params) * unit_tiles(params);
   const int num_candidates = params.schedule == nullptr ? params.num_requests : params.num_parts;
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 
@@ -245,16 +295,16 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
       most_splits = max(most_splits, shared.warp_most[w]);
     }
     const int sharing = params.schedule == nullptr ? kFixedSharing : choose_sharing(count * groups, most_splits);
-    const int cta_units = kWarps / sharing, ctas_per_group = kGroupUnits / cta_units;
+    const int cta_strips = kWarps / sharing, ctas_per_group = kGroupStrips / cta_strips;
     // Fits: every group has 32 KB of partial results.
     const int items = count * groups * ctas_per_group;
     for (int item = blockIdx.x; item < items; item += gridDim.x) {
-      const int all_groups = item / ctas_per_group, unit = item % ctas_per_group * cta_units + warp / sharing;
+      const int all_groups = item / ctas_per_group, strip = item % ctas_per_group * cta_strips + warp / sharing;
       const SplitRequest split = shared.requests[all_groups / groups];
-      const int kv_head = all_groups % groups / groups_per_head, group = all_groups % groups_per_head;
-      const int64_t tile = kv_head * params.num_row_tiles + group / 4;
+      const int unit = all_groups % groups / groups_per_unit, group = all_groups % groups_per_unit;
+      const int64_t tile = unit * unit_tiles(params) + group / 4;
       const float* values = params.partial_out + tile * kPartialTile + group % 4 * kPartialGroup +
-                            unit * kUnitBlocks * kPartialBlock + lane * 4;
+                            strip * kStripBlocks * kPartialBlock + lane * 4;
       const float* lses = params.partial_lse + tile * kRowTile + group % 4 * 16 + lane / 4 * 2;
       if (!waited) {
         asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -262,9 +312,9 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
       }
       Sum sum = accumulate(split, values, lses, partial_tiles, warp % sharing, sharing);
       if (join(shared, warp, lane, sharing, sum)) {
-        const int row = group * 16 + lane / 4, column = unit * kUnitBlocks * 8;
-        store_row<T>(params, split.request, kv_head, row, column, lane, sum, 0);
-        store_row<T>(params, split.request, kv_head, row + 8, column, lane, sum, 1);
+        const int row = group * 16 + lane / 4, column = strip * kStripBlocks * 8;
+        store_row<T>(params, split.request, unit, row, column, lane, sum, 0);
+        store_row<T>(params, split.request, unit, row + 8, column, lane, sum, 1);
       }
     }
   }
@@ -273,18 +323,24 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
   }
 }
 
+template <class T, class Params>
+void launch(const Params& params, void* stream) {
+  // No more requests can be split than there are, nor than there are cuts.
+  const int64_t groups = static_cast<int64_t>(num_units(params)) * ceil_div(unit_rows(params), 16);
+  const int64_t requests = params.schedule == nullptr                ? params.num_requests
+                           : num_requests(params) < params.num_parts ? num_requests(params)
+                                                                     : params.num_parts;
+  const int64_t full = static_cast<int64_t>(kCtasPerSm) * params.num_sms, items = requests * groups * kGroupStrips;
+  device::launch_dependent("combine", combine_kernel<T, Params>, static_cast<unsigned>(items < full ? items : full),
+                           kThreads, 0, stream, params);
+}
+
 }  // namespace
 
 void launch_combine(const DenseDecodeParams& params, void* stream) {
-  const auto kernel = params.element == Element::kBFloat16 ? combine_kernel<__nv_bfloat16> : combine_kernel<__half>;
-  // No more requests can be split than there are, nor than there are cuts.
-  const int64_t groups = static_cast<int64_t>(params.h_kv) * ceil_div(params.s_q * params.group, 16);
-  const int64_t requests = params.schedule == nullptr    ? params.num_requests
-                           : params.b < params.num_parts ? params.b
-                                                         : params.num_parts;
-  const int64_t full = static_cast<int64_t>(kCtasPerSm) * params.num_sms, items = requests * groups * kGroupUnits;
-  device::launch_dependent("combine", kernel, static_cast<unsigned>(items < full ? items : full), kThreads, 0, stream,
-                           params);
+  params.element == Element::kBFloat16 ? launch<__nv_bfloat16>(params, stream) : launch<__half>(params, stream);
 }
+
+void launch_combine(const SparseAttentionParams& params, void* stream) { launch<__nv_bfloat16>(params, stream); }
 
 }  // namespace flash_mla

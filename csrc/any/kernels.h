@@ -1,16 +1,26 @@
-// Kernels for every architecture: planning, combining of split results, merging of attention states.
+// Kernels for every architecture: planning, compacting of index lists, combining of split results, merging of attention
+// states.
 #pragma once
 
 #include <cstdint>
 
 #include "core/params/dense_decode.h"
+#include "core/params/sparse_attention.h"
 
 namespace flash_mla {
 
+// How many keys the requests have of one source: the longest of each request's tokens.
+struct PlannedLengths {
+  const int32_t* lengths;  // [b, tokens]; null: every request has `most`
+  int64_t stride_b, stride_s;
+  int tokens;  // 1 for lengths by request
+  int most;    // longer ones are cut to it
+};
+
 struct PlanParams {
-  const int32_t* cache_seqlens;  // [b]
-  ScheduleRow* schedule;         // [num_parts]
-  int32_t* num_splits;           // [b + 1], cumulative
+  PlannedLengths lengths[2];  // a request has unit_blocks(first, second) blocks
+  ScheduleRow* schedule;      // [num_parts]
+  int32_t* num_splits;        // [b + 1], cumulative
   int b;
   int num_parts;  // rows of the schedule
   int rows;       // query rows of a row tile, 64 at the most
@@ -20,6 +30,19 @@ void launch_plan(const PlanParams& params, void* stream);
 
 // Joins the partial results of split requests into `out` and `lse`.
 void launch_combine(const DenseDecodeParams& params, void* stream);
+void launch_combine(const SparseAttentionParams& params, void* stream);
+
+// Of each token's lists the indices that count, before the length and of a slot, in their order and without gaps.
+struct CompactParams {
+  KeySource keys[2];      // topk 0: there is no such source
+  int32_t* compacted[2];  // [num_tokens, topk]
+  int32_t* lengths[2];    // [num_tokens]
+  int s_q;                // token t is token t % s_q of request t / s_q
+  int first_token, num_tokens;
+  int num_sms;
+};
+
+void launch_compact(const CompactParams& params, void* stream);
 
 constexpr int kMaxMergeParts = 16;
 

@@ -34,6 +34,7 @@ struct Shared {
   Cut even[kThreads], whole[kThreads];
   int64_t whole_position[kThreads + 1];
   int cut_requests[kThreads];  // requests of the cuts inside requests, ascending
+  int blocks[kThreads];        // of each request, where there are so few that it was worth finding them together
 };
 
 // Exclusive sum over the CTA's threads in order; `total` is the sum of all.
@@ -73,8 +74,56 @@ __device__ int64_t maximum(Shared& shared, int64_t value) {
   return value;
 }
 
-__device__ int request_blocks(const PlanParams& params, int request) {
-  return max(ceil_div(max(params.cache_seqlens[request], 0), kScheduleBlock), 1);
+// The longest of a request's tokens first, first + step, ... A token without keys is as good as none.
+__device__ int longest_of(const PlannedLengths& source, int request, int first, int step) {
+  if (source.lengths == nullptr) {
+    return source.most;
+  }
+  const int32_t* lengths = source.lengths + request * source.stride_b;
+  int longest = 0;
+  for (int token = first; token < source.tokens; token += step) {
+    longest = max(longest, lengths[token * source.stride_s]);
+  }
+  return min(longest, source.most);
+}
+
+__device__ bool has_found_blocks(const PlanParams& params) {
+  return params.b <= kThreads && max(params.lengths[0].tokens, params.lengths[1].tokens) > 1;
+}
+
+// A warp for each request: one thread would take long over many tokens.
+__device__ void find_blocks(const PlanParams& params, Shared& shared) {
+  const int lane = threadIdx.x % 32;
+  for (int request = threadIdx.x / 32; request < params.b; request += kWarps) {
+    const int first = __reduce_max_sync(~0u, longest_of(params.lengths[0], request, lane, 32)),
+              second = __reduce_max_sync(~0u, longest_of(params.lengths[1], request, lane, 32));
+    if (lane == 0) {
+      shared.blocks[request] = unit_blocks(first, second);
+    }
+  }
+  __syncthreads();
+}
+
+__device__ int request_blocks(const PlanParams& params, const Shared& shared, int request) {
+  return has_found_blocks(params)
+             ? shared.blocks[request]
+             : unit_blocks(longest_of(params.lengths[0], request, 0, 1), longest_of(params.lengths[1], request, 0, 1));
+}
+
+// Everything in one row: only the last request's blocks are asked for, whose tokens may be very many.
+__device__ void plan_one_part(const PlanParams& params, Shared& shared) {
+  const int last = params.b - 1;
+  int longest[2];
+  for (int source = 0; source < 2; ++source) {
+    longest[source] = static_cast<int>(
+        maximum(shared, longest_of(params.lengths[source], last, static_cast<int>(threadIdx.x), kThreads)));
+  }
+  if (threadIdx.x == 0) {
+    params.schedule[0] = {0, last, 0, unit_blocks(longest[0], longest[1]), 0, 0, 0, 0};
+  }
+  for (int r = threadIdx.x; r <= params.b; r += kThreads) {
+    params.num_splits[r] = r;
+  }
 }
 
 // The block at which a cut `offset` behind a request's start takes effect; num_blocks stands for the next request's
@@ -93,7 +142,7 @@ __device__ int snap(int64_t offset, int num_blocks, int tolerance) {
 __device__ int64_t place_cuts(const PlanParams& params, Shared& shared, int begin, int end, int& num_parts) {
   int64_t own = 0;
   for (int r = begin; r < end; ++r) {
-    own += request_blocks(params, r) + kPieceOverhead;
+    own += request_blocks(params, shared, r) + kPieceOverhead;
   }
   int64_t length = 0;
   int64_t position = exclusive_sum(shared, own, length);
@@ -106,7 +155,7 @@ __device__ int64_t place_cuts(const PlanParams& params, Shared& shared, int begi
   const int tolerance = static_cast<int>(min(length / num_parts / 16, static_cast<int64_t>(kMaxTolerance)));
   auto cut_at = [&](int64_t part) { return length * part / num_parts; };
   for (int r = begin; r < end; ++r) {
-    const int blocks = request_blocks(params, r), extent = blocks + kPieceOverhead;
+    const int blocks = request_blocks(params, shared, r), extent = blocks + kPieceOverhead;
     int64_t part = ceil_div(position * num_parts, length);  // the first with its cut at or behind the request's start
     for (; part < num_parts && cut_at(part) < position + extent; ++part) {
       const int64_t offset = cut_at(part) - position;
@@ -140,6 +189,13 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const PlanParams params)
       params.num_splits[0] = 0;
     }
     return;
+  }
+  if (params.num_parts == 1) {
+    plan_one_part(params, shared);
+    return;
+  }
+  if (has_found_blocks(params)) {
+    find_blocks(params, shared);
   }
 
   int num_parts = 0;
@@ -191,7 +247,7 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const PlanParams params)
   auto finish_row = [&](int index, Cut next) {
     ScheduleRow& row = params.schedule[index];
     row.end_request = next.block > 0 ? next.request : next.request - 1;
-    row.end_block = next.block > 0 ? next.block : request_blocks(params, row.end_request);
+    row.end_block = next.block > 0 ? next.block : request_blocks(params, shared, row.end_request);
     row.last_request_is_split = is_split(row.end_request);
   };
   if (works && row_index > 0) {

@@ -2,13 +2,10 @@
 #include "api/dense_decode.h"
 
 #include <algorithm>
-#include <bit>
-#include <cfloat>
-#include <cmath>
 
 #include "any/kernels.h"
+#include "api/decode.h"
 #include "api/device.h"
-#include "api/tensor.h"
 #include "sm90/kernels.h"
 
 namespace flash_mla::api {
@@ -50,78 +47,13 @@ Shapes check_inputs(const View& q, const View& k, const View& table, const View&
         ShapeText{k});
   check(s.h_q % s.h_kv == 0, ErrorKind::kValue, "q's heads must be a multiple of k_cache's heads, got ", s.h_q, " and ",
         s.h_kv);
-  check(head_dim_v == kHeadDimV, ErrorKind::kValue, "head_dim_v must be 512, got ", head_dim_v);
-  check(std::isfinite(softmax_scale), ErrorKind::kValue, "softmax_scale must be finite, got ", softmax_scale);
   check_contiguous_last(q);
   check_contiguous_last(k);
-  check_dim(table, 2, "[b, max_blocks]");
-  check_size(table, 0, s.b, "[b, max_blocks]");
-  check_dtype(table, ScalarType::Int);
-  check_device(table, q.device);
-  check_contiguous_last(table);
-  check_dim(seqlens, 1, "[b]");
-  check_size(seqlens, 0, s.b, "[b]");
-  check_dtype(seqlens, ScalarType::Int);
-  check_device(seqlens, q.device);
-  check(seqlens.stride(0) == 1 || s.b <= 1, ErrorKind::kValue, "cache_seqlens must be contiguous");
-  check(table.size(1) * s.page <= INT32_MAX - kScheduleBlock, ErrorKind::kValue,
-        "block_table must cover fewer than 2^31 keys per request, got ", ShapeText{table}, " pages of ", s.page);
-  constexpr int64_t kMaxRows = int64_t{1} << 30;
-  check(s.b < kMaxRows && s.s_q * s.h_q < kMaxRows, ErrorKind::kValue,
-        "q must have fewer than 2^30 requests and rows per request, got ", ShapeText{q});
+  check_options(q, head_dim_v, softmax_scale);
+  check_paging(table, seqlens, s.b, s.page, q.device);
   check_aligned(q, 2);
   check_aligned(k, 2);
   return s;
-}
-
-void check_schedule(const View& schedule, const View& num_splits, int64_t b, int device) {
-  check_dim(schedule, 2, "[num_sm_parts, 8]");
-  check_size(schedule, 1, 8, "[num_sm_parts, 8]");
-  check_dtype(schedule, ScalarType::Int);
-  check_device(schedule, device);
-  check(schedule.size(0) > 0 && schedule.size(0) < 65536, ErrorKind::kValue,
-        "tile_scheduler_metadata must have 1 to 65535 rows, got ", schedule.size(0));
-  check(schedule.stride(1) == 1 && (schedule.stride(0) == 8 || schedule.size(0) == 1), ErrorKind::kValue,
-        "tile_scheduler_metadata must be contiguous");
-  check_dim(num_splits, 1, "[b + 1]");
-  check_size(num_splits, 0, b + 1, "[b + 1]");
-  check_dtype(num_splits, ScalarType::Int);
-  check_device(num_splits, device);
-  check(num_splits.stride(0) == 1, ErrorKind::kValue, "num_splits must be contiguous");
-}
-
-void check_outputs(const View& out, const View& lse, const View& q, const Shapes& s) {
-  check_dim(out, 4, "[b, s_q, h_q, 512]");
-  check_size(out, 0, s.b, "[b, s_q, h_q, 512]");
-  check_size(out, 1, s.s_q, "[b, s_q, h_q, 512]");
-  check_size(out, 2, s.h_q, "[b, s_q, h_q, 512]");
-  check_size(out, 3, kHeadDimV, "[b, s_q, h_q, 512]");
-  check_dtype(out, q.dtype);
-  check_device(out, q.device);
-  check_contiguous_last(out);
-  check_aligned(out, 2);
-  check_dim(lse, 3, "[b, h_q, s_q]");
-  check_size(lse, 0, s.b, "[b, h_q, s_q]");
-  check_size(lse, 1, s.h_q, "[b, h_q, s_q]");
-  check_size(lse, 2, s.s_q, "[b, h_q, s_q]");
-  check_dtype(lse, ScalarType::Float);
-  check_device(lse, q.device);
-}
-
-// Memory for partial results: the accumulators, then their log-sum-exps.
-Tensor allocate_partials(int device, DenseDecodeParams& params, int64_t num_partials) {
-  const int64_t rows = num_partials * params.h_kv * params.num_row_tiles * kRowTile;
-  Tensor memory = empty(device, ScalarType::Float, {rows * (kHeadDimV + 1)});
-  params.partial_out = static_cast<float*>(memory.data_ptr());
-  params.partial_lse = params.partial_out + rows * kHeadDimV;
-  return memory;
-}
-
-// Pieces per request in the batch-invariant mode: what fits into the bound on partial results for a single request. It
-// depends on the request's own shape only.
-int choose_max_cuts(int64_t tiles_per_request, int num_sms) {
-  const int64_t fits = kPartialsPerPart * num_sms / tiles_per_request;
-  return static_cast<int>(fits < 1 ? 1 : fits > kMaxCuts ? kMaxCuts : fits);
 }
 
 void run(const View& q, const View& k, const View& table, const View& seqlens, const std::optional<View>& schedule,
@@ -157,55 +89,25 @@ void run(const View& q, const View& k, const View& table, const View& seqlens, c
   params.num_pages = static_cast<int>(s.num_pages);
   params.max_pages = static_cast<int>(table.size(1));
   params.box_rows = tma_box_rows(s.page);
-  params.page_shift = std::has_single_bit(static_cast<unsigned>(params.page))
-                          ? std::countr_zero(static_cast<unsigned>(params.page))
-                          : -1;
-  // Masked scores are -inf, and -inf * 0 is no number: a scale of 0 becomes one that makes no difference.
-  params.scale_log2 = softmax_scale == 0 ? FLT_MIN : static_cast<float>(softmax_scale * 1.4426950408889634);
+  params.page_shift = page_shift_of(s.page);
+  params.scale_log2 = scale_log2_of(softmax_scale);
   params.causal = causal;
   params.element = problem.element;
   params.num_sms = facts.num_sms;
   void* stream = current_stream(q.device);
-  const int64_t tiles_per_part = static_cast<int64_t>(params.h_kv) * params.num_row_tiles;
-
-  if (batch_invariant) {
-    params.max_cuts = choose_max_cuts(tiles_per_part, facts.num_sms);
-    const int64_t at_once =
-        params.max_cuts == 1
-            ? std::max<int64_t>(std::min(s.b, INT32_MAX / tiles_per_part), 1)
-            : std::max<int64_t>(kPartialsPerPart * facts.num_sms / (tiles_per_part * params.max_cuts), 1);
-    std::optional<Tensor> partials;
-    if (params.max_cuts > 1) {
-      partials = allocate_partials(q.device, params, std::min(at_once, s.b) * params.max_cuts);
-    }
-    for (int64_t first = 0; first < s.b; first += at_once) {
-      params.first_request = static_cast<int>(first);
-      params.num_requests = static_cast<int>(std::min(at_once, s.b - first));
-      params.num_parts = params.num_requests * params.max_cuts;
-      kernel.launch(params, stream);
-      if (params.max_cuts > 1) {
-        launch_combine(params, stream);
-      }
-    }
+  const int64_t tiles = static_cast<int64_t>(params.h_kv) * params.num_row_tiles;
+  if (!batch_invariant) {
+    launch_scheduled(kernel, params, schedule, num_splits, tiles, q.device, stream);
     return;
   }
-  check(schedule && num_splits, ErrorKind::kValue,
-        "tile_scheduler_metadata and num_splits must be given, unless enable_batch_invariant is True");
-  params.schedule = static_cast<const ScheduleRow*>(schedule->data);
-  params.num_splits = static_cast<const int32_t*>(num_splits->data);
-  params.num_parts = static_cast<int>(schedule->size(0));
+  const int64_t most_blocks = ceil_div<int64_t>(table.size(1) * s.page, kScheduleBlock);
+  params.max_cuts = choose_max_cuts(tiles, most_blocks, facts.num_sms);
+  const int64_t at_once = choose_requests_at_once(tiles, params.max_cuts, facts.num_sms);
   std::optional<Tensor> partials;
-  if (params.num_parts > 1) {
-    partials = allocate_partials(q.device, params, static_cast<int64_t>(kPartialsPerPart) * params.num_parts);
+  if (params.max_cuts > 1) {
+    partials = allocate_partials(q.device, std::min(at_once, s.b) * params.max_cuts * tiles, params);
   }
-  kernel.launch(params, stream);
-  if (params.num_parts > 1) {
-    launch_combine(params, stream);
-  }
-}
-
-std::optional<View> optional_view(const char* name, const std::optional<Tensor>& tensor) {
-  return tensor ? std::optional<View>(View(name, *tensor)) : std::nullopt;
+  launch_fixed_cuts(kernel, params, 0, s.b, at_once, stream);
 }
 
 // The tensors of a call, checked.
@@ -229,11 +131,7 @@ struct Call {
       check_schedule(*schedule, *num_splits, shapes.b, q.device);
     }
     if (sink) {
-      check_dim(*sink, 1, "[h_q]");
-      check_size(*sink, 0, shapes.h_q, "[h_q]");
-      check_dtype(*sink, ScalarType::Float);
-      check_device(*sink, q.device);
-      check_contiguous_last(*sink);
+      check_sink(*sink, shapes.h_q, q.device);
     }
   }
 };
@@ -264,7 +162,7 @@ void dense_decode_out(const Tensor& q, const Tensor& k_cache, const Tensor& bloc
                   softmax_scale);
   const torch::stable::accelerator::DeviceGuard guard(call.q.device);
   const View out_view("out", out), lse_view("lse", lse);
-  check_outputs(out_view, lse_view, call.q, call.shapes);
+  check_outputs(out_view, lse_view, call.q, call.q.dtype);
   run(call.q, call.k, call.table, call.seqlens, call.schedule, call.num_splits, call.sink, head_dim_v, softmax_scale,
       causal, batch_invariant, call.shapes, out_view, lse_view);
 }
@@ -288,10 +186,14 @@ std::tuple<Tensor, Tensor> plan_dense_decode(const Tensor& cache_seqlens, int64_
   Tensor schedule = empty(seqlens.device, ScalarType::Int, {parts, 8});
   Tensor num_splits = empty(seqlens.device, ScalarType::Int, {b + 1});
   const int64_t rows = s_q * (h_q / h_kv);
-  launch_plan({static_cast<const int32_t*>(seqlens.data), static_cast<ScheduleRow*>(schedule.data_ptr()),
-               static_cast<int32_t*>(num_splits.data_ptr()), static_cast<int>(b), static_cast<int>(parts),
-               static_cast<int>(rows < kRowTile ? rows : kRowTile)},
-              current_stream(seqlens.device));
+  PlanParams params{};
+  params.lengths[0] = {static_cast<const int32_t*>(seqlens.data), 1, 0, 1, INT32_MAX};
+  params.lengths[1] = {nullptr, 0, 0, 1, 0};
+  params.schedule = static_cast<ScheduleRow*>(schedule.data_ptr());
+  params.num_splits = static_cast<int32_t*>(num_splits.data_ptr());
+  params.b = static_cast<int>(b), params.num_parts = static_cast<int>(parts);
+  params.rows = static_cast<int>(std::min<int64_t>(rows, kRowTile));
+  launch_plan(params, current_stream(seqlens.device));
   return {schedule, num_splits};
 }
 

@@ -3,6 +3,7 @@
 
 #include "api/dense_decode.h"
 #include "api/merge.h"
+#include "api/sparse_decode.h"
 
 #ifndef FLASH_MLA_VERSION
 #define FLASH_MLA_VERSION "unknown"
@@ -39,6 +40,32 @@ STABLE_TORCH_LIBRARY(flash_mla, m) {
   m.def(
       "dense_decode_why_not(int compute_capability, int scalar_type, int b, int s_q, int h_q, int h_kv, int d_qk, int "
       "d_v, int page_block_size, float softmax_scale) -> str");
+  m.def(
+      "dense_decode_fp8(Tensor q, Tensor k_cache, Tensor block_table, Tensor cache_seqlens, Tensor? "
+      "tile_scheduler_metadata, Tensor? num_splits, Tensor? attn_sink, int head_dim_v, float softmax_scale, "
+      "bool causal, bool batch_invariant, Tensor? descale_q, Tensor? descale_k, str? kv_format) -> (Tensor, Tensor)");
+  m.def(
+      "dense_decode_fp8_out(Tensor q, Tensor k_cache, Tensor block_table, Tensor cache_seqlens, Tensor? "
+      "tile_scheduler_metadata, Tensor? num_splits, Tensor? attn_sink, int head_dim_v, float softmax_scale, "
+      "bool causal, bool batch_invariant, Tensor? descale_q, Tensor? descale_k, str? kv_format, "
+      "Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def(
+      "sparse_decode(Tensor q, Tensor k_cache, Tensor indices, Tensor? topk_length, Tensor? extra_k_cache, Tensor? "
+      "extra_indices, Tensor? extra_topk_length, Tensor? tile_scheduler_metadata, Tensor? num_splits, Tensor? "
+      "attn_sink, str kv_format, str? extra_kv_format, int head_dim_v, float softmax_scale, bool batch_invariant) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "sparse_decode_out(Tensor q, Tensor k_cache, Tensor indices, Tensor? topk_length, Tensor? extra_k_cache, Tensor? "
+      "extra_indices, Tensor? extra_topk_length, Tensor? tile_scheduler_metadata, Tensor? num_splits, Tensor? "
+      "attn_sink, str kv_format, str? extra_kv_format, int head_dim_v, float softmax_scale, bool batch_invariant, "
+      "Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def(
+      "plan_sparse_decode(Tensor requests, Tensor? topk_length, Tensor? extra_topk_length, int s_q, int h_q, int topk, "
+      "int extra_topk) -> (Tensor, Tensor)");
+  m.def(
+      "sparse_decode_why_not(int compute_capability, int scalar_type, int kv_format, int extra_kv_format, "
+      "bool from_table, int b, int s_q, int h_q, int d_qk, int d_v, int page_block_size, int extra_page_block_size, "
+      "int topk, int extra_topk, float softmax_scale) -> str");
   m.def("build_info() -> str");
 }
 
@@ -47,11 +74,17 @@ STABLE_TORCH_LIBRARY_IMPL(flash_mla, CUDA, m) {
   m.impl("dense_decode_out", TORCH_BOX(&dense_decode_out));
   m.impl("plan_dense_decode", TORCH_BOX(&plan_dense_decode));
   m.impl("merge_attention_states", TORCH_BOX(&merge_attention_states));
+  m.impl("dense_decode_fp8", TORCH_BOX(&dense_decode_fp8));
+  m.impl("dense_decode_fp8_out", TORCH_BOX(&dense_decode_fp8_out));
+  m.impl("sparse_decode", TORCH_BOX(&sparse_decode));
+  m.impl("sparse_decode_out", TORCH_BOX(&sparse_decode_out));
+  m.impl("plan_sparse_decode", TORCH_BOX(&plan_sparse_decode));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flash_mla, CompositeExplicitAutograd, m) {
   m.impl("num_sm_parts", TORCH_BOX(&num_sm_parts));
   m.impl("dense_decode_why_not", TORCH_BOX(&dense_decode_why_not));
+  m.impl("sparse_decode_why_not", TORCH_BOX(&sparse_decode_why_not));
   m.impl("build_info", TORCH_BOX(&build_info));
 }
 

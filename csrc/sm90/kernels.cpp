@@ -1,6 +1,7 @@
 #include "sm90/kernels.h"
 
 #include "sm90/dense_decode/launch.h"
+#include "sm90/sparse_attention/launch.h"
 
 namespace flash_mla::sm90 {
 namespace {
@@ -32,8 +33,69 @@ constexpr Kernel<DenseDecodeProblem, DenseDecodeParams> kDenseDecode[] = {
     {"sm90_dense_decode_fp16_512", why_not_dense_decode<Element::kFloat16, 512>, dense_decode::launch_fp16_512},
 };
 
+constexpr const char* format_reason(KVFormat format) {
+  switch (format) {
+    case KVFormat::kBf16:
+      return "k_cache must be bfloat16";
+    case KVFormat::kV32:
+      return "k_cache must be of format V32";
+    case KVFormat::kV32NoRope:
+      return "k_cache must be of format V32_NO_ROPE";
+    case KVFormat::kModel1:
+      return "k_cache must be of format MODEL1";
+    default:
+      return "k_cache must be of format V41";
+  }
+}
+
+// `kExtra`: what a second cache must be, if there is one; for V41_FP4 there must.
+template <KVFormat kFormat, int kHeadDim, KVFormat kExtra = kFormat>
+const char* why_not_sparse_attention(const SparseAttentionProblem& problem) {
+  if (problem.compute_capability != 90) {
+    return "runs on compute capability 9.0 only";
+  }
+  if (problem.element != Element::kBFloat16) {
+    return "q must be bfloat16";
+  }
+  if (problem.format != kFormat) {
+    return format_reason(kFormat);
+  }
+  if (problem.d_qk != kHeadDim) {
+    return kHeadDim == 576 ? "d_qk must be 576" : "d_qk must be 512";
+  }
+  if (problem.extra_format != kExtra && (problem.extra_format != KVFormat::kNone || kExtra != kFormat)) {
+    return kExtra == kFormat ? "extra_k_cache must be of the same format as k_cache"
+                             : "extra_k_cache must be of format V41_FP4";
+  }
+  if (problem.d_v != kHeadDimV) {
+    return "head_dim_v must be 512";
+  }
+  if (!(problem.softmax_scale >= 0)) {
+    return "softmax_scale must not be negative";
+  }
+  return nullptr;
+}
+
+constexpr Kernel<SparseAttentionProblem, SparseAttentionParams> kSparseAttention[] = {
+    {"sm90_sparse_attention_v32", why_not_sparse_attention<KVFormat::kV32, 576>, sparse_attention::launch_v32},
+    {"sm90_sparse_attention_model1", why_not_sparse_attention<KVFormat::kModel1, 512>, sparse_attention::launch_model1},
+    {"sm90_sparse_attention_v41", why_not_sparse_attention<KVFormat::kV41, 512>, sparse_attention::launch_v41},
+    {"sm90_sparse_attention_v41_fp4", why_not_sparse_attention<KVFormat::kV41, 512, KVFormat::kV41Fp4>,
+     sparse_attention::launch_v41_fp4},
+    {"sm90_sparse_attention_v32_no_rope", why_not_sparse_attention<KVFormat::kV32NoRope, 512>,
+     sparse_attention::launch_v32_no_rope},
+    {"sm90_sparse_attention_bf16_576", why_not_sparse_attention<KVFormat::kBf16, 576>,
+     sparse_attention::launch_bf16_576},
+    {"sm90_sparse_attention_bf16_512", why_not_sparse_attention<KVFormat::kBf16, 512>,
+     sparse_attention::launch_bf16_512},
+};
+
 }  // namespace
 
 std::span<const Kernel<DenseDecodeProblem, DenseDecodeParams>> dense_decode_kernels() { return kDenseDecode; }
+
+std::span<const Kernel<SparseAttentionProblem, SparseAttentionParams>> sparse_attention_kernels() {
+  return kSparseAttention;
+}
 
 }  // namespace flash_mla::sm90

@@ -1,5 +1,6 @@
 """Capability queries: what serves a call, and what the kernels of this build can do."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from flash_mla import _ops, backends
 from flash_mla.backends import cuda, triton
 from flash_mla.errors import wanted
+from flash_mla.kv_format import KVFormat
 from flash_mla.problem import DenseDecodeProblem, Problem
 from flash_mla.problem_kv_cache import KVCacheProblem
 from flash_mla.problem_prefill import DensePrefillProblem
@@ -16,9 +18,10 @@ from flash_mla.problem_sparse import SparseDecodeProblem, SparsePrefillProblem
 
 # By operation: its problem, the tensors of a call that it is made from, and the other arguments that matter.
 _EXTRA = ("extra_k_cache", "extra_indices_in_kvcache", "kv_format")
+_OPTIONS = ("head_dim_v", "softmax_scale")
 _OPERATIONS: dict[str, tuple[Any, tuple[str, ...], tuple[str, ...]]] = {
-    "dense_decode": (DenseDecodeProblem, ("q", "k_cache"), ("head_dim_v", "softmax_scale", "kv_format")),
-    "sparse_decode": (SparseDecodeProblem, ("q", "k_cache", "indices"), _EXTRA),
+    "dense_decode": (DenseDecodeProblem, ("q", "k_cache"), (*_OPTIONS, "kv_format")),
+    "sparse_decode": (SparseDecodeProblem, ("q", "k_cache", "indices"), (*_OPTIONS, *_EXTRA)),
     "sparse_prefill": (SparsePrefillProblem, ("q", "kv", "indices"), ("d_v", *_EXTRA)),
     "dense_prefill": (DensePrefillProblem, ("q", "k", "v", "cu_seqlens_qo"), ("causal", "deterministic")),
     "kv_cache": (KVCacheProblem, ("cache",), ("format",)),
@@ -66,11 +69,13 @@ def why_not(op: str, problem: Problem | None = None, **call: Any) -> str | None:
 
 @dataclass(frozen=True)
 class KernelSupport:
-    """What one kernel takes on one architecture: one line of the support matrix."""
+    """What one kernel takes of one operation on one architecture: one line of the support matrix."""
 
+    op: str
     kernel: str
     compute_capability: int
     dtypes: tuple[str, ...]
+    """Of q and the cache; or formats of the cache, "V41 + V41_FP4" where the second is of another one."""
     d_qk: tuple[int, ...]
     page_block_sizes: tuple[int, ...]
     h_kv: tuple[int, ...]
@@ -79,42 +84,79 @@ class KernelSupport:
 
 
 ARCHITECTURES = (80, 90, 100)
-_BASE = DenseDecodeProblem("cuda", 90, torch.bfloat16, 8, 1, 48, 1, 576, 512, 64, 576**-0.5)
+_PAGES = (1, 3, 16, 32, 64, 128, 256, 1000)
 _GRID: dict[str, tuple[Any, ...]] = {
     "dtype": (torch.bfloat16, torch.float16),
     "d_qk": (576, 512),
-    "page_block_size": (1, 3, 16, 32, 64, 128, 256, 1000),
+    "page_block_size": _PAGES,
     "h_kv": (1, 2, 3, 8),
 }
+_FORMATS = (KVFormat.V32, KVFormat.V32_NO_ROPE, KVFormat.MODEL1, KVFormat.V41)
+
+
+@dataclass(frozen=True)
+class _Question:
+    """A problem, and the values of the features that it stands for in the matrix."""
+
+    problem: Problem
+    dtype: str
+    d_qk: int
+    page: int
+    h_kv: int
 
 
 def kernels() -> list[KernelSupport]:
-    """What each dense decode kernel of the native library takes, by asking its table over a grid of features.
+    """What each decode kernel of the native library takes, by asking its tables over a grid of features.
 
     A value is listed when the kernel takes it together with some values of the other features. Needs no GPU; empty
     without the library.
     """
-    supported = []
-    for capability in ARCHITECTURES:
-        base = replace(_BASE, compute_capability=capability)
-        combinations = [dict(zip(_GRID, values, strict=True)) for values in product(*_GRID.values())]
-        tables = [(features, cuda.dense_decode_table(replace(base, **features))) for features in combinations]
-        for kernel, reason in cuda.dense_decode_table(base).items():
-            taken = [features for features, table in tables if table[kernel] == ""]
-            supported.append(_support(kernel, capability, taken, "" if taken else reason))
-    return supported
+    questions = (_dense_questions, _fp8_questions, _sparse_questions)
+    return [
+        support for ask in questions for capability in ARCHITECTURES for support in _supported(list(ask(capability)))
+    ]
 
 
-def _support(kernel: str, capability: int, taken: list[dict[str, Any]], reason: str) -> KernelSupport:
-    def values(feature: str) -> tuple[Any, ...]:
-        return tuple(value for value in _GRID[feature] if any(features[feature] == value for features in taken))
+def _dense_questions(capability: int) -> Iterator[_Question]:
+    base = DenseDecodeProblem("cuda", capability, torch.bfloat16, 8, 1, 48, 1, 576, 512, 64, 576**-0.5)
+    for values in product(*_GRID.values()):
+        problem = replace(base, **dict(zip(_GRID, values, strict=True)))
+        dtype = str(problem.dtype).removeprefix("torch.")
+        yield _Question(problem, dtype, problem.d_qk, problem.page_block_size, problem.h_kv)
 
-    return KernelSupport(
-        kernel,
-        capability,
-        tuple(str(dtype).removeprefix("torch.") for dtype in values("dtype")),
-        values("d_qk"),
-        values("page_block_size"),
-        values("h_kv"),
-        reason,
-    )
+
+def _fp8_questions(capability: int) -> Iterator[_Question]:
+    for known, page in product(_FORMATS, _PAGES):
+        d_qk = known.layout.d_qk
+        where = ("cuda", capability, torch.bfloat16, 8, 1, 48, 1, d_qk, 512, page, 576**-0.5, known.value)
+        yield _Question(DenseDecodeProblem(*where), known.value, d_qk, page, 1)
+
+
+def _sparse_questions(capability: int) -> Iterator[_Question]:
+    pairs: list[tuple[KVFormat, KVFormat | None, tuple[int, ...]]] = [
+        *((known, None, (known.layout.d_qk,)) for known in _FORMATS),
+        (KVFormat.V41, KVFormat.V41_FP4, (512,)),
+        (KVFormat.BF16, None, (576, 512)),
+    ]
+    for (known, extra, sizes), page in product(pairs, _PAGES):
+        for d_qk in sizes:
+            extras = (None, 2048, 0) if extra is None else (page, 2048, 512)
+            shape = (8, 1, 48, d_qk, page, *extras, 512, 576**-0.5)
+            name = known.value if extra is None else f"{known.value} + {extra.value}"
+            yield _Question(SparseDecodeProblem("cuda", capability, known, extra, *shape), name, d_qk, page, 1)
+
+
+def _supported(questions: list[_Question]) -> Iterator[KernelSupport]:
+    tables = [cuda.kernel_table(question.problem) for question in questions]
+    for kernel, reason in tables[0].items():
+        taken = [question for question, table in zip(questions, tables, strict=True) if table[kernel] == ""]
+        yield KernelSupport(
+            questions[0].problem.op,
+            kernel,
+            questions[0].problem.compute_capability or 0,
+            tuple(dict.fromkeys(question.dtype for question in taken)),
+            tuple(dict.fromkeys(question.d_qk for question in taken)),
+            tuple(dict.fromkeys(question.page for question in taken)),
+            tuple(dict.fromkeys(question.h_kv for question in taken)),
+            "" if taken else reason,
+        )

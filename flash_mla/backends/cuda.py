@@ -1,19 +1,32 @@
-"""The CUDA backend: the kernel table of the native library, asked from Python.
+"""The CUDA backend: the kernel tables of the native library, asked from Python.
 
-The table itself is C++ (`csrc/sm90/kernels.cpp`): which kernels exist, what each takes, and why it does not take the
-rest.
+The tables themselves are C++ (`csrc/sm90/kernels.cpp`): which kernels exist, what each takes, and why it does not take
+the rest.
 """
+
+from typing import Any
 
 import torch
 
 from flash_mla import _ops
+from flash_mla.kv_format import KVFormat
 from flash_mla.problem import DenseDecodeProblem, Problem
+from flash_mla.problem_sparse import SparseDecodeProblem
 
 _SCALAR_TYPES = {torch.bfloat16: 0, torch.float16: 1}
 _OTHER_SCALAR_TYPE = 2
 
-WITHOUT_KERNELS = ("dense_decode_fp8", "sparse_decode", "sparse_prefill", "dense_prefill", "kv_cache")
-"""Operations, and variants of them, that no architecture has kernels for so far."""
+# The values of KVFormat in csrc/core/kv_format.h.
+_FORMATS = {
+    known: value
+    for value, known in enumerate(
+        (KVFormat.BF16, KVFormat.V32, KVFormat.V32_NO_ROPE, KVFormat.MODEL1, KVFormat.V41, KVFormat.V41_FP4)
+    )
+}
+_NO_FORMAT = len(_FORMATS)
+
+WITHOUT_KERNELS = ("sparse_prefill", "dense_prefill", "kv_cache")
+"""Operations that no architecture has kernels for so far."""
 
 
 def missing() -> str | None:
@@ -21,12 +34,30 @@ def missing() -> str | None:
     return _ops.why_not_loaded
 
 
-def dense_decode_table(problem: DenseDecodeProblem) -> dict[str, str]:
-    """Every dense decode kernel of the native library, in order of preference, with its reason against `problem`
-    ("" where it takes it). Empty without the library."""
-    if _ops.why_not_loaded is not None:
+def kernel_table(problem: Problem) -> dict[str, str]:
+    """Every kernel of the native library for the operation, in order of preference, with its reason against `problem`
+    ("" where it takes it). Empty where the library has no kernels for it, and without the library."""
+    if _ops.why_not_loaded is not None or why_no_operator(problem) is not None:
         return {}
-    text: str = torch.ops.flash_mla.dense_decode_why_not(
+    if isinstance(problem, SparseDecodeProblem):
+        return _parsed(torch.ops.flash_mla.sparse_decode_why_not(*_sparse_arguments(problem)))
+    if not isinstance(problem, DenseDecodeProblem):
+        return {}
+    if problem.fp8_cache is not None:
+        return _parsed(torch.ops.flash_mla.sparse_decode_why_not(*_fp8_arguments(problem)))
+    return _parsed(torch.ops.flash_mla.dense_decode_why_not(*_dense_arguments(problem)))
+
+
+def _parsed(text: str) -> dict[str, str]:
+    table = {}
+    for line in filter(None, text.splitlines()):
+        name, _, reason = line.partition("\t")
+        table[name] = reason
+    return table
+
+
+def _dense_arguments(problem: DenseDecodeProblem) -> tuple[Any, ...]:
+    return (
         problem.compute_capability or 0,
         _SCALAR_TYPES.get(problem.dtype, _OTHER_SCALAR_TYPE),
         problem.b,
@@ -38,24 +69,63 @@ def dense_decode_table(problem: DenseDecodeProblem) -> dict[str, str]:
         problem.page_block_size,
         problem.softmax_scale,
     )
-    table = {}
-    for line in filter(None, text.splitlines()):
-        name, _, reason = line.partition("\t")
-        table[name] = reason
-    return table
+
+
+def _fp8_arguments(problem: DenseDecodeProblem) -> tuple[Any, ...]:
+    known = _NO_FORMAT if problem.fp8_cache == "E4M3" else _FORMATS[KVFormat(problem.fp8_cache)]
+    return (
+        problem.compute_capability or 0,
+        _SCALAR_TYPES.get(problem.dtype, _OTHER_SCALAR_TYPE),
+        known,
+        _NO_FORMAT,
+        True,
+        problem.b,
+        problem.s_q,
+        problem.h_q,
+        problem.d_qk,
+        problem.d_v,
+        problem.page_block_size,
+        0,
+        0,
+        0,
+        problem.softmax_scale,
+    )
+
+
+def _sparse_arguments(problem: SparseDecodeProblem) -> tuple[Any, ...]:
+    return (
+        problem.compute_capability or 0,
+        _SCALAR_TYPES[torch.bfloat16],
+        _FORMATS[problem.kv_format],
+        _NO_FORMAT if problem.extra_kv_format is None else _FORMATS[problem.extra_kv_format],
+        False,
+        problem.b,
+        problem.s_q,
+        problem.h_q,
+        problem.d_qk,
+        problem.d_v,
+        problem.page_block_size,
+        problem.extra_page_block_size or 0,
+        problem.topk,
+        problem.extra_topk,
+        problem.softmax_scale,
+    )
+
+
+def why_no_operator(problem: Problem) -> str | None:
+    """None when the native library has kernels for the operation of `problem`, of whatever kind, else the reason."""
+    op = "dense_decode_fp8" if isinstance(problem, DenseDecodeProblem) and problem.fp8_cache else problem.op
+    return _ops.no_kernels(op) if op in WITHOUT_KERNELS else _ops.why_not_native(op)
 
 
 def why_not(problem: Problem) -> str | None:
     """None when some CUDA kernel takes `problem`, else every kernel with its reason."""
     if problem.device_type != "cuda":
         return f"the tensors are on {problem.device_type}"
-    if _ops.why_not_loaded is not None:
-        return _ops.why_not_loaded
-    if not isinstance(problem, DenseDecodeProblem):
-        return _ops.no_kernels(problem.op)
-    if problem.fp8_cache is not None:
-        return _ops.no_kernels("dense_decode_fp8")
-    table = dense_decode_table(problem)
+    reason = missing() or why_no_operator(problem)
+    if reason is not None:
+        return reason
+    table = kernel_table(problem)
     if any(reason == "" for reason in table.values()):
         return None
     return "; ".join(f"{name}: {reason}" for name, reason in table.items())

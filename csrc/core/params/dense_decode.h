@@ -41,7 +41,7 @@ struct DenseDecodeParams {
   void* out;               // [b, s_q, h_q, 512]
   float* lse;              // [b, h_q, s_q]
   float* partial_out;      // [partials, h_kv, row tiles, kPartialTile]; null: nothing can be split
-  float* partial_lse;      // [partials, h_kv, row tiles, pairs, 2], base 2; -inf: no key, the result is not to be read
+  float* partial_lse;      // [partials, h_kv, row tiles, pairs, 2], base 2; -inf: no key, and zeros in partial_out
 
   int64_t stride_q_b, stride_q_s, stride_q_h;
   int64_t stride_k_page, stride_k_row, stride_k_h;

@@ -16,7 +16,8 @@ namespace flash_mla {
 // What a call asks for, as far as the choice of a kernel goes.
 struct SparseAttentionProblem {
   int compute_capability;
-  KVFormat format;
+  Element element;        // of q
+  KVFormat format;        // kNone: none of these, a scale for the whole cache
   KVFormat extra_format;  // kNone: no second cache
   bool from_table;        // keys by block table, not by indices
   int b, s_q, h_q, d_qk, d_v;

@@ -1,0 +1,501 @@
+// Sparse MLA decode, and dense decode over FP8 caches: checks, problem and parameters, choice of a kernel, launch.
+#include "api/sparse_decode.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "any/kernels.h"
+#include "api/decode.h"
+#include "api/device.h"
+#include "sm90/kernels.h"
+
+namespace flash_mla::api {
+namespace {
+
+using SparseKernel = Kernel<SparseAttentionProblem, SparseAttentionParams>;
+
+constexpr int64_t kMostKeys = INT32_MAX - kScheduleBlock;
+constexpr int64_t kMostSlots = int64_t{1} << 31;
+
+constexpr std::pair<std::string_view, KVFormat> kFormatNames[] = {
+    {"V32", KVFormat::kV32},   {"MODEL1", KVFormat::kModel1},         {"V41", KVFormat::kV41},
+    {"BF16", KVFormat::kBf16}, {"V32_NO_ROPE", KVFormat::kV32NoRope}, {"V41_FP4", KVFormat::kV41Fp4},
+    {"V4", KVFormat::kModel1},
+};
+
+KVFormat format_of(const char* argument, const Name& name) {
+  for (const auto& [known, format] : kFormatNames) {
+    if (known == name.view()) {
+      return format;
+    }
+  }
+  fail(ErrorKind::kValue, argument, " must be the name of a KVFormat, got ", name.view());
+}
+
+void check_query(const View& q) {
+  check(q.device >= 0, ErrorKind::kValue, "q must be on CUDA");
+  check_dim(q, 4, "[b, s_q, h_q, d_qk]");
+  check(q.size(3) == 576 || q.size(3) == 512, ErrorKind::kValue, "q must have d_qk 576 or 512, got ", ShapeText{q});
+  check(q.size(1) > 0 && q.size(2) > 0, ErrorKind::kValue, "q must have at least one query token and head, got ",
+        ShapeText{q});
+  check_contiguous_last(q);
+}
+
+void check_cache(const View& cache, KVFormat format, const View& q) {
+  check_dim(cache, 4, "[num_blocks, page, 1, d_qk or bytes per token]");
+  check(cache.size(0) > 0 && cache.size(1) > 0 && cache.size(1) <= kMostKeys, ErrorKind::kValue, cache.name,
+        " must have pages of at least one row and fewer than 2^31, got ", ShapeText{cache});
+  check_size(cache, 2, 1, "[num_blocks, page, 1, d_qk or bytes per token]");
+  check_device(cache, q.device);
+  check_contiguous_last(cache);
+  if (format == KVFormat::kBf16) {
+    check_dtype(cache, ScalarType::BFloat16);
+    check_size(cache, 3, q.size(3), "[num_blocks, page, 1, d_qk]");
+    check_aligned(cache, 2);
+    return;
+  }
+  const KVLayout layout = layout_of(format);
+  check(cache.dtype == ScalarType::Float8_e4m3fn || cache.dtype == ScalarType::Char || cache.dtype == ScalarType::Byte,
+        ErrorKind::kType, cache.name, " must have dtype Float8_e4m3fn, Char or Byte, got ", dtype_text(cache.dtype));
+  check(layout.d_qk == q.size(3), ErrorKind::kValue, "q must have d_qk ", layout.d_qk, ", like the format of ",
+        cache.name, ", got ", ShapeText{q});
+  check_size(cache, 3, layout.row_bytes, "[num_blocks, page, 1, bytes per token]");
+  if (layout.scales_behind_page) {
+    check(cache.size(1) == 1 || cache.stride(1) == layout.row_bytes, ErrorKind::kValue, cache.name,
+          " must have stride(1) ", layout.row_bytes, ", got ", cache.stride(1));
+    check(reinterpret_cast<uintptr_t>(cache.data) % 16 == 0 && (cache.size(0) == 1 || cache.stride(0) % 16 == 0),
+          ErrorKind::kUnsupported, cache.name, " must have an address and a stride(0) that are multiples of 16 bytes");
+  } else {
+    check_aligned(cache, 1);
+  }
+}
+
+// int32 [b] or [b, s_q].
+void check_lengths(const View& lengths, int64_t b, int64_t s_q, int device) {
+  check_dtype(lengths, ScalarType::Int);
+  check_device(lengths, device);
+  check((lengths.dim == 1 || (lengths.dim == 2 && lengths.size(1) == s_q)) && lengths.size(0) == b, ErrorKind::kValue,
+        lengths.name, " must have shape [b] or [b, s_q], so [", b, "] or [", b, ", ", s_q, "], got ",
+        ShapeText{lengths});
+}
+
+// A cache and the rows of it that each token selects.
+struct Selection {
+  View cache, indices;
+  std::optional<View> lengths;
+  KVFormat format;
+
+  void check_for(const View& q) const {
+    check_cache(cache, format, q);
+    check_dim(indices, 3, "[b, s_q, topk]");
+    check_size(indices, 0, q.size(0), "[b, s_q, topk]");
+    check_size(indices, 1, q.size(1), "[b, s_q, topk]");
+    check(indices.size(2) > 0 && indices.size(2) <= kMostKeys, ErrorKind::kValue, indices.name,
+          " must name at least one slot per token and fewer than 2^31, got ", ShapeText{indices});
+    check_dtype(indices, ScalarType::Int);
+    check_device(indices, q.device);
+    check_contiguous_last(indices);
+    if (lengths) {
+      check_lengths(*lengths, q.size(0), q.size(1), q.device);
+    }
+  }
+};
+
+KeySource source_of_cache(const View& cache) {
+  KeySource source{};
+  const int64_t element_bytes = cache.dtype == ScalarType::BFloat16 ? 2 : 1, pages = cache.size(0),
+                page = cache.size(1);
+  source.cache = cache.data;
+  source.stride_page = cache.stride(0) * element_bytes, source.stride_row = cache.stride(1) * element_bytes;
+  source.page = static_cast<int>(page);
+  source.page_shift = page_shift_of(page);
+  source.num_slots = static_cast<uint32_t>(std::min(std::min(pages, kMostSlots) * page, kMostSlots));
+  return source;
+}
+
+KeySource source_of(const Selection& selection) {
+  KeySource source = source_of_cache(selection.cache);
+  source.indices = static_cast<const int32_t*>(selection.indices.data);
+  source.stride_indices_b = selection.indices.stride(0), source.stride_indices_s = selection.indices.stride(1);
+  source.topk = static_cast<int>(selection.indices.size(2));
+  if (selection.lengths) {
+    source.lengths = static_cast<const int32_t*>(selection.lengths->data);
+    source.stride_lengths_b = selection.lengths->stride(0);
+    source.stride_lengths_s = selection.lengths->dim == 2 ? selection.lengths->stride(1) : 0;
+  }
+  return source;
+}
+
+// A call's tensors beside its keys.
+struct Common {
+  View q;
+  std::optional<View> schedule, num_splits, sink;
+  double softmax_scale;
+  bool batch_invariant;
+
+  Common(const Tensor& q_, const std::optional<Tensor>& schedule_, const std::optional<Tensor>& num_splits_,
+         const std::optional<Tensor>& sink_, int64_t head_dim_v, double softmax_scale_, bool batch_invariant_)
+      : q("q", q_),
+        schedule(optional_view("tile_scheduler_metadata", schedule_)),
+        num_splits(optional_view("num_splits", num_splits_)),
+        sink(optional_view("attn_sink", sink_)),
+        softmax_scale(softmax_scale_),
+        batch_invariant(batch_invariant_) {
+    check_query(q);
+    check_options(q, head_dim_v, softmax_scale);
+    if (schedule && num_splits) {
+      check_schedule(*schedule, *num_splits, q.size(0), q.device);
+    }
+    if (sink) {
+      check_sink(*sink, q.size(2), q.device);
+    }
+  }
+
+  SparseAttentionProblem problem(const DeviceFacts& facts, KVFormat format) const {
+    SparseAttentionProblem problem{};
+    problem.compute_capability = facts.compute_capability;
+    problem.element = q.dtype == ScalarType::BFloat16 ? Element::kBFloat16 : Element::kOther;
+    problem.format = format, problem.extra_format = KVFormat::kNone;
+    problem.b = static_cast<int>(q.size(0)), problem.s_q = static_cast<int>(q.size(1));
+    problem.h_q = static_cast<int>(q.size(2)), problem.d_qk = static_cast<int>(q.size(3));
+    problem.d_v = kHeadDimV;
+    problem.softmax_scale = static_cast<float>(softmax_scale);
+    return problem;
+  }
+
+  SparseAttentionParams params(const DeviceFacts& facts, const View& out, const View& lse) const {
+    SparseAttentionParams params{};
+    params.q = q.data;
+    params.attn_sink = sink ? static_cast<const float*>(sink->data) : nullptr;
+    params.out = out.data;
+    params.lse = static_cast<float*>(lse.data);
+    params.stride_q_b = q.stride(0), params.stride_q_s = q.stride(1), params.stride_q_h = q.stride(2);
+    params.stride_out_b = out.stride(0), params.stride_out_s = out.stride(1), params.stride_out_h = out.stride(2);
+    params.stride_lse_b = lse.stride(0), params.stride_lse_h = lse.stride(1), params.stride_lse_s = lse.stride(2);
+    params.b = static_cast<int>(q.size(0)), params.s_q = static_cast<int>(q.size(1));
+    params.h_q = static_cast<int>(q.size(2));
+    params.tokens_per_batch = 1;
+    params.num_requests_total = params.b;
+    params.num_sms = facts.num_sms;
+    params.scale_log2 = scale_log2_of(softmax_scale);
+    return params;
+  }
+};
+
+// Tells the kernel to cut every request by itself, allocates what that needs, and says how many requests a launch
+// takes.
+int64_t prepare_fixed_cuts(SparseAttentionParams& params, int device, std::optional<Tensor>& partials) {
+  const int64_t tiles = static_cast<int64_t>(params.num_units) * params.unit_tiles;
+  params.max_cuts = choose_max_cuts(tiles, unit_blocks(params.keys[0].topk, params.keys[1].topk), params.num_sms);
+  const int64_t at_once =
+      std::min<int64_t>(choose_requests_at_once(tiles, params.max_cuts, params.num_sms), params.num_requests_total);
+  if (params.max_cuts > 1) {
+    partials = allocate_partials(device, at_once * params.max_cuts * tiles, params);
+  }
+  return at_once;
+}
+
+// What the lists of as many tokens as are compacted at a time may take; a list of the caller's takes as much.
+constexpr int64_t kCompactedBytes = int64_t{256} << 20;
+
+// Every token is a request of its own, with lists of the indices that count alone: so its bits depend on nothing else.
+void launch_by_token(const SparseKernel& kernel, SparseAttentionParams& params, int device, void* stream) {
+  const int64_t tokens = static_cast<int64_t>(params.b) * params.s_q;
+  check(tokens <= kMostKeys, ErrorKind::kValue, "q must have fewer than 2^31 tokens with enable_batch_invariant, got ",
+        tokens);
+  params.tokens_per_batch = params.s_q;
+  params.num_requests_total = static_cast<int>(tokens);
+  params.num_units = 1;
+  std::optional<Tensor> partials;
+  const int64_t at_once = prepare_fixed_cuts(params, device, partials);
+
+  CompactParams compact{};
+  compact.keys[0] = params.keys[0], compact.keys[1] = params.keys[1];
+  compact.s_q = params.s_q;
+  compact.num_sms = params.num_sms;
+  const int64_t width = static_cast<int64_t>(params.keys[0].topk) + params.keys[1].topk + 2;
+  const int64_t room = std::clamp<int64_t>(kCompactedBytes / (width * sizeof(int32_t)), 1, tokens);
+  Tensor memory = empty(device, ScalarType::Int, {room * width});
+  auto* lists = static_cast<int32_t*>(memory.data_ptr());
+  for (int i = 0; i < 2; ++i) {
+    compact.lengths[i] = lists;
+    compact.compacted[i] = lists + room;
+    lists += room * (params.keys[i].topk + 1);
+  }
+  for (int64_t first = 0; first < tokens; first += room) {
+    compact.first_token = static_cast<int>(first);
+    compact.num_tokens = static_cast<int>(std::min(room, tokens - first));
+    launch_compact(compact, stream);
+    for (int i = 0; i < 2 && params.keys[i].topk > 0; ++i) {
+      // Token t's list is at indices + t * topk, for those t whose lists are there.
+      KeySource& keys = params.keys[i];
+      keys.indices = compact.compacted[i] - first * keys.topk;
+      keys.stride_indices_b = static_cast<int64_t>(params.s_q) * keys.topk, keys.stride_indices_s = keys.topk;
+      keys.lengths = compact.lengths[i] - first;
+      keys.stride_lengths_b = params.s_q, keys.stride_lengths_s = 1;
+    }
+    launch_fixed_cuts(kernel, params, first, first + compact.num_tokens, at_once, stream);
+  }
+}
+
+// ---- Keys by indices.
+
+struct SparseCall {
+  Common common;
+  Selection keys;
+  std::optional<Selection> extra;
+
+  SparseCall(const Tensor& q, const Tensor& k_cache, const Tensor& indices, const std::optional<Tensor>& topk_length,
+             const std::optional<Tensor>& extra_k_cache, const std::optional<Tensor>& extra_indices,
+             const std::optional<Tensor>& extra_topk_length, const std::optional<Tensor>& schedule,
+             const std::optional<Tensor>& num_splits, const std::optional<Tensor>& sink, const Name& kv_format,
+             const std::optional<Name>& extra_kv_format, int64_t head_dim_v, double softmax_scale, bool batch_invariant)
+      : common(q, schedule, num_splits, sink, head_dim_v, softmax_scale, batch_invariant),
+        keys{View("k_cache", k_cache), View("indices", indices), optional_view("topk_length", topk_length),
+             format_of("kv_format", kv_format)} {
+    check_dtype(common.q, ScalarType::BFloat16);
+    check_aligned(common.q, 2);
+    keys.check_for(common.q);
+    check(extra_k_cache.has_value() == extra_indices.has_value() &&
+              extra_k_cache.has_value() == extra_kv_format.has_value() && (extra_k_cache || !extra_topk_length),
+          ErrorKind::kValue, "extra_k_cache, extra_indices_in_kvcache and extra_kv_format must come together");
+    if (extra_k_cache) {
+      extra.emplace(Selection{View("extra_k_cache", *extra_k_cache), View("extra_indices_in_kvcache", *extra_indices),
+                              optional_view("extra_topk_length", extra_topk_length),
+                              format_of("extra_kv_format", *extra_kv_format)});
+      extra->check_for(common.q);
+    }
+  }
+
+  void run(const View& out, const View& lse) const {
+    const View& q = common.q;
+    const DeviceFacts& facts = device_facts(q.device);
+    SparseAttentionProblem problem = common.problem(facts, keys.format);
+    problem.page = static_cast<int>(keys.cache.size(1)), problem.topk = static_cast<int>(keys.indices.size(2));
+    if (extra) {
+      problem.extra_format = extra->format;
+      problem.extra_page = static_cast<int>(extra->cache.size(1));
+      problem.extra_topk = static_cast<int>(extra->indices.size(2));
+    }
+    const SparseKernel& kernel = select("sparse_decode", sm90::sparse_attention_kernels(), problem);
+    if (problem.b == 0) {
+      return;
+    }
+    SparseAttentionParams params = common.params(facts, out, lse);
+    params.keys[0] = source_of(keys);
+    if (extra) {
+      params.keys[1] = source_of(*extra);
+    }
+    params.num_units = params.s_q;
+    params.unit_rows = params.h_q;
+    params.unit_tiles = ceil_div(params.unit_rows, kRowTile);
+    void* stream = current_stream(q.device);
+    if (common.batch_invariant) {
+      launch_by_token(kernel, params, q.device, stream);
+    } else {
+      launch_scheduled(kernel, params, common.schedule, common.num_splits,
+                       static_cast<int64_t>(params.num_units) * params.unit_tiles, q.device, stream);
+    }
+  }
+};
+
+// ---- Keys by block table.
+
+struct TableCall {
+  Common common;
+  View cache, table, seqlens;
+  KVFormat format;
+  bool causal;
+
+  TableCall(const Tensor& q, const Tensor& k_cache, const Tensor& block_table, const Tensor& cache_seqlens,
+            const std::optional<Tensor>& schedule, const std::optional<Tensor>& num_splits,
+            const std::optional<Tensor>& sink, int64_t head_dim_v, double softmax_scale, bool causal_,
+            bool batch_invariant, const std::optional<Tensor>& descale_q, const std::optional<Tensor>& descale_k,
+            const std::optional<Name>& kv_format)
+      : common(q, schedule, num_splits, sink, head_dim_v, softmax_scale, batch_invariant),
+        cache("k_cache", k_cache),
+        table("block_table", block_table),
+        seqlens("cache_seqlens", cache_seqlens),
+        format(kv_format ? format_of("kv_format", *kv_format) : KVFormat::kNone),
+        causal(causal_) {
+    const View& view = common.q;
+    const bool fp8_query = view.dtype == ScalarType::Float8_e4m3fn;
+    check(fp8_query || view.dtype == ScalarType::BFloat16, ErrorKind::kType,
+          "q must have dtype BFloat16 or Float8_e4m3fn, got ", dtype_text(view.dtype));
+    check(fp8_query == descale_q.has_value(), ErrorKind::kValue,
+          "descale_q must be given with an FP8 q, and only then");
+    check(kv_format.has_value() != descale_k.has_value(), ErrorKind::kValue,
+          "descale_k must be given without a kv_format, and only then");
+    check(format != KVFormat::kBf16 && format != KVFormat::kV41Fp4, ErrorKind::kValue,
+          "kv_format must be an FP8 format in a dense call");
+    check_dim(cache, 4, "[num_blocks, page, h_kv, d_qk or bytes per token]");
+    check_paging(table, seqlens, view.size(0), cache.size(1), view.device);
+  }
+
+  void run(const View& out, const View& lse) const {
+    const View& q = common.q;
+    const DeviceFacts& facts = device_facts(q.device);
+    SparseAttentionProblem problem = common.problem(facts, format);
+    problem.from_table = true;
+    problem.page = static_cast<int>(cache.size(1));
+    problem.topk = static_cast<int>(table.size(1) * cache.size(1));
+    // Before the checks of the cache: those are for the formats that kernels know.
+    const SparseKernel& kernel = select("dense_decode_fp8", sm90::sparse_attention_kernels(), problem);
+    check_aligned(q, 2);
+    check_cache(cache, format, q);
+    if (problem.b == 0) {
+      return;
+    }
+    SparseAttentionParams params = common.params(facts, out, lse);
+    KeySource& keys = params.keys[0];
+    keys = source_of_cache(cache);
+    keys.indices = static_cast<const int32_t*>(table.data);
+    keys.lengths = static_cast<const int32_t*>(seqlens.data);
+    keys.stride_indices_b = table.stride(0), keys.stride_lengths_b = seqlens.stride(0);
+    keys.topk = problem.topk;
+    params.num_units = 1;
+    params.unit_rows = params.s_q * params.h_q;
+    params.unit_tiles = ceil_div(params.unit_rows, kRowTile);
+    params.from_table = true;
+    params.causal = causal;
+    void* stream = current_stream(q.device);
+    if (!common.batch_invariant) {
+      launch_scheduled(kernel, params, common.schedule, common.num_splits, params.unit_tiles, q.device, stream);
+      return;
+    }
+    std::optional<Tensor> partials;
+    const int64_t at_once = prepare_fixed_cuts(params, q.device, partials);
+    launch_fixed_cuts(kernel, params, 0, params.b, at_once, stream);
+  }
+};
+
+template <class Call>
+std::tuple<Tensor, Tensor> run_into_new(const Call& call) {
+  const View& q = call.common.q;
+  const torch::stable::accelerator::DeviceGuard guard(q.device);
+  Tensor out = empty(q.device, ScalarType::BFloat16, {q.size(0), q.size(1), q.size(2), kHeadDimV});
+  Tensor lse = empty(q.device, ScalarType::Float, {q.size(0), q.size(2), q.size(1)});
+  call.run(View("out", out), View("lse", lse));
+  return {out, lse};
+}
+
+template <class Call>
+void run_into(const Call& call, const Tensor& out, const Tensor& lse) {
+  const View& q = call.common.q;
+  const torch::stable::accelerator::DeviceGuard guard(q.device);
+  const View out_view("out", out), lse_view("lse", lse);
+  check_outputs(out_view, lse_view, q, ScalarType::BFloat16);
+  call.run(out_view, lse_view);
+}
+
+PlannedLengths planned(const char* name, const std::optional<Tensor>& tensor, int64_t b, int64_t s_q, int64_t most,
+                       int device) {
+  PlannedLengths source{nullptr, 0, 0, 1, static_cast<int>(most)};
+  if (tensor) {
+    const View lengths(name, *tensor);
+    check_lengths(lengths, b, s_q, device);
+    source.lengths = static_cast<const int32_t*>(lengths.data);
+    source.stride_b = lengths.stride(0);
+    if (lengths.dim == 2 && lengths.stride(1) != 0) {
+      source.stride_s = lengths.stride(1);
+      source.tokens = static_cast<int>(s_q);
+    }
+  }
+  return source;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> sparse_decode(
+    const Tensor& q, const Tensor& k_cache, const Tensor& indices, const std::optional<Tensor>& topk_length,
+    const std::optional<Tensor>& extra_k_cache, const std::optional<Tensor>& extra_indices,
+    const std::optional<Tensor>& extra_topk_length, const std::optional<Tensor>& tile_scheduler_metadata,
+    const std::optional<Tensor>& num_splits, const std::optional<Tensor>& attn_sink, const Name& kv_format,
+    const std::optional<Name>& extra_kv_format, int64_t head_dim_v, double softmax_scale, bool batch_invariant) {
+  return run_into_new(SparseCall(q, k_cache, indices, topk_length, extra_k_cache, extra_indices, extra_topk_length,
+                                 tile_scheduler_metadata, num_splits, attn_sink, kv_format, extra_kv_format, head_dim_v,
+                                 softmax_scale, batch_invariant));
+}
+
+void sparse_decode_out(const Tensor& q, const Tensor& k_cache, const Tensor& indices,
+                       const std::optional<Tensor>& topk_length, const std::optional<Tensor>& extra_k_cache,
+                       const std::optional<Tensor>& extra_indices, const std::optional<Tensor>& extra_topk_length,
+                       const std::optional<Tensor>& tile_scheduler_metadata, const std::optional<Tensor>& num_splits,
+                       const std::optional<Tensor>& attn_sink, const Name& kv_format,
+                       const std::optional<Name>& extra_kv_format, int64_t head_dim_v, double softmax_scale,
+                       bool batch_invariant, const Tensor& out, const Tensor& lse) {
+  run_into(SparseCall(q, k_cache, indices, topk_length, extra_k_cache, extra_indices, extra_topk_length,
+                      tile_scheduler_metadata, num_splits, attn_sink, kv_format, extra_kv_format, head_dim_v,
+                      softmax_scale, batch_invariant),
+           out, lse);
+}
+
+std::tuple<Tensor, Tensor> plan_sparse_decode(const Tensor& requests, const std::optional<Tensor>& topk_length,
+                                              const std::optional<Tensor>& extra_topk_length, int64_t s_q, int64_t h_q,
+                                              int64_t topk, int64_t extra_topk) {
+  const View view("requests", requests);
+  check(view.device >= 0, ErrorKind::kValue, "requests must be on CUDA");
+  check(view.dim > 0 && view.size(0) <= kMostKeys, ErrorKind::kValue,
+        "requests must have one row per request and fewer than 2^31, got ", ShapeText{view});
+  check(s_q > 0 && h_q > 0 && topk > 0 && extra_topk >= 0 && std::max({s_q, h_q, topk, extra_topk}) <= kMostKeys,
+        ErrorKind::kValue, "s_q, h_q and topk must be positive, extra_topk not negative, all less than 2^31, got ", s_q,
+        ", ", h_q, ", ", topk, ", ", extra_topk);
+  const int64_t b = view.size(0);
+  const torch::stable::accelerator::DeviceGuard guard(view.device);
+  check_built_for("plan_sparse_decode", view.device);
+  PlanParams params{};
+  params.lengths[0] = planned("topk_length", topk_length, b, s_q, topk, view.device);
+  params.lengths[1] = planned("extra_topk_length", extra_topk_length, b, s_q, extra_topk, view.device);
+  params.num_parts = choose_num_parts(s_q * ceil_div<int64_t>(h_q, kRowTile), device_facts(view.device).num_sms);
+  Tensor schedule = empty(view.device, ScalarType::Int, {params.num_parts, 8});
+  Tensor num_splits = empty(view.device, ScalarType::Int, {b + 1});
+  params.schedule = static_cast<ScheduleRow*>(schedule.data_ptr());
+  params.num_splits = static_cast<int32_t*>(num_splits.data_ptr());
+  params.b = static_cast<int>(b);
+  params.rows = static_cast<int>(std::min<int64_t>(h_q, kRowTile));
+  launch_plan(params, current_stream(view.device));
+  return {schedule, num_splits};
+}
+
+std::tuple<Tensor, Tensor> dense_decode_fp8(
+    const Tensor& q, const Tensor& k_cache, const Tensor& block_table, const Tensor& cache_seqlens,
+    const std::optional<Tensor>& tile_scheduler_metadata, const std::optional<Tensor>& num_splits,
+    const std::optional<Tensor>& attn_sink, int64_t head_dim_v, double softmax_scale, bool causal, bool batch_invariant,
+    const std::optional<Tensor>& descale_q, const std::optional<Tensor>& descale_k,
+    const std::optional<Name>& kv_format) {
+  return run_into_new(TableCall(q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits, attn_sink,
+                                head_dim_v, softmax_scale, causal, batch_invariant, descale_q, descale_k, kv_format));
+}
+
+void dense_decode_fp8_out(const Tensor& q, const Tensor& k_cache, const Tensor& block_table,
+                          const Tensor& cache_seqlens, const std::optional<Tensor>& tile_scheduler_metadata,
+                          const std::optional<Tensor>& num_splits, const std::optional<Tensor>& attn_sink,
+                          int64_t head_dim_v, double softmax_scale, bool causal, bool batch_invariant,
+                          const std::optional<Tensor>& descale_q, const std::optional<Tensor>& descale_k,
+                          const std::optional<Name>& kv_format, const Tensor& out, const Tensor& lse) {
+  run_into(TableCall(q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits, attn_sink, head_dim_v,
+                     softmax_scale, causal, batch_invariant, descale_q, descale_k, kv_format),
+           out, lse);
+}
+
+std::string sparse_decode_why_not(int64_t compute_capability, int64_t scalar_type, int64_t kv_format,
+                                  int64_t extra_kv_format, bool from_table, int64_t b, int64_t s_q, int64_t h_q,
+                                  int64_t d_qk, int64_t d_v, int64_t page_block_size, int64_t extra_page_block_size,
+                                  int64_t topk, int64_t extra_topk, double softmax_scale) {
+  constexpr int64_t kNone = static_cast<int64_t>(KVFormat::kNone);
+  check(std::min(kv_format, extra_kv_format) >= 0 && std::max(kv_format, extra_kv_format) <= kNone, ErrorKind::kValue,
+        "kv_format and extra_kv_format must be in 0 to ", kNone, ", got ", kv_format, " and ", extra_kv_format);
+  SparseAttentionProblem problem{};
+  problem.compute_capability = static_cast<int>(compute_capability);
+  problem.element = scalar_type == 0 ? Element::kBFloat16 : scalar_type == 1 ? Element::kFloat16 : Element::kOther;
+  problem.format = static_cast<KVFormat>(kv_format), problem.extra_format = static_cast<KVFormat>(extra_kv_format);
+  problem.from_table = from_table;
+  problem.b = static_cast<int>(b), problem.s_q = static_cast<int>(s_q), problem.h_q = static_cast<int>(h_q);
+  problem.d_qk = static_cast<int>(d_qk), problem.d_v = static_cast<int>(d_v);
+  problem.page = static_cast<int>(page_block_size), problem.extra_page = static_cast<int>(extra_page_block_size);
+  problem.topk = static_cast<int>(topk), problem.extra_topk = static_cast<int>(extra_topk);
+  problem.softmax_scale = static_cast<float>(softmax_scale);
+  return explain(sm90::sparse_attention_kernels(), problem);
+}
+
+}  // namespace flash_mla::api
