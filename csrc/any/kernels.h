@@ -1,9 +1,10 @@
-// Kernels for every architecture: planning, combining of split results, merging of attention states.
+// Kernels for every architecture: planning, combining of split results, merging of attention states, KV caches.
 #pragma once
 
 #include <cstdint>
 
 #include "core/params/dense_decode.h"
+#include "core/params/kv_cache.h"
 
 namespace flash_mla {
 
@@ -38,5 +39,9 @@ struct MergeParams {
 };
 
 void launch_merge(const MergeParams& params, void* stream);
+
+// Rows into the slots of a cache, and all slots of a cache into rows.
+void launch_append_kv_cache(const KVCacheParams& params, void* stream);
+void launch_dequantize_kv_cache(const KVCacheParams& params, void* stream);
 
 }  // namespace flash_mla
