@@ -12,7 +12,9 @@ import torch
 import flash_mla
 from flash_mla.backends import REFERENCE, REGISTRY, cuda, select
 from flash_mla.backends.capability import OPERATIONS
+from flash_mla.kv_format import KVFormat
 from flash_mla.problem import DenseDecodeProblem
+from flash_mla.problem_kv_cache import KVCacheProblem
 from flash_mla.testing import Comparison, DenseDecodeInputs, compare, expected_dense_decode, make_dense_decode_inputs
 from flash_mla.testing.progress import Progress
 from flash_mla.testing.roofline import Ceilings, Work, dense_decode_work, measure_ceilings
@@ -98,10 +100,10 @@ def _device(device: torch.device) -> dict[str, Any]:
 
 
 def _operation(op: str, device: torch.device) -> dict[str, Any]:
-    if op != "dense_decode":
+    if op in cuda.WITHOUT_KERNELS:
         return {"backend": REFERENCE.name, "kernel": None, "why_not": {op: flash_mla.why_not(op)}}
-    problem = _problem(device)
-    table = cuda.dense_decode_table(problem)
+    problem = _problem(op, device)
+    table = cuda.dense_decode_table(problem) if isinstance(problem, DenseDecodeProblem) else {}
     backend = select(problem).name
     kernel = next((name for name, reason in table.items() if reason == ""), None) if backend == "cuda" else None
     against = {name: reason for name, reason in table.items() if reason}
@@ -110,8 +112,10 @@ def _operation(op: str, device: torch.device) -> dict[str, Any]:
     return {"backend": backend, "kernel": kernel, "why_not": against}
 
 
-def _problem(device: torch.device) -> DenseDecodeProblem:
-    """The call of the demonstration, as the kernel table sees it."""
+def _problem(op: str, device: torch.device) -> DenseDecodeProblem | KVCacheProblem:
+    """An everyday call: of dense decode that of the demonstration."""
+    if op == "kv_cache":
+        return KVCacheProblem.of(torch.empty(1, 64, 1, 656, device=device, dtype=torch.uint8), KVFormat.V32)
     q = torch.empty(1, 1, 128, 576, device=device, dtype=torch.bfloat16)
     k_cache = torch.empty(1, 64, 1, 576, device=device, dtype=torch.bfloat16)
     return DenseDecodeProblem.of(q, k_cache)

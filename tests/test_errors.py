@@ -592,7 +592,6 @@ def test_problems_without_kernels() -> None:
         "sparse_decode": flash_mla.SparseDecodeProblem.of(
             sparse.q, sparse.primary.cache, sparse.primary.indices, sparse.extra.cache, sparse.extra.indices
         ),
-        "kv_cache": flash_mla.KVCacheProblem.of(sparse.primary.cache, "V32"),
     }
     for op, problem in problems.items():
         on_gpu = replace(problem, device_type="cuda", compute_capability=90)
@@ -603,6 +602,17 @@ def test_problems_without_kernels() -> None:
             match = f"no backend takes the problem; {reason}"
             with backends.use(name), pytest.raises(UnsupportedError, match=match):
                 backends.select(on_gpu)
+
+
+@pytest.mark.skipif(backends.cuda_missing is not None, reason=str(backends.cuda_missing))
+def test_kernels_of_kv_caches_without_a_gpu() -> None:
+    problem = flash_mla.KVCacheProblem("cuda", 90, flash_mla.KVFormat.V41, 64)
+    assert flash_mla.why_not("kv_cache", problem) is None
+    assert backends.select(problem) is backends.CUDA
+    problem = replace(problem, compute_capability=80)
+    text = "cuda: this build has no code for compute capability 8.0"
+    assert str(flash_mla.why_not("kv_cache", problem)).startswith(f"{text}; triton: ")
+    assert backends.select(problem) is backends.REFERENCE
 
 
 @pytest.mark.skipif(backends.cuda_missing is not None, reason=str(backends.cuda_missing))

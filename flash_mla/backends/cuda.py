@@ -8,11 +8,12 @@ import torch
 
 from flash_mla import _ops
 from flash_mla.problem import DenseDecodeProblem, Problem
+from flash_mla.problem_kv_cache import KVCacheProblem
 
 _SCALAR_TYPES = {torch.bfloat16: 0, torch.float16: 1}
 _OTHER_SCALAR_TYPE = 2
 
-WITHOUT_KERNELS = ("dense_decode_fp8", "sparse_decode", "sparse_prefill", "dense_prefill", "kv_cache")
+WITHOUT_KERNELS = ("dense_decode_fp8", "sparse_decode", "sparse_prefill", "dense_prefill")
 """Operations, and variants of them, that no architecture has kernels for so far."""
 
 
@@ -51,6 +52,8 @@ def why_not(problem: Problem) -> str | None:
         return f"the tensors are on {problem.device_type}"
     if _ops.why_not_loaded is not None:
         return _ops.why_not_loaded
+    if isinstance(problem, KVCacheProblem):
+        return torch.ops.flash_mla.kv_cache_why_not(problem.compute_capability or 0) or None
     if not isinstance(problem, DenseDecodeProblem):
         return _ops.no_kernels(problem.op)
     if problem.fp8_cache is not None:
