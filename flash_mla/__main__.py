@@ -12,7 +12,9 @@ import torch
 import flash_mla
 from flash_mla.backends import REFERENCE, REGISTRY, cuda, select
 from flash_mla.backends.capability import OPERATIONS
+from flash_mla.kv_format import KVFormat
 from flash_mla.problem import DenseDecodeProblem, Problem
+from flash_mla.problem_kv_cache import KVCacheProblem
 from flash_mla.problem_sparse import SparseDecodeProblem
 from flash_mla.testing import Comparison, DenseDecodeInputs, compare, expected_dense_decode, make_dense_decode_inputs
 from flash_mla.testing.progress import Progress
@@ -114,6 +116,8 @@ def _operation(op: str, device: torch.device) -> dict[str, Any]:
 def _problem(op: str, device: torch.device) -> Problem | None:
     """A usual call, as the kernel tables see it: that of the demonstration, and V3.2's of sparse decode. None where
     nothing but the reference has the operation."""
+    if op == "kv_cache":
+        return KVCacheProblem.of(torch.empty(1, 64, 1, 656, device=device, dtype=torch.uint8), KVFormat.V32)
     q = torch.empty(1, 1, 128, 576, device=device, dtype=torch.bfloat16)
     if op == "dense_decode":
         return DenseDecodeProblem.of(q, torch.empty(1, 64, 1, 576, device=device, dtype=torch.bfloat16))

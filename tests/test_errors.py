@@ -588,10 +588,11 @@ def test_capability_queries() -> None:
 
 @pytest.mark.skipif(backends.cuda_missing is not None, reason=str(backends.cuda_missing))
 def test_problems_without_kernels() -> None:
-    cache = make_sparse_decode_inputs(2, h_q=2).primary.cache
-    on_gpu = replace(flash_mla.KVCacheProblem.of(cache, "V32"), device_type="cuda", compute_capability=90)
+    inputs = make_sparse_prefill_inputs(2, h_q=2)
+    problem = flash_mla.SparsePrefillProblem.of(inputs.q, inputs.primary.cache, inputs.primary.indices)
+    on_gpu = replace(problem, device_type="cuda", compute_capability=90)
     text = "cuda: no CUDA kernel for .* is built yet .*; triton: (no kernel|its kernels) for .* yet"
-    assert re.fullmatch(text, str(flash_mla.why_not("kv_cache", on_gpu)))
+    assert re.fullmatch(text, str(flash_mla.why_not("sparse_prefill", on_gpu)))
     assert backends.select(on_gpu) is backends.REFERENCE
     for name, reason in (("cuda", "cuda: no CUDA"), ("triton", "triton: ")):
         match = f"no backend takes the problem; {reason}"
@@ -672,6 +673,17 @@ def test_a_library_without_an_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     assert backends.cuda.kernel_table(SPARSE) == {}
     assert backends.CUDA.why_not(replace(PROBLEM, fp8_cache="V32")) == text.replace("sparse_decode", "dense_decode_fp8")
     assert _ops.num_sparse_parts(torch.device("cuda"), 1, 128) == 8
+
+
+@pytest.mark.skipif(backends.cuda_missing is not None, reason=str(backends.cuda_missing))
+def test_kernels_of_kv_caches_without_a_gpu() -> None:
+    problem = flash_mla.KVCacheProblem("cuda", 90, flash_mla.KVFormat.V41, 64)
+    assert flash_mla.why_not("kv_cache", problem) is None
+    assert backends.select(problem) is backends.CUDA
+    problem = replace(problem, compute_capability=80)
+    text = "cuda: this build has no code for compute capability 8.0"
+    assert str(flash_mla.why_not("kv_cache", problem)).startswith(f"{text}; triton: ")
+    assert backends.select(problem) is backends.REFERENCE
 
 
 @pytest.mark.skipif(backends.cuda_missing is not None, reason=str(backends.cuda_missing))

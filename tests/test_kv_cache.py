@@ -10,6 +10,7 @@ from torch import Tensor
 
 import flash_mla
 from flash_mla import KVFormat, append_kv_cache, dequantize_kv_cache, kv_format, quantize_kv_cache
+from flash_mla.backends import reference
 from flash_mla.testing import poisoned_cache
 
 OP = "kv_cache"
@@ -228,6 +229,64 @@ def test_every_byte_is_written_as_the_table_says(backend: Target, known: KVForma
         assert scales == wanted_scales, slot
         assert values == wanted_values, slot
         assert rope == bytes(rows[slot, len(row) - len(rope) // 2 :].view(torch.uint8).tolist())
+
+
+def rows_of_every_pattern(d_qk: int) -> Tensor:
+    """Every bfloat16 once at least, in groups of any size of number and in groups of a similar one."""
+    generator = torch.Generator().manual_seed(1)
+    patterns = torch.arange(-(-(1 << 16) // d_qk) * d_qk)
+    rows = torch.cat((patterns, patterns[torch.randperm(len(patterns), generator=generator)]))
+    rows = rows.to(torch.int16).view(torch.bfloat16).view(-1, d_qk)
+    return torch.cat((rows, (torch.randn((500, d_qk), generator=generator) * 9).to(torch.bfloat16)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("known", list(KVFormat))
+def test_bits_of_the_reference(cuda: Target, known: KVFormat, exact: bool) -> None:
+    """Of every value that there is; rows of any address and stride too."""
+    if exact and known not in (KVFormat.V32, KVFormat.V32_NO_ROPE):
+        pytest.skip("has no float32 scales")
+    rows = rows_of_every_pattern(d_of(known))
+    slots = torch.randperm(len(rows), generator=torch.Generator().manual_seed(2))
+    blocks = -(-len(rows) // 64)
+    wanted = poisoned_cache(known, blocks, 64, rows.shape[1])
+    torch.ops.flash_mla.reference_append_kv_cache(rows, wanted, slots, known.value, exact)
+    values = torch.ops.flash_mla.reference_dequantize_kv_cache(wanted, known.value)
+    for offset, width in ((0, 0), (8, 16), (1, 3), (4, 4)):
+        room = torch.full((len(rows), rows.shape[1] + width), math.nan, dtype=torch.bfloat16, device=cuda.device)
+        here = room[:, offset : offset + rows.shape[1]]
+        here.copy_(rows)
+        every_other = torch.stack((slots, slots), 1).to(cuda.device)[:, 0]
+        cache = poisoned_cache(known, blocks, 64, rows.shape[1], cuda.device)
+        append_kv_cache(here, cache, every_other, known, exact_scale=exact)
+        assert torch.equal(cache.view(torch.uint8).cpu(), wanted.view(torch.uint8))
+        assert same_bits(dequantize_kv_cache(cache, known).cpu(), values)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("offset", "d_qk"), [(0, 577), (2, 576), (8, 64), (0, 7)])
+def test_bf16_caches_of_any_address(cuda: Target, offset: int, d_qk: int) -> None:
+    room = torch.full((3, 64, 1, d_qk + offset), math.nan, dtype=torch.bfloat16, device=cuda.device)
+    cache = room[..., offset:]
+    rows = torch.randn((50, d_qk), device=cuda.device).to(torch.bfloat16)
+    slots = torch.randperm(3 * 64, device=cuda.device)[:50]
+    append_kv_cache(rows, cache, slots, "BF16")
+    values = dequantize_kv_cache(cache, "BF16").view(-1, d_qk)
+    assert torch.equal(values[slots], rows)
+    assert int(values.isnan().sum()) == (3 * 64 - 50) * d_qk
+    assert bool(room[..., :offset].isnan().all())
+
+
+@pytest.mark.gpu
+def test_an_address_that_no_kernel_takes(cuda: Target) -> None:
+    memory = torch.full((1, 64, 1, 528 + 16), 0xFF, dtype=torch.uint8, device=cuda.device)
+    with pytest.raises(flash_mla.UnsupportedError, match="cache must have an address that is a multiple of 16 bytes"):
+        dequantize_kv_cache(memory[..., 8 : 8 + 528], "V41")
+    reference.forget_warnings()
+    with flash_mla.backends.use(None), pytest.warns(RuntimeWarning, match="the reference backend serves CUDA tensors"):
+        values = dequantize_kv_cache(memory[..., 8 : 8 + 528], "V41")
+    assert bool(values.isnan().all())
 
 
 @pytest.mark.parametrize("page", PAGES)

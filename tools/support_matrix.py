@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 BEGIN, END = "<!-- support-matrix:begin -->", "<!-- support-matrix:end -->"
 GPUS = {90: "SM90 (H100, H200, GH200)", 100: "SM100 (B200, GB200)"}
+_CACHES = "BF16, V32, V32_NO_ROPE, MODEL1 (V4), V41, V41_FP4"
 _ROWS = "BF16, V32, V32_NO_ROPE, MODEL1 (V4), V41 (+ V41_FP4)"
 # What the reference serves: dtypes or cache formats, d_qk, page sizes, h_kv.
 REFERENCE = {
@@ -32,13 +33,14 @@ REFERENCE = {
     "sparse_decode": [(_ROWS, "576, 512", "any", "1")],
     "sparse_prefill": [(_ROWS, "576, 512", "any", "1")],
     "dense_prefill": [("bfloat16, float16, with gradients", "192, 128", "-", "any")],
-    "kv_cache": [("BF16, V32, V32_NO_ROPE, MODEL1 (V4), V41, V41_FP4", "576, 512", "any", "1")],
+    "kv_cache": [(_CACHES, "576, 512", "any", "1")],
 }
 
 
 def render() -> str:
     """The matrix as Markdown; needs the built library, no GPU."""
-    from flash_mla import kernels
+    from flash_mla import KVCacheProblem, KVFormat, kernels
+    from flash_mla.backends import cuda
 
     rows: list[tuple[str, ...]] = []
     supported = kernels()
@@ -49,6 +51,10 @@ def render() -> str:
                 rows.append((op, k.kernel, GPUS[k.compute_capability], *takes))
         if op == "dense_decode":
             rows.append((op, "triton", "SM80 and newer", "bfloat16, float16", "576, 512", "any", "any"))
+        if op == "kv_cache":
+            for capability, gpu in GPUS.items():
+                if cuda.why_not(KVCacheProblem("cuda", capability, KVFormat.V32, 64)) is None:
+                    rows.append((op, "any_kv_cache", gpu, _CACHES, "576, 512", "any", "1"))
         rows += [(op, "reference (PyTorch)", "any device", *takes) for takes in served]
     return table(("op", "kernel", "GPU", "dtypes or cache formats", "d_qk", "page sizes", "h_kv"), rows)
 

@@ -1,10 +1,11 @@
 // Kernels for every architecture: planning, compacting of index lists, combining of split results, merging of attention
-// states.
+// states, KV caches.
 #pragma once
 
 #include <cstdint>
 
 #include "core/params/dense_decode.h"
+#include "core/params/kv_cache.h"
 #include "core/params/sparse_attention.h"
 
 namespace flash_mla {
@@ -61,5 +62,9 @@ struct MergeParams {
 };
 
 void launch_merge(const MergeParams& params, void* stream);
+
+// Rows into the slots of a cache, and all slots of a cache into rows.
+void launch_append_kv_cache(const KVCacheParams& params, void* stream);
+void launch_dequantize_kv_cache(const KVCacheParams& params, void* stream);
 
 }  // namespace flash_mla

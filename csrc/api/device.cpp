@@ -2,7 +2,9 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <array>
+#include <iterator>
 #include <mutex>
 
 #include "core/error.h"
@@ -16,6 +18,24 @@ int attribute(cudaDeviceAttr which, int device) {
   check(status == cudaSuccess, ErrorKind::kCuda, "cudaDeviceGetAttribute for cuda:", device, ": ",
         cudaGetErrorString(status));
   return value;
+}
+
+bool is_built_for(int compute_capability) {
+#ifdef FLASH_MLA_WITH_SM90
+  constexpr int kBuilt[] = {90};
+#else
+  constexpr int kBuilt[] = {0};
+#endif
+  return std::find(std::begin(kBuilt), std::end(kBuilt), compute_capability) != std::end(kBuilt);
+}
+
+struct NoCode {
+  int compute_capability;
+};
+
+std::ostream& operator<<(std::ostream& out, const NoCode& text) {
+  return out << "this build has no code for compute capability " << text.compute_capability / 10 << "."
+             << text.compute_capability % 10;
 }
 
 }  // namespace
@@ -34,19 +54,13 @@ const DeviceFacts& device_facts(int device) {
   return facts[device];
 }
 
+std::string why_not_built_for(int compute_capability) {
+  return is_built_for(compute_capability) ? "" : cat(NoCode{compute_capability});
+}
+
 void check_built_for(const char* op, int device) {
   const int found = device_facts(device).compute_capability;
-#ifdef FLASH_MLA_WITH_SM90
-  constexpr int kBuilt[] = {90};
-#else
-  constexpr int kBuilt[] = {0};
-#endif
-  bool built = false;
-  for (const int compute_capability : kBuilt) {
-    built |= compute_capability == found;
-  }
-  check(built, ErrorKind::kUnsupported, op, ": this build has no code for compute capability ", found / 10, ".",
-        found % 10);
+  check(is_built_for(found), ErrorKind::kUnsupported, op, ": ", NoCode{found});
 }
 
 }  // namespace flash_mla::api

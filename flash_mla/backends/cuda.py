@@ -11,6 +11,7 @@ import torch
 from flash_mla import _ops
 from flash_mla.kv_format import KVFormat
 from flash_mla.problem import DenseDecodeProblem, Problem
+from flash_mla.problem_kv_cache import KVCacheProblem
 from flash_mla.problem_sparse import SparseDecodeProblem
 
 _SCALAR_TYPES = {torch.bfloat16: 0, torch.float16: 1}
@@ -25,7 +26,7 @@ _FORMATS = {
 }
 _NO_FORMAT = len(_FORMATS)
 
-WITHOUT_KERNELS = ("sparse_prefill", "dense_prefill", "kv_cache")
+WITHOUT_KERNELS = ("sparse_prefill", "dense_prefill")
 """Operations that no architecture has kernels for so far."""
 
 
@@ -125,6 +126,8 @@ def why_not(problem: Problem) -> str | None:
     reason = missing() or why_no_operator(problem)
     if reason is not None:
         return reason
+    if isinstance(problem, KVCacheProblem):
+        return torch.ops.flash_mla.kv_cache_why_not(problem.compute_capability or 0) or None
     table = kernel_table(problem)
     if any(reason == "" for reason in table.values()):
         return None

@@ -1,0 +1,23 @@
+// The ops that write and read KV caches; their schemas are in library.cpp.
+#pragma once
+
+#include <string>
+#include <string_view>
+
+#include "api/tensor.h"
+#include "core/kv_format.h"
+
+namespace flash_mla::api {
+
+// The format of this name: those of flash_mla/kv_format.py.
+KVFormat parse_kv_format(std::string_view name);
+
+void append_kv_cache(const Tensor& kv, const Tensor& cache, const Tensor& slot_mapping, const std::string& kv_format,
+                     bool exact_scale);
+
+Tensor dequantize_kv_cache(const Tensor& cache, const std::string& kv_format);
+
+// "", or why this build does not serve the ops on GPUs of a compute capability (90 for 9.0).
+std::string kv_cache_why_not(int64_t compute_capability);
+
+}  // namespace flash_mla::api
