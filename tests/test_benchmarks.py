@@ -543,16 +543,19 @@ class TestDemo:
     def test_quick_run_on_a_cpu(self):
         done = self.run()
         assert done.returncode == 0, done.stderr
-        assert "dense_decode" in done.stdout
-        assert "sparse_decode" in done.stdout
-        assert "TFLOPS" in done.stdout
+        for op in ("dense", "sparse"):
+            assert f"{op}_decode" in done.stdout
+            assert f"{op} decode, arithmetic (TFLOPS)" in done.stdout
+        assert done.stdout.count("check passed") == 2
 
     def test_json(self):
         done = self.run("--json")
         assert done.returncode == 0, done.stderr
         result = json.loads(done.stdout)
-        assert result["check"]["passed"] is True
-        assert result["time_us"] > 0
-        assert result["backend"] == "reference"
+        assert set(result["runs"]) == {"dense_decode", "sparse_decode"}
+        for run in result["runs"].values():
+            assert run["check"]["passed"] is True
+            assert run["time_us"] > 0
+            assert run["backend"] == "reference"
         operations = {"dense_decode", "sparse_decode", "sparse_prefill", "dense_prefill", "kv_cache"}
         assert set(result["operations"]) == operations
