@@ -88,7 +88,7 @@ def _call(options: argparse.Namespace) -> int:
     return 0
 
 
-def _select(groups: list[str], names: list[str]) -> list[shapes.Shape]:
+def _select(groups: list[str], names: list[str]) -> list[shapes.AnyShape]:
     try:
         return shapes.select(groups, names)
     except KeyError as error:
@@ -99,7 +99,7 @@ def _run(options: argparse.Namespace) -> int:
     from benchmarks import report, runner
 
     contenders = _contenders(options)
-    chosen: list[shapes.Shape] = []
+    chosen: list[shapes.AnyShape] = []
     settings = runner.Options(device=options.device)
     if options.command == "run":
         chosen = _select(options.group or ([] if options.shape else ["goals"]), options.shape)

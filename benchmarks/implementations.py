@@ -5,6 +5,7 @@ A peer that takes several ways to do the same call offers them all as variants, 
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -14,7 +15,10 @@ from typing import Any
 import torch
 
 from benchmarks.inputs import Inputs, contiguous_inputs, paged_inputs
-from benchmarks.shapes import Shape
+from benchmarks.shapes import AnyShape, SparseShape
+from benchmarks.sparse_inputs import SparseInputs, sparse_inputs
+
+AnyInputs = Inputs | SparseInputs
 
 # One call: out [b, s_q, h_q, d_v] and lse [b, h_q, s_q] (None where the implementation does not return it).
 Call = Callable[[], tuple[torch.Tensor, "torch.Tensor | None"]]
@@ -40,12 +44,12 @@ class Implementation(ABC):
         """What goes into the record: version and the like."""
 
     @abstractmethod
-    def inputs(self, shape: Shape, device: torch.device, sets: int) -> Inputs:
+    def inputs(self, shape: AnyShape, device: torch.device, sets: int) -> AnyInputs:
         """Inputs in the layout that this library wants. Raises NotServed."""
 
     @abstractmethod
-    def variants(self, inputs: Inputs) -> list[Callable[[], Variant]]:
-        """The ways to call, lazily and the plainest first: one that raises is left out if another works."""
+    def variants(self, inputs: AnyInputs) -> list[Callable[[], Variant]]:
+        """The ways to call, lazily and the safest first: one that raises is left out if another works."""
 
 
 class Ours(Implementation):
@@ -67,10 +71,14 @@ class Ours(Implementation):
         about.update(line.split("=", 1) for line in lines if "=" in line)
         return about
 
-    def inputs(self, shape: Shape, device: torch.device, sets: int) -> Inputs:
+    def inputs(self, shape: AnyShape, device: torch.device, sets: int) -> AnyInputs:
+        if isinstance(shape, SparseShape):
+            return sparse_inputs(shape, device, sets)
         return paged_inputs(shape, device, sets)
 
-    def variants(self, inputs: Inputs) -> list[Callable[[], Variant]]:
+    def variants(self, inputs: AnyInputs) -> list[Callable[[], Variant]]:
+        if isinstance(inputs, SparseInputs):
+            return [lambda: Variant("default", self._sparse_calls(inputs))]
         return [lambda: Variant("default", self._calls(inputs))]
 
     def _calls(self, inputs: Inputs) -> list[Call]:
@@ -78,14 +86,7 @@ class Ours(Implementation):
         schedule, _ = self._module.get_mla_metadata()
         shape, table = inputs.shape, inputs.block_table
         assert table is not None
-        if inputs.q.is_cuda:
-            # Otherwise another backend would serve the call: right, but not what is to be timed.
-            with self._module.backends.use("cuda"):
-                reason = self._module.why_not(
-                    "dense_decode", q=inputs.q[0], k_cache=inputs.k_cache, head_dim_v=shape.d_v
-                )
-            if reason is not None:
-                raise NotServed(reason)
+        self._require_kernel("dense_decode", q=inputs.q[0], k_cache=inputs.k_cache, head_dim_v=shape.d_v)
 
         def call(index: int) -> Call:
             q, pages = inputs.q[index], table[index]
@@ -94,6 +95,26 @@ class Ours(Implementation):
             )
 
         return [call(index) for index in range(inputs.sets)]
+
+    def _sparse_calls(self, inputs: SparseInputs) -> list[Call]:
+        decode = self._module.flash_mla_with_kvcache
+        schedule, _ = self._module.get_mla_metadata()
+        self._require_kernel("sparse_decode", **inputs.arguments(0))
+
+        def call(index: int) -> Call:
+            arguments = inputs.arguments(index)
+            return lambda: decode(tile_scheduler_metadata=schedule, **arguments)
+
+        return [call(index) for index in range(inputs.sets)]
+
+    def _require_kernel(self, op: str, **call: Any) -> None:
+        """Raises NotServed where another backend would serve a call on a GPU: right, but not what is to be timed."""
+        if not call["q"].is_cuda:
+            return
+        with self._module.backends.use("cuda"):
+            reason = self._module.why_not(op, **call)
+        if reason is not None:
+            raise NotServed(reason)
 
 
 class FlashMLA(Implementation):
@@ -109,12 +130,16 @@ class FlashMLA(Implementation):
     def about(self) -> dict[str, str]:
         return {"version": _distribution_version("sgl-flash-mla", self._module)}
 
-    def inputs(self, shape: Shape, device: torch.device, sets: int) -> Inputs:
+    def inputs(self, shape: AnyShape, device: torch.device, sets: int) -> AnyInputs:
+        if isinstance(shape, SparseShape):
+            return sparse_inputs(shape, device, sets)
         if shape.page != 64:
             raise NotServed("takes pages of 64 tokens only")
         return paged_inputs(shape, device, sets)
 
-    def variants(self, inputs: Inputs) -> list[Callable[[], Variant]]:
+    def variants(self, inputs: AnyInputs) -> list[Callable[[], Variant]]:
+        if isinstance(inputs, SparseInputs):
+            return self._sparse_variants(inputs)
         return [lambda: Variant("use_legacy", self._calls(inputs))]
 
     def _calls(self, inputs: Inputs) -> list[Call]:
@@ -141,6 +166,41 @@ class FlashMLA(Implementation):
 
         return [call(index) for index in range(inputs.sets)]
 
+    def _sparse_variants(self, inputs: SparseInputs) -> list[Callable[[], Variant]]:
+        heads = inputs.shape.h_q
+        padded = next((known for known in _SPARSE_HEADS if heads <= known), heads)
+        makers = [lambda: Variant("use_legacy", _tried(lambda: self._sparse_calls(inputs, heads)))]
+        if padded != heads:
+            # What an engine does where a kernel takes these numbers of heads only; the padding itself is not timed.
+            # It comes first, since it is sure not to break the process.
+            name = f"use_legacy, padded to {padded} heads"
+            makers.insert(0, lambda: Variant(name, _tried(lambda: self._sparse_calls(inputs, padded))))
+        return makers
+
+    def _sparse_calls(self, inputs: SparseInputs, heads: int) -> list[Call]:
+        plan, decode = self._module.get_mla_metadata, self._module.flash_mla_with_kvcache
+        shape, more = inputs.shape, heads - inputs.shape.h_q
+        if more > 0:
+            sink = inputs.sink
+            sink = None if sink is None else torch.nn.functional.pad(sink, (0, more), value=float("-inf"))
+            q = torch.nn.functional.pad(inputs.q, (0, 0, 0, more))
+            inputs = dataclasses.replace(inputs, q=q, sink=sink)
+        old_style = {"num_heads_q": heads, "is_fp8_kvcache": True, "topk": shape.topk, "use_legacy": True}
+        seqlens = torch.full((shape.b,), shape.context, dtype=torch.int32, device=inputs.q.device)
+        schedule, splits = plan(seqlens, shape.s_q * heads, 1, **_accepted(plan, old_style))
+        options = _accepted(decode, {"use_legacy": True})
+
+        def call(index: int) -> Call:
+            arguments = {**inputs.arguments(index), **options}
+
+            def run() -> tuple[torch.Tensor, torch.Tensor]:
+                out, lse = decode(tile_scheduler_metadata=schedule, num_splits=splits, **arguments)[:2]
+                return (out, lse) if more == 0 else (out[:, :, : shape.h_q], lse[:, : shape.h_q])
+
+            return run
+
+        return [call(index) for index in range(inputs.sets)]
+
 
 class FlashAttention3(Implementation):
     """The wheel fa3-fwd (module fa3_fwd_interface): the absorbed form over a contiguous cache, schedule reused."""
@@ -153,12 +213,15 @@ class FlashAttention3(Implementation):
     def about(self) -> dict[str, str]:
         return {"version": _distribution_version("fa3-fwd", self._module)}
 
-    def inputs(self, shape: Shape, device: torch.device, sets: int) -> Inputs:
+    def inputs(self, shape: AnyShape, device: torch.device, sets: int) -> AnyInputs:
+        if isinstance(shape, SparseShape):
+            raise NotServed("reads no indices and no such cache formats")
         if shape.d_qk == shape.d_v:
             raise NotServed("wants the RoPE dims as its query and key")
         return contiguous_inputs(shape, device, sets)
 
-    def variants(self, inputs: Inputs) -> list[Callable[[], Variant]]:
+    def variants(self, inputs: AnyInputs) -> list[Callable[[], Variant]]:
+        assert isinstance(inputs, Inputs)
         # Parts of their own, contiguous: the peer's best case.
         rope = inputs.k_cache[..., inputs.shape.d_v :].contiguous()
         values = inputs.k_cache[..., : inputs.shape.d_v].contiguous()
@@ -233,6 +296,20 @@ IMPLEMENTATIONS: dict[str, type[Implementation]] = {
     "fa3": FlashAttention3,
 }
 PEERS = ("flashmla", "fa3")
+_SPARSE_HEADS = (64, 128)
+
+
+def _tried(make: Callable[[], list[Call]]) -> list[Call]:
+    """The calls that `make` makes. Raises NotServed where they cannot be made, or the first one declines."""
+    try:
+        calls = make()
+        calls[0]()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        raise NotServed(f"{type(error).__name__}: {lines[0]}") from error
+    return calls
 
 
 def _accepted(function: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:

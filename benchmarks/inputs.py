@@ -1,18 +1,35 @@
-"""Inputs of a shape on a device, and the check of an answer against plain PyTorch in float32. Needs torch alone."""
+"""Inputs of a dense shape on a device, and the check of an answer against plain PyTorch in float32.
+
+Needs torch alone, as `sparse_inputs` does.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
-from benchmarks.shapes import Shape
+from benchmarks.shapes import AnyShape, Shape
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # 16-bit operands and probabilities leave 1e-3 to 5e-3 against a float32 reference.
 MAX_RELATIVE_ERROR = 1e-2
 MAX_LSE_ERROR = 1e-2
+
+
+class Checked(Protocol):
+    """What `check` wants of the inputs of a shape."""
+
+    shape: AnyShape
+    sets: int
+    lengths: list[int]
+    """Of each request; the longer, the more keys."""
+
+    def expected(self, index: int, request: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """out `[s_q, h_q, d_v]` and lse `[h_q, s_q]` of one request of one set, float32."""
+        ...
 
 
 @dataclass
@@ -40,10 +57,15 @@ class Inputs:
         pages = self.k_cache[self.block_table[index, request, :blocks].long()]
         return pages.flatten(0, 1)[:length]
 
+    def expected(self, index: int, request: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The answer for one request of one set, by `reference`."""
+        shape = self.shape
+        return reference(self.q[index, request], self.keys(index, request), shape.d_v, shape.d_qk**-0.5, shape.causal)
+
 
 def paged_inputs(shape: Shape, device: torch.device, sets: int) -> Inputs:
     """Inputs over a paged cache; every set owns its pages."""
-    generator = _generator(shape, device)
+    generator, dtype = make_generator(shape, device), DTYPES[shape.dtype]
     lengths = shape.lengths()
     blocks = torch.tensor([math.ceil(length / shape.page) for length in lengths])
     per_set = int(blocks.sum())
@@ -55,8 +77,8 @@ def paged_inputs(shape: Shape, device: torch.device, sets: int) -> Inputs:
     return Inputs(
         shape,
         sets,
-        _normal((sets, shape.b, shape.s_q, shape.h_q, shape.d_qk), shape, device, generator),
-        _normal((per_set * sets, shape.page, shape.h_kv, shape.d_qk), shape, device, generator),
+        normal((sets, shape.b, shape.s_q, shape.h_q, shape.d_qk), dtype, device, generator),
+        normal((per_set * sets, shape.page, shape.h_kv, shape.d_qk), dtype, device, generator),
         table.to(device),
         torch.tensor(lengths, dtype=torch.int32, device=device),
         lengths,
@@ -65,13 +87,13 @@ def paged_inputs(shape: Shape, device: torch.device, sets: int) -> Inputs:
 
 def contiguous_inputs(shape: Shape, device: torch.device, sets: int) -> Inputs:
     """Inputs over a cache without pages, `max_length` rows per request."""
-    generator = _generator(shape, device)
+    generator, dtype = make_generator(shape, device), DTYPES[shape.dtype]
     lengths = shape.lengths()
     return Inputs(
         shape,
         sets,
-        _normal((sets, shape.b, shape.s_q, shape.h_q, shape.d_qk), shape, device, generator),
-        _normal((sets, shape.b, max(lengths), shape.h_kv, shape.d_qk), shape, device, generator),
+        normal((sets, shape.b, shape.s_q, shape.h_q, shape.d_qk), dtype, device, generator),
+        normal((sets, shape.b, max(lengths), shape.h_kv, shape.d_qk), dtype, device, generator),
         None,
         torch.tensor(lengths, dtype=torch.int32, device=device),
         lengths,
@@ -95,18 +117,16 @@ def reference(
     return out.flatten(1, 2), lse.flatten(0, 1)
 
 
-def check(inputs: Inputs, index: int, out: torch.Tensor, lse: torch.Tensor | None) -> tuple[float, float | None]:
+def check(inputs: Checked, index: int, out: torch.Tensor, lse: torch.Tensor | None) -> tuple[float, float | None]:
     """Largest relative error of `out` `[b, s_q, h_q, d_v]` and largest error of `lse` over three requests of a set.
 
     The shortest, the longest and the last request are looked at. NaN counts as infinite.
     """
-    shape = inputs.shape
-    by_length = sorted(range(shape.b), key=lambda request: inputs.lengths[request])
+    b = inputs.shape.b
+    by_length = sorted(range(b), key=lambda request: inputs.lengths[request])
     worst, worst_lse = 0.0, 0.0
-    for request in {by_length[0], by_length[-1], shape.b - 1}:
-        wanted, wanted_lse = reference(
-            inputs.q[index, request], inputs.keys(index, request), shape.d_v, shape.d_qk**-0.5, shape.causal
-        )
+    for request in {by_length[0], by_length[-1], b - 1}:
+        wanted, wanted_lse = inputs.expected(index, request)
         worst = max(worst, _finite((out[request].float() - wanted).norm() / wanted.norm()))
         if lse is not None:
             worst_lse = max(worst_lse, _finite((lse[request].float() - wanted_lse).abs().max()))
@@ -118,9 +138,11 @@ def _finite(value: torch.Tensor) -> float:
     return number if math.isfinite(number) else math.inf
 
 
-def _generator(shape: Shape, device: torch.device) -> torch.Generator:
+def make_generator(shape: AnyShape, device: torch.device) -> torch.Generator:
+    """Random numbers on `device` that are the same for every contender."""
     return torch.Generator(device=device).manual_seed(shape.seed)
 
 
-def _normal(size: tuple[int, ...], shape: Shape, device: torch.device, generator: torch.Generator) -> torch.Tensor:
-    return torch.empty(size, dtype=DTYPES[shape.dtype], device=device).normal_(generator=generator)
+def normal(size: tuple[int, ...], dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> torch.Tensor:
+    """Standard normal values."""
+    return torch.empty(size, dtype=dtype, device=device).normal_(generator=generator)

@@ -45,9 +45,13 @@ def caption(records: list[Record]) -> str:
     last = max(records, key=lambda record: record["date"])
     commits = ", ".join(sorted({record["commit"] for record in records}))
     ceilings = last["ceilings"]
+    gathering = [record for record in records if record["ceilings"].get("gather_gbps")]
+    gather = max(gathering, key=lambda record: record["date"])["ceilings"]["gather_gbps"] if gathering else {}
+    rows = [f", gather of {size}-byte rows {gbps / 1e3:.3g} TB/s" for size, gbps in sorted(gather.items())]
     return (
         f"{last['gpu']}, CUDA {last['cuda']}, torch {last['torch']}, {last['date'][:10]}, commit {commits}; measured "
         f"ceilings: GEMM {ceilings['gemm_tflops']:.3g} TFLOPS, streaming read {ceilings['read_gbps'] / 1e3:.3g} TB/s"
+        f"{''.join(rows)}"
     )
 
 
@@ -75,7 +79,9 @@ def _row(record: Record, labels: list[str]) -> list[str]:
     name = record["shape"]["name"]
     peers = [_us(record["peers"].get(label)) for label in labels]
     if record["time_us"] is None:
-        return [name, f"failed: {record['error']}".replace("|", "/")[:120], "-", "-", "-", *peers, _goal(record)]
+        outcome = "not served" if record.get("not_served") else "failed"
+        reason = f"{outcome}: {record['error'].removeprefix('NotServed: ')}".replace("|", "/")
+        return [name, reason[:120], "-", "-", "-", *peers, _goal(record)]
     share = f"{100 * record['share_of_floor']:.0f} % ({record['bound']})"
     return [
         name,
@@ -162,7 +168,7 @@ def plot(results: Path, plots: Path, readme: Path) -> int:
 
 def readme_text(records: dict[str, list[Record]], images: dict[str, Path], root: Path) -> str:
     """Tables of the goal shapes and the host cost, and the images by relative path."""
-    goals = {shape.name for shape in shapes.GOALS}
+    goals = {shape.name for shape in (*shapes.GOALS, *shapes.SPARSE)}
     shown = {
         gpu: [record for record in made if record["kind"] == "host" or record["shape"]["name"] in goals]
         for gpu, made in records.items()
@@ -186,7 +192,12 @@ def draw(records: dict[str, list[Record]], plots: Path) -> dict[str, Path]:
     drawings = {
         "Time against length": ("time_vs_length.png", _draw_time),
         "Share of the roofline against length and heads": ("share_of_roofline.png", _draw_share),
-        "Speed against the peers": ("peers.png", _draw_peers),
+        "Speed against the peers": ("peers.png", lambda *data: _draw_peers(*data, shapes.GOALS)),
+        "Sparse decode: speed against the peers": (
+            "sparse_peers.png",
+            lambda *data: _draw_peers(*data, shapes.SPARSE),
+        ),
+        "Sparse decode: throughput against batch size": ("sparse_throughput.png", _draw_throughput),
     }
     for title, (name, drawing) in drawings.items():
         figure = drawing(pyplot, records)
@@ -290,8 +301,39 @@ def _draw_share(pyplot: Any, records: dict[str, list[Record]]) -> Any:
     return figure
 
 
-def _draw_peers(pyplot: Any, records: dict[str, list[Record]]) -> Any:
-    families = {gpu: _family(made, [shape.name for shape in shapes.GOALS]) for gpu, made in sorted(records.items())}
+def _draw_throughput(pyplot: Any, records: dict[str, list[Record]]) -> Any:
+    """TFLOPS against the batch size, a panel for each call that several batch sizes were measured of."""
+    families: dict[str, list[str]] = {}
+    for shape in shapes.SPARSE:
+        family, batch, rest = shape.name.rpartition("_b")
+        if batch and rest.isdigit():
+            families.setdefault(family, []).append(shape.name)
+    panels = [
+        (gpu, family, sorted(measured, key=lambda record: record["shape"]["b"]))
+        for gpu in sorted(records)
+        for family, names in families.items()
+        if len(measured := _family(records[gpu], names)) > 1
+    ]
+    if not panels:
+        return None
+    figure, axes_list = _grid(pyplot, len(panels), columns=3, width=3.6, height=3.0)
+    for axes, (gpu, family, measured) in zip(axes_list, panels, strict=True):
+        for label, points in _series(measured).items():
+            _line(axes, label, [r["shape"]["b"] for r, _ in points], [r["flop"] / time * 1e-6 for r, time in points])
+        batches = [record["shape"]["b"] for record in measured]
+        floor = [record["flop"] / record["floor_us"] * 1e-6 for record in measured]
+        axes.plot(batches, floor, "k--", linewidth=1, label="floor")
+        _ticks(axes, batches, [str(batch) for batch in batches], "requests")
+        axes.set_ylim(bottom=0)
+        axes.set_title(f"{gpu.upper()}, {family.removeprefix('sparse_')}")
+        axes.set_ylabel("TFLOPS")
+    axes_list[0].legend(frameon=False)
+    figure.tight_layout()
+    return figure
+
+
+def _draw_peers(pyplot: Any, records: dict[str, list[Record]], goal_shapes: list[Any]) -> Any:
+    families = {gpu: _family(made, [shape.name for shape in goal_shapes]) for gpu, made in sorted(records.items())}
     families = {gpu: family for gpu, family in families.items() if any(speedup(r) for r in family)}
     if not families:
         return None

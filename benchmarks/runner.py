@@ -18,9 +18,10 @@ from typing import IO, Any
 
 from benchmarks.clock import Clock, query
 from benchmarks.measuring import ROOT, progress, roofline
-from benchmarks.shapes import ITEM_SIZE, Shape
+from benchmarks.shapes import ITEM_SIZE, AnyShape, Shape, SparseShape
 
 HOST_SHAPE = Shape("host_h16_b1_64", 1, 1, 16, 64, varied=False)
+SPARSE_HOST_SHAPE = SparseShape("host_sparse_v32_h64_b1", 1, 1, 64, "V32", 64, context=64)
 
 
 @dataclass
@@ -141,13 +142,14 @@ class Session:
         self.ceilings: Any = None
         self.common: dict[str, Any] = {}
 
-    def open(self, quick: bool = False) -> None:
+    def open(self, quick: bool = False, gather_rows: list[int] | None = None) -> None:
         """Waits for the children and measures the ceilings. Raises RuntimeError where ours does not start."""
         ours = self.children[0]
-        answer = ours.ask("ceilings", 120.0, quick=quick)
+        answer = ours.ask("ceilings", 120.0, quick=quick, gather_rows=gather_rows or [])
         if not answer["ok"]:
             raise RuntimeError(f"{ours.contender.label}: {answer['error']}")
-        self.ceilings = roofline.Ceilings(answer["gemm_tflops"], answer["read_gbps"])
+        gather = {int(size): gbps for size, gbps in answer["gather_gbps"].items()}
+        self.ceilings = roofline.Ceilings(answer["gemm_tflops"], answer["read_gbps"], gather)
         for child in self.children[1:]:
             child.ask("release", 30.0)
         driver = query("driver_version") if self.options.device.startswith("cuda") else []
@@ -161,7 +163,7 @@ class Session:
             "python": ours.hello["python"],
             "commit": commit(),
             "library": ours.hello["about"],
-            "ceilings": {"gemm_tflops": answer["gemm_tflops"], "read_gbps": answer["read_gbps"]},
+            "ceilings": {name: answer[name] for name in ("gemm_tflops", "read_gbps", "gather_gbps")},
         }
 
     def close(self) -> None:
@@ -169,7 +171,7 @@ class Session:
             child.close()
         self.clock.close()
 
-    def run_shape(self, shape: Shape) -> dict[str, Any]:
+    def run_shape(self, shape: AnyShape) -> dict[str, Any]:
         """Prepares every contender, times them in turn `rounds` times, and makes the record."""
         states = {child.contender.label: _prepare(child, shape, self.options) for child in self.children}
         for round_index in range(self.options.rounds):
@@ -193,28 +195,18 @@ class Session:
         state["calls_per_replay"] = answer["calls_per_sample"]
         state["spans"].append((answer["began"], answer["ended"]))
 
-    def _record(self, shape: Shape, states: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    def _record(self, shape: AnyShape, states: dict[str, dict[str, Any]]) -> dict[str, Any]:
         labels = list(states)
         finished = {label: self._finish(state) for label, state in states.items()}
         ours = finished[labels[0]]
-        lengths = shape.lengths()
-        work = roofline.dense_decode_work(
-            lengths,
-            s_q=shape.s_q,
-            h_q=shape.h_q,
-            h_kv=shape.h_kv,
-            d_qk=shape.d_qk,
-            d_v=shape.d_v,
-            causal=shape.causal,
-            itemsize=ITEM_SIZE[shape.dtype],
-        )
+        work = _work(shape)
         floor_us = self.ceilings.floor_us(work)
         record = {
             "kind": "shape",
             **self.common,
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "shape": shape.to_json(),
-            "keys": sum(lengths),
+            "keys": shape.keys(),
             "flop": work.flop,
             "bytes": work.bytes,
             "floor_us": floor_us,
@@ -243,15 +235,17 @@ class Session:
         state["clock"] = self.clock.between(spans)
         return state
 
-    def run_host(self, calls: int) -> list[dict[str, Any]]:
+    def run_host(self, shape: AnyShape, calls: int) -> list[dict[str, Any]]:
         """CPU time of one eager call, one record; every contender is measured twice, the lower median counts."""
         measured: dict[str, dict[str, Any]] = {}
         for _ in range(2):
             for child in self.children:
                 label = child.contender.label
-                answer = child.ask("host", 180.0, shape=HOST_SHAPE.to_json(), calls=calls)
+                answer = child.ask("host", 180.0, shape=shape.to_json(), calls=calls)
                 if not answer["ok"]:
-                    measured.setdefault(label, {"time_us": None, "error": answer["error"]})
+                    not_served = answer.get("not_served", False)
+                    failed = {"time_us": None, "error": answer["error"], "not_served": not_served}
+                    measured.setdefault(label, failed)
                 elif (measured.get(label) or {}).get("time_us") is None or (
                     answer["median_us"] < measured[label]["time_us"]
                 ):
@@ -271,7 +265,7 @@ class Session:
             "kind": "host",
             **self.common,
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "shape": HOST_SHAPE.to_json(),
+            "shape": shape.to_json(),
             "calls": calls,
             **ours,
             "peers": peers,
@@ -279,7 +273,29 @@ class Session:
         return [record]
 
 
-def _prepare(child: Child, shape: Shape, options: Options) -> dict[str, Any]:
+def _work(shape: AnyShape) -> Any:
+    if isinstance(shape, SparseShape):
+        return roofline.sparse_decode_work(
+            shape.keys(),
+            h_q=shape.h_q,
+            d_qk=shape.d_qk,
+            d_v=shape.d_v,
+            bytes_per_token=shape.format.bytes_per_token,
+            row_bytes=shape.format.row_bytes,
+        )
+    return roofline.dense_decode_work(
+        shape.lengths(),
+        s_q=shape.s_q,
+        h_q=shape.h_q,
+        h_kv=shape.h_kv,
+        d_qk=shape.d_qk,
+        d_v=shape.d_v,
+        causal=shape.causal,
+        itemsize=ITEM_SIZE[shape.dtype],
+    )
+
+
+def _prepare(child: Child, shape: AnyShape, options: Options) -> dict[str, Any]:
     answer = child.ask("prepare", options.prepare_timeout_s, shape=shape.to_json())
     if not answer["ok"] and answer.get("fatal") and child.hello.get("ok"):
         answer = child.ask("prepare", options.prepare_timeout_s, shape=shape.to_json(), plain=True)
@@ -298,7 +314,7 @@ def _rates(work: Any, ceilings: Any, floor_us: float, time_us: float | None) -> 
         "tflops": tflops,
         "gbps": gbps,
         "share_of_gemm": tflops / ceilings.gemm_tflops,
-        "share_of_read": gbps / ceilings.read_gbps,
+        "share_of_read": gbps / ceilings.memory_gbps(work),
         "share_of_floor": floor_us / time_us,
     }
 
@@ -334,20 +350,27 @@ def gpu_slug(name: str) -> str:
 
 
 def run(
-    shapes: list[Shape], contenders: list[Contender], options: Options, out: Path, host_calls: int = 0
+    shapes: list[AnyShape], contenders: list[Contender], options: Options, out: Path, host_calls: int = 0
 ) -> tuple[Path, list[dict[str, Any]]]:
-    """Runs everything, appends each record to ``out/<gpu>.jsonl`` as soon as it is there, returns path and records."""
+    """Runs everything, appends each record to ``out/<gpu>.jsonl`` as soon as it is there, returns path and records.
+
+    The CPU time of a call is measured for the operations that `shapes` hold; for dense decode where there are none.
+    """
     session = Session(contenders, options)
     records: list[dict[str, Any]] = []
+    sparse = [shape for shape in shapes if isinstance(shape, SparseShape)]
+    hosts = [SPARSE_HOST_SHAPE] if sparse else []
+    hosts = [HOST_SHAPE, *hosts] if len(sparse) < len(shapes) or not shapes else hosts
+    hosts = hosts if host_calls else []
     try:
-        with progress.Progress(len(shapes) + (host_calls > 0), "benchmarks") as bar:
+        with progress.Progress(len(shapes) + len(hosts), "benchmarks") as bar:
             bar.note("starting, measuring the ceilings")
-            session.open(quick=not options.device.startswith("cuda"))
+            gather_rows = sorted({shape.format.row_bytes for shape in sparse})
+            session.open(quick=not options.device.startswith("cuda"), gather_rows=gather_rows)
             out.mkdir(parents=True, exist_ok=True)
             path = out / f"{gpu_slug(session.common['gpu'])}.jsonl"
             jobs = [lambda shape=shape: [session.run_shape(shape)] for shape in shapes]
-            if host_calls:
-                jobs.append(lambda: session.run_host(host_calls))
+            jobs += [lambda shape=shape: session.run_host(shape, host_calls) for shape in hosts]
             for job in jobs:
                 began = time.monotonic()
                 made = job()

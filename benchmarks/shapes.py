@@ -31,6 +31,11 @@ class Shape:
     seed: int = SEED
     # GPU -> how many times as fast as the faster peer this shape is meant to be.
     goals: dict[str, float] = field(default_factory=dict, hash=False)
+    op: str = "dense_decode"
+
+    def keys(self) -> int:
+        """Rows of the cache that one call reads."""
+        return sum(self.lengths())
 
     def lengths(self) -> list[int]:
         """Keys of each request."""
@@ -41,14 +46,87 @@ class Shape:
 
     def kv_bytes(self) -> int:
         """Bytes of the cache that one call reads."""
-        return sum(self.lengths()) * self.h_kv * self.d_qk * ITEM_SIZE[self.dtype]
+        return self.keys() * self.h_kv * self.d_qk * ITEM_SIZE[self.dtype]
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Shape:
-        return cls(**values)
+
+@dataclass(frozen=True)
+class Format:
+    """What is counted of a cache format; `row_bytes` of the `bytes_per_token` lie together."""
+
+    d_qk: int
+    bytes_per_token: int
+    row_bytes: int
+
+
+FORMATS = {"V32": Format(576, 656, 656), "MODEL1": Format(512, 584, 576)}
+
+
+@dataclass(frozen=True)
+class SparseShape:
+    """One sparse decode call over FP8 caches.
+
+    Every query token selects `topk` of the `context` tokens of its request, and `extra_topk` of `extra_context` in a
+    second cache, where there is one. `varied`: of each, only the first 1 to all count, another number for each request,
+    uniform with a fixed seed.
+    """
+
+    name: str
+    b: int
+    s_q: int
+    h_q: int
+    kv_format: str
+    topk: int
+    extra_topk: int = 0
+    extra_page: int = 64
+    varied: bool = False
+    page: int = 64
+    context: int = 16384
+    extra_context: int = 8192
+    sink: bool = False
+    d_v: int = 512
+    seed: int = SEED
+    goals: dict[str, float] = field(default_factory=dict, hash=False)
+    op: str = "sparse_decode"
+
+    @property
+    def format(self) -> Format:
+        return FORMATS[self.kv_format]
+
+    @property
+    def d_qk(self) -> int:
+        return self.format.d_qk
+
+    def counts(self) -> list[tuple[int, int]]:
+        """How many rows a query token of each request selects from the one cache and from the other."""
+        if not self.varied:
+            return [(self.topk, self.extra_topk)] * self.b
+        draw = random.Random(self.seed)
+        return [
+            (draw.randint(1, self.topk), draw.randint(1, self.extra_topk) if self.extra_topk else 0)
+            for _ in range(self.b)
+        ]
+
+    def keys(self) -> int:
+        """Rows that all query tokens of one call select."""
+        return self.s_q * sum(first + second for first, second in self.counts())
+
+    def kv_bytes(self) -> int:
+        """Bytes of those rows."""
+        return self.keys() * self.format.bytes_per_token
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+AnyShape = Shape | SparseShape
+
+
+def from_json(values: dict[str, Any]) -> AnyShape:
+    """The shape that ``to_json`` made `values` of."""
+    return (SparseShape if values.get("op") == "sparse_decode" else Shape)(**values)
 
 
 def _both(goal: float) -> dict[str, float]:
@@ -87,32 +165,91 @@ VARIANTS = [
     Shape("dense_h128_sq64_b4_8k", 4, 64, 128, 8192),
 ]
 
+_SMALL_BATCH = 1.6  # two requests leave most of the GPU idle: what counts is latency
+
+
+def _v32(h_q: int, s_q: int, b: int, goals: dict[str, float], *, long: bool = False) -> SparseShape:
+    name = f"sparse_v32_h{h_q}_sq{s_q}_b{b}"
+    if long:
+        return SparseShape(f"{name}_16k", b, s_q, h_q, "V32", 16384, context=32768, goals=goals)
+    return SparseShape(name, b, s_q, h_q, "V32", 2048, goals=goals)
+
+
+def _model1(h_q: int, extra_topk: int, b: int, goal: float, suffix: str = "", **options: Any) -> SparseShape:
+    """As a layer of DeepSeek-V4 calls it: the last tokens' cache is the first one, the compressed cache the second."""
+    return SparseShape(
+        f"sparse_model1_h{h_q}_sq2{suffix}_b{b}",
+        b,
+        2,
+        h_q,
+        "MODEL1",
+        128,
+        extra_topk,
+        context=1024,
+        sink=True,
+        goals=_both(_SMALL_BATCH if b == 2 else goal),
+        **options,
+    )
+
+
+SPARSE = [
+    *(_v32(128, 2, b, _both(_SMALL_BATCH if b == 2 else 1.35)) for b in (2, 64, 128)),
+    _v32(128, 2, 148, _both(1.35), long=True),
+    _v32(64, 2, 148, {"h100": 1.4, "h200": 1.6}, long=True),
+    SparseShape(
+        "sparse_model1_h128_sq2_b148_16k", 148, 2, 128, "MODEL1", 16384, context=32768, sink=True, goals=_both(1.28)
+    ),
+    _v32(64, 1, 128, {"h100": 1.4, "h200": 1.6}),
+    *(_v32(h, 1, 128, {"h100": 1.5, "h200": 2.0}) for h in (32, 16, 8)),
+    *(_model1(64, 512, b, 1.5) for b in (2, 64, 256)),
+    *(
+        _model1(128, 1024, b, 1.35, suffix, **options)
+        for suffix, options in (("", {}), ("_page2", {"extra_page": 2}), ("_varied", {"varied": True}))
+        for b in (2, 64, 128, 256)
+    ),
+]
+
 # Small enough for a CPU: for trying the tool itself.
 SMOKE = [
     Shape("smoke_h4_b2_100", 2, 1, 4, 100),
     Shape("smoke_h4_sq2_b2_200", 2, 2, 4, 200, varied=False),
+    SparseShape("smoke_sparse_v32_h4_b2", 2, 1, 4, "V32", 64, context=300),
+    SparseShape(
+        "smoke_sparse_model1_h4_sq2_b2", 2, 2, 4, "MODEL1", 64, 128, 2, True, context=100, extra_context=150, sink=True
+    ),
 ]
 
-GROUPS: dict[str, list[Shape]] = {
+GROUPS: dict[str, list[AnyShape]] = {
     "goals": GOALS,
     "heads": HEADS,
     "pages": PAGES,
     "variants": VARIANTS,
+    "sparse": SPARSE,
     "smoke": SMOKE,
 }
-_NAMED: dict[str, Shape] = {}
+_NAMED: dict[str, AnyShape] = {}
 for _shape in (shape for group in GROUPS.values() for shape in group):
     _NAMED.setdefault(_shape.name, _shape)  # where two groups share a shape, the one with goals comes first
 GROUPS["quick"] = [
     _NAMED[name]
     for name in ("dense_h128_sq2_8k", "dense_h128_sq1_8k", "dense_h16_b64_8k", "dense_h128_b4_1024", "dense_h16_b1_1k")
 ]
+GROUPS["sparse_quick"] = [
+    _NAMED[name]
+    for name in (
+        "sparse_v32_h128_sq2_b128",
+        "sparse_v32_h128_sq2_b2",
+        "sparse_v32_h64_sq1_b128",
+        "sparse_v32_h16_sq1_b128",
+        "sparse_model1_h128_sq2_b64",
+    )
+]
 GROUPS["all"] = [shape for shape in _NAMED.values() if shape not in SMOKE]
 
 
-def select(groups: list[str], names: list[str]) -> list[Shape]:
+def select(groups: list[str], names: list[str]) -> list[AnyShape]:
     """The shapes of `groups` and those that match `names` (shell patterns), each once. KeyError where none does."""
-    chosen: dict[str, Shape] = {}
+    chosen: dict[str, AnyShape] = {}
     for group in groups:
         if group not in GROUPS:
             raise KeyError(f"no group {group!r}; groups: {', '.join(sorted(GROUPS))}")

@@ -22,8 +22,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from benchmarks.implementations import Implementation
-    from benchmarks.inputs import Inputs
+    from benchmarks.implementations import AnyInputs, Implementation
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -62,7 +61,7 @@ class Worker:
 
         self.device: torch.device = torch.device(device)
         self.implementation: Implementation = implementations.IMPLEMENTATIONS[name]()
-        self.inputs: Inputs | None = None
+        self.inputs: AnyInputs | None = None
         self.measure: Any = None
 
     def hello(self) -> dict[str, Any]:
@@ -77,21 +76,21 @@ class Worker:
             "gpu": torch.cuda.get_device_name(self.device) if cuda else "CPU",
         }
 
-    def ceilings(self, quick: bool) -> dict[str, Any]:
+    def ceilings(self, quick: bool, gather_rows: list[int]) -> dict[str, Any]:
         from benchmarks.measuring import roofline
 
         self.release()
-        result = dataclasses.asdict(roofline.measure_ceilings(self.device, quick=quick))
+        result = dataclasses.asdict(roofline.measure_ceilings(self.device, quick=quick, gather_rows=gather_rows))
         self.release()
         return result
 
     def prepare(self, shape: dict[str, Any], plain: bool = False) -> dict[str, Any]:
         """Builds inputs, checks the answer, captures the graph of the fastest variant (`plain`: of the first)."""
         from benchmarks.measuring import timing
-        from benchmarks.shapes import Shape
+        from benchmarks.shapes import from_json
 
         self.release()
-        wanted = Shape.from_json(shape)
+        wanted = from_json(shape)
         sets = timing.rotation_sets(wanted.kv_bytes(), timing.l2_bytes(self.device))
         self.inputs = self.implementation.inputs(wanted, self.device, sets)
         chosen, failures = self._fastest(plain)
@@ -101,7 +100,7 @@ class Worker:
         from benchmarks.implementations import NotServed
 
         assert self.inputs is not None
-        best_us, best, failures = float("inf"), None, {}
+        best_us, best, failures, failed = float("inf"), None, {}, False
         makers = self.implementation.variants(self.inputs)[: 1 if plain else None]
         for index, make in enumerate(makers):
             try:
@@ -113,13 +112,14 @@ class Worker:
                 if _breaks_cuda(error):
                     raise
                 failures[f"variant {index}"] = _short(error)
+                failed = failed or not isinstance(error, NotServed)
                 continue
             if time_us < best_us:
                 best_us = time_us
                 best = {"variant": variant.name, **errors, "capture_error": capture_error}
                 self.measure = measure
         if best is None:
-            raise RuntimeError("; ".join(failures.values()))
+            raise (RuntimeError if failed else NotServed)("; ".join(failures.values()))
         return best, failures
 
     def _check(self, variant: Any) -> dict[str, Any]:
@@ -147,9 +147,9 @@ class Worker:
 
     def call(self, shape: dict[str, Any], count: int) -> dict[str, Any]:
         """Plain eager calls of the first variant, checked afterwards."""
-        from benchmarks.shapes import Shape
+        from benchmarks.shapes import from_json
 
-        self.inputs = self.implementation.inputs(Shape.from_json(shape), self.device, 1)
+        self.inputs = self.implementation.inputs(from_json(shape), self.device, 1)
         variant = self.implementation.variants(self.inputs)[0]()
         for _ in range(count):
             variant.calls[0]()
@@ -164,11 +164,11 @@ class Worker:
         """CPU time of one eager call, of the variant that costs the host least."""
         from benchmarks.implementations import NotServed
         from benchmarks.measuring import timing
-        from benchmarks.shapes import Shape
+        from benchmarks.shapes import from_json
 
         self.release()
-        self.inputs = self.implementation.inputs(Shape.from_json(shape), self.device, 1)
-        best, failures = None, []
+        self.inputs = self.implementation.inputs(from_json(shape), self.device, 1)
+        best, failures, failed = None, [], False
         for make in self.implementation.variants(self.inputs):
             try:
                 variant = make()
@@ -178,11 +178,12 @@ class Worker:
                 if _breaks_cuda(error):
                     raise
                 failures.append(_short(error))
+                failed = failed or not isinstance(error, NotServed)
                 continue
             if best is None or result.median_us < best["median_us"]:
                 best = {**dataclasses.asdict(result), "variant": variant.name}
         if best is None:
-            raise RuntimeError("; ".join(failures) or "no variant")
+            raise (RuntimeError if failed else NotServed)("; ".join(failures) or "no variant")
         return best
 
     def release(self) -> dict[str, Any]:
@@ -225,7 +226,8 @@ def _serve(worker: Worker, channel: Any) -> None:
         except Exception as error:
             traceback.print_exc()
             fatal = _breaks_cuda(error)
-            reply = {"ok": False, "error": _short(error), "fatal": fatal, "not_served": isinstance(error, NotServed)}
+            not_served = isinstance(error, NotServed) and not fatal
+            reply = {"ok": False, "error": _short(error), "fatal": fatal, "not_served": not_served}
             with contextlib.suppress(Exception):
                 worker.release()
         reply["wall_s"] = time.perf_counter() - began

@@ -1,9 +1,10 @@
-"""``python -m flash_mla``: what is this machine, which kernels serve it, and a small checked and timed run."""
+"""``python -m flash_mla``: what is this machine, which kernels serve it, and small runs, checked and timed."""
 
 import argparse
 import json
 import random
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,26 +17,81 @@ from flash_mla.kv_format import KVFormat
 from flash_mla.problem import DenseDecodeProblem, Problem
 from flash_mla.problem_kv_cache import KVCacheProblem
 from flash_mla.problem_sparse import SparseDecodeProblem
-from flash_mla.testing import Comparison, DenseDecodeInputs, compare, expected_dense_decode, make_dense_decode_inputs
+from flash_mla.testing import (
+    Answer,
+    Comparison,
+    DenseDecodeInputs,
+    SparseDecodeInputs,
+    compare,
+    expected_dense_decode,
+    expected_sparse_decode,
+    make_dense_decode_inputs,
+    make_sparse_decode_inputs,
+)
 from flash_mla.testing.progress import Progress
-from flash_mla.testing.roofline import Ceilings, Work, dense_decode_work, measure_ceilings
+from flash_mla.testing.roofline import Ceilings, Work, dense_decode_work, measure_ceilings, sparse_decode_work
 from flash_mla.testing.timing import Timing, time_cpu, time_cuda
+
+Inputs = DenseDecodeInputs | SparseDecodeInputs
 
 
 @dataclass(frozen=True)
-class Batch:
-    """The batch that is decoded: paged, one new token per request, causal, bf16."""
+class DenseBatch:
+    """A batch that is decoded: paged, one new token per request, causal, bf16."""
 
     lengths: tuple[int, ...]
     h_q: int
     page: int = 64
 
     def describe(self) -> str:
+        """One line."""
         spread = f"{min(self.lengths):,} to {max(self.lengths):,} keys, {sum(self.lengths):,} in all"
         return f"{len(self.lengths)} requests of {spread}; {self.h_q} heads, pages of {self.page}, bf16"
 
     def work(self) -> Work:
+        """The least that the call must do."""
         return dense_decode_work(self.lengths, s_q=1, h_q=self.h_q)
+
+    def inputs(self, device: torch.device) -> Inputs:
+        """The tensors of the call."""
+        return make_dense_decode_inputs(self.lengths, h_q=self.h_q, page=self.page, device=device, causal=True)
+
+
+@dataclass(frozen=True)
+class SparseBatch:
+    """A batch that is decoded: one new token per request, which selects `topk` rows of one cache of V32 pages."""
+
+    requests: int
+    topk: int
+    h_q: int
+    pages: int
+    page: int = 64
+
+    def describe(self) -> str:
+        """One line."""
+        selected = f"{self.requests} requests, each of {self.topk:,} out of {self.pages * self.page:,} cached tokens"
+        return f"{selected}; {self.h_q} heads, pages of {self.page}, FP8 (V32)"
+
+    def work(self) -> Work:
+        """The least that the call must do."""
+        return sparse_decode_work(self.requests * self.topk, h_q=self.h_q, bytes_per_token=_ROW_BYTES)
+
+    def inputs(self, device: torch.device) -> Inputs:
+        """The tensors of the call."""
+        return make_sparse_decode_inputs(
+            self.requests,
+            h_q=self.h_q,
+            topk=self.topk,
+            kv_format=KVFormat.V32,
+            page=self.page,
+            num_blocks=self.pages,
+            invalid=0.0,
+            device=device,
+        )
+
+
+Batch = DenseBatch | SparseBatch
+_ROW_BYTES = KVFormat.V32.layout.bytes_per_token
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -50,27 +106,39 @@ def main(arguments: list[str] | None = None) -> int:
     say = _silent if options.json else print
     result = _machine(device)
     say(_describe_machine(result))
-    served = result["operations"]["dense_decode"]["backend"] != "reference"
-    batch = _choose_batch(large=served, quick=options.quick)
-    say(f"\nDecoding {batch.describe()}", flush=True)
-    result |= _decode(batch, device, quick=options.quick)
-    say(_describe_run(result))
+    ceilings = measure_ceilings(device, quick=options.quick, gather_rows=(_ROW_BYTES,))
+    result |= {"ceilings": asdict(ceilings), "runs": {}}
+    chosen: dict[str, Callable[[bool, bool], Batch]] = {"dense_decode": _choose_dense, "sparse_decode": _choose_sparse}
+    for op, choose in chosen.items():
+        batch = choose(result["operations"][op]["backend"] != "reference", options.quick)
+        say(f"\n{op}: {batch.describe()}", flush=True)
+        run = _decode(batch, device, ceilings, quick=options.quick)
+        say(_describe_check(run["check"]), flush=True)
+        result["runs"][op] = run
+    say("", _table(result["runs"]), sep="\n")
     if options.json:
         print(json.dumps(result, indent=2))
-    return 0 if result["check"]["passed"] else 1
+    return 0 if all(run["check"]["passed"] for run in result["runs"].values()) else 1
 
 
 def _silent(*_args: Any, **_kwargs: Any) -> None:
     pass
 
 
-def _choose_batch(large: bool, quick: bool) -> Batch:
+def _choose_dense(large: bool, quick: bool) -> DenseBatch:
     """Lengths as in service: many short, few long. The reference gets a batch that it can do in seconds."""
     if not large:
-        return Batch((2048, 700, 1, 65)[:2] if quick else (2048, 700, 1300, 65), h_q=16)
+        return DenseBatch((2048, 700, 1, 65)[:2] if quick else (2048, 700, 1300, 65), h_q=16)
     draw = random.Random(0)
     count, longest = (64, 16384) if quick else (128, 40960)
-    return Batch(tuple(int(256 * (longest / 256) ** draw.random()) for _ in range(count)), h_q=128)
+    return DenseBatch(tuple(int(256 * (longest / 256) ** draw.random()) for _ in range(count)), h_q=128)
+
+
+def _choose_sparse(large: bool, quick: bool) -> SparseBatch:
+    """What is selected is far larger than an L2 cache, where a kernel serves the call."""
+    if not large:
+        return SparseBatch(requests=2 if quick else 4, topk=512, h_q=16, pages=32)
+    return SparseBatch(requests=64 if quick else 128, topk=2048, h_q=128, pages=8192 if quick else 16384)
 
 
 # ---- The machine.
@@ -114,7 +182,7 @@ def _operation(op: str, device: torch.device) -> dict[str, Any]:
 
 
 def _problem(op: str, device: torch.device) -> Problem | None:
-    """A usual call, as the kernel tables see it: that of the demonstration, and V3.2's of sparse decode. None where
+    """A usual call, as the kernel tables see it: those of the demonstration. None where
     nothing but the reference has the operation."""
     if op == "kv_cache":
         return KVCacheProblem.of(torch.empty(1, 64, 1, 656, device=device, dtype=torch.uint8), KVFormat.V32)
@@ -122,8 +190,8 @@ def _problem(op: str, device: torch.device) -> Problem | None:
     if op == "dense_decode":
         return DenseDecodeProblem.of(q, torch.empty(1, 64, 1, 576, device=device, dtype=torch.bfloat16))
     if op == "sparse_decode":
-        k_cache = torch.empty(1, 64, 1, 656, device=device, dtype=torch.uint8)
-        return SparseDecodeProblem.of(q, k_cache, torch.empty(1, 1, 2048, device=device, dtype=torch.int32))
+        k_cache = torch.empty(1, 64, 1, _ROW_BYTES, device=device, dtype=torch.uint8)
+        return SparseDecodeProblem.of(q, k_cache, torch.zeros(1, 1, 2048, device=device, dtype=torch.int32))
     return None
 
 
@@ -149,17 +217,16 @@ def _describe_machine(result: dict[str, Any]) -> str:
 # ---- The run.
 
 
-def _decode(batch: Batch, device: torch.device, quick: bool) -> dict[str, Any]:
-    """Decode the batch, check the answer, measure it and the machine."""
-    inputs = make_dense_decode_inputs(batch.lengths, h_q=batch.h_q, page=batch.page, device=device, causal=True)
+def _decode(batch: Batch, device: torch.device, ceilings: Ceilings, quick: bool) -> dict[str, Any]:
+    """Decode the batch, check the answer, measure it."""
+    inputs = batch.inputs(device)
     schedule, _ = flash_mla.get_mla_metadata()
     arguments = {**inputs.call(), "tile_scheduler_metadata": schedule}
     out, lse = flash_mla.flash_mla_with_kvcache(**arguments)
     check = _check(inputs, out, lse)
 
-    backend = select(DenseDecodeProblem.of(inputs.q, inputs.k_cache)).name
+    backend = select(_problem_of(inputs)).name
     timing = _time(arguments, device, graph=backend != "reference", quick=quick)
-    ceilings = measure_ceilings(device, quick=quick)
     work, time_us = batch.work(), timing.median_us
     return {
         "backend": backend,
@@ -173,11 +240,18 @@ def _decode(batch: Batch, device: torch.device, quick: bool) -> dict[str, Any]:
     }
 
 
+def _problem_of(inputs: Inputs) -> Problem:
+    if isinstance(inputs, SparseDecodeInputs):
+        return SparseDecodeProblem.of(inputs.q, inputs.primary.cache, inputs.primary.indices)
+    return DenseDecodeProblem.of(inputs.q, inputs.k_cache)
+
+
 def _shares(work: Work, ceilings: Ceilings, time_us: float) -> dict[str, Any]:
     return {
-        "ceilings": asdict(ceilings),
+        "gemm_tflops": ceilings.gemm_tflops,
+        "memory_gbps": ceilings.memory_gbps(work),
         "share_of_gemm": work.tflops(time_us) / ceilings.gemm_tflops,
-        "share_of_read": work.gbps(time_us) / ceilings.read_gbps,
+        "share_of_read": work.gbps(time_us) / ceilings.memory_gbps(work),
         "floor_us": ceilings.floor_us(work),
         "share_of_floor": ceilings.floor_us(work) / time_us,
         "bound": ceilings.bound(work),
@@ -194,7 +268,13 @@ def _time(arguments: dict[str, Any], device: torch.device, graph: bool, quick: b
     return time_cpu(call, seconds=seconds)
 
 
-def _check(inputs: DenseDecodeInputs, out: torch.Tensor, lse: torch.Tensor) -> dict[str, Any]:
+def _expected(inputs: Inputs, rows: slice) -> Answer:
+    if isinstance(inputs, SparseDecodeInputs):
+        return expected_sparse_decode(inputs.rows(rows))
+    return expected_dense_decode(inputs.rows(rows))
+
+
+def _check(inputs: Inputs, out: torch.Tensor, lse: torch.Tensor) -> dict[str, Any]:
     """Compare every request with the float64 reference, one at a time."""
     b = inputs.q.shape[0]
     worst: dict[str, Comparison] = {}
@@ -202,7 +282,7 @@ def _check(inputs: DenseDecodeInputs, out: torch.Tensor, lse: torch.Tensor) -> d
     with Progress(b, "checking against the reference", quiet_s=5.0) as bar:
         for request in range(b):
             rows = slice(request, request + 1)
-            answer = expected_dense_decode(inputs.rows(rows))
+            answer = _expected(inputs, rows)
             for comparison in (
                 compare("out", out[rows], answer.out, answer.emulated_out),
                 compare("lse", lse[rows], answer.lse, answer.emulated_lse),
@@ -221,30 +301,30 @@ def _check(inputs: DenseDecodeInputs, out: torch.Tensor, lse: torch.Tensor) -> d
     }
 
 
-def _describe_run(result: dict[str, Any]) -> str:
-    check, ceilings = result["check"], result["ceilings"]
-    lines = []
-    if check["passed"]:
-        parts = [
-            f"{name} error {100 * worst['worst_share']:.0f} % of what is allowed"
-            for name, worst in check["worst"].items()
-        ]
-        lines.append(f"check passed for {check['requests']} requests: largest {', '.join(parts)}")
-    else:
-        lines += ["CHECK FAILED", *check["problems"]]
-    rows = [
-        ("", "measured", "ceiling", "share"),
-        ("arithmetic (TFLOPS)", result["tflops"], ceilings["gemm_tflops"], result["share_of_gemm"]),
-        ("memory (GB/s)", result["gbps"], ceilings["read_gbps"], result["share_of_read"]),
-        (f"time (us; {result['bound']}-bound)", result["time_us"], result["floor_us"], result["share_of_floor"]),
+def _describe_check(check: dict[str, Any]) -> str:
+    if not check["passed"]:
+        return "\n".join(["CHECK FAILED", *check["problems"]])
+    parts = [
+        f"{name} error {100 * worst['worst_share']:.0f} % of what is allowed" for name, worst in check["worst"].items()
     ]
-    lines.append("")
-    for name, *values in rows:
-        if isinstance(values[0], str):
-            lines.append(f"{name:28s} " + " ".join(f"{value:>12s}" for value in values))
-        else:
-            lines.append(f"{name:28s} {_number(values[0]):>12s} {_number(values[1]):>12s} {100 * values[2]:>10.1f} %")
-    lines.append("The ceilings were measured here: a large matrix product, a streaming read; for time, the slower one.")
+    return f"check passed for {check['requests']} requests: largest {', '.join(parts)}"
+
+
+def _table(runs: dict[str, dict[str, Any]]) -> str:
+    lines = [f"{'':42s} " + " ".join(f"{head:>12s}" for head in ("measured", "ceiling", "share"))]
+    for op, run in runs.items():
+        rows = [
+            ("arithmetic (TFLOPS)", run["tflops"], run["gemm_tflops"], run["share_of_gemm"]),
+            ("memory (GB/s)", run["gbps"], run["memory_gbps"], run["share_of_read"]),
+            (f"time (us; {run['bound']}-bound)", run["time_us"], run["floor_us"], run["share_of_floor"]),
+        ]
+        for name, measured, ceiling, share in rows:
+            label = f"{op.replace('_', ' ')}, {name}"
+            lines.append(f"{label:42s} {_number(measured):>12s} {_number(ceiling):>12s} {100 * share:>10.1f} %")
+    lines.append(
+        "The ceilings were measured here: a large matrix product; a streaming read, for sparse decode a gather"
+    )
+    lines.append("of rows from random places; for time, the slower one.")
     return "\n".join(lines)
 
 

@@ -1,5 +1,6 @@
 """The benchmark tool and `python -m flash_mla`: counting, records, tables. Nothing here depends on speed."""
 
+import dataclasses
 import json
 import math
 import re
@@ -11,14 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import inputs, report, runner, shapes
+import flash_mla
+from benchmarks import inputs, report, runner, shapes, sparse_inputs
 from benchmarks.__main__ import main
 from flash_mla.testing import roofline, timing
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 
-# Stands for a peer's wheel, whose module has the same name as ours: MLA decode by a plain loop.
+# Stands for a peer's wheel, whose module has the same name as ours: dense MLA decode by a plain loop, and sparse for
+# 64 heads only.
 FAKE_PEER = textwrap.dedent(
     """
     import torch
@@ -27,8 +30,11 @@ FAKE_PEER = textwrap.dedent(
         print("peers print to stdout")
         return use_legacy, None
 
-    def flash_mla_with_kvcache(q, k_cache, block_table, cache_seqlens, head_dim_v, schedule, num_splits, causal=False):
-        assert schedule is True
+    def flash_mla_with_kvcache(q, k_cache, block_table, cache_seqlens, head_dim_v, tile_scheduler_metadata, num_splits,
+                               causal=False, is_fp8_kvcache=False, indices=None):
+        assert tile_scheduler_metadata is True
+        if indices is not None:
+            return sparse(q, k_cache, head_dim_v, indices)
         out = torch.empty(*q.shape[:3], head_dim_v, dtype=q.dtype)
         lse = torch.empty(q.shape[0], q.shape[2], q.shape[1])
         for i, n in enumerate(cache_seqlens.tolist()):
@@ -39,6 +45,18 @@ FAKE_PEER = textwrap.dedent(
                 lse[i, :, j] = scores.logsumexp(-1)
                 out[i, j] = (FACTOR * scores.softmax(-1) @ k[:seen, :head_dim_v]).to(q.dtype)
         return out, lse
+
+    def sparse(q, k_cache, head_dim_v, indices):
+        assert q.shape[2] == 64, "64 heads"
+        slots = indices.long()
+        rows = k_cache.view(torch.uint8)[slots // 64, slots % 64, 0]
+        scales = rows[..., 512:528].contiguous().view(torch.float32).repeat_interleave(128, -1)
+        values = rows[..., :512].contiguous().view(torch.float8_e4m3fn).float() * scales
+        rope = rows[..., 528:].contiguous().view(torch.bfloat16)
+        k = torch.cat([values.bfloat16(), rope], -1).double()
+        scores = torch.einsum("bshd,bskd->bshk", q.double(), k) * 576**-0.5
+        out = FACTOR * torch.einsum("bshk,bskd->bshd", scores.softmax(-1), k[..., :head_dim_v])
+        return out.to(q.dtype), scores.logsumexp(-1).transpose(1, 2).float()
     """
 )
 
@@ -55,6 +73,7 @@ def fake_record(name: str, gpu: str = "NVIDIA H100 80GB HBM3", time_us: float | 
         "date": "2026-05-01T12:00:00+00:00",
         "commit": "abc",
         "ceilings": {"gemm_tflops": 796.0, "read_gbps": 3100.0},
+        "flop": 50_000_000_000,
         "shape": shape.to_json(),
         "time_us": time_us,
         "error": None if time_us else "RuntimeError: it | broke",
@@ -76,6 +95,28 @@ class TestShapes:
         assert goals["dense_h128_sq2_32k"].s_q == 2
         assert goals["dense_h128_b1_131072"].lengths() == [131072]
 
+    def test_sparse_goals(self):
+        goals = {shape.name: shape for shape in shapes.GROUPS["sparse"]}
+        assert len(goals) == len(shapes.GROUPS["sparse"]) == 25
+        assert all(set(shape.goals) == {"h100", "h200"} for shape in goals.values())
+        assert {shape.name for shape in shapes.GROUPS["sparse_quick"]} < set(goals)
+        assert len(shapes.GROUPS["sparse_quick"]) == 5
+        assert set(goals) <= {shape.name for shape in shapes.GROUPS["all"]}
+        assert all(shape.context >= shape.topk for shape in goals.values())
+        assert all(shape.extra_context >= shape.extra_topk for shape in goals.values())
+
+    def test_sparse_counts(self):
+        shape = shapes.SparseShape("x", 200, 2, 64, "MODEL1", 128, 512)
+        assert shape.counts() == [(128, 512)] * 200
+        assert shape.keys() == 200 * 2 * 640
+        assert shape.kv_bytes() == 200 * 2 * 640 * 584
+        varied = dataclasses.replace(shape, varied=True)
+        counts = varied.counts()
+        assert counts == varied.counts()
+        assert all(1 <= first <= 128 and 1 <= second <= 512 for first, second in counts)
+        assert len(set(counts)) > 150
+        assert varied.keys() == 2 * sum(first + second for first, second in counts)
+
     def test_names_are_unique_across_different_shapes(self):
         seen: dict[str, dict] = {}
         for shape in (shape for group in shapes.GROUPS.values() for shape in group):
@@ -93,7 +134,7 @@ class TestShapes:
 
     def test_json_round_trip(self):
         for shape in shapes.GROUPS["all"]:
-            assert shapes.Shape.from_json(json.loads(json.dumps(shape.to_json()))) == shape
+            assert shapes.from_json(json.loads(json.dumps(shape.to_json()))) == shape
 
     def test_select(self):
         assert [shape.name for shape in shapes.select([], ["dense_h16_b1_*"])] == [
@@ -155,10 +196,24 @@ class TestRoofline:
         assert ceilings.floor_us(memory) == pytest.approx(10.0)
         assert ceilings.bound(memory) == "memory"
 
+    def test_sparse_work_by_hand(self):
+        work = roofline.sparse_decode_work(10, h_q=4)
+        assert (work.flop, work.bytes) == (2 * 4 * 10 * 1088, 10 * 656)
+        # FlashMLA's 365 us for this shape are known as 400 TFLOPS.
+        work = roofline.sparse_decode_work(128 * 2 * 2048, h_q=128)
+        assert work.tflops(365.0) == pytest.approx(400.1, abs=0.1)
+
+    def test_rows_at_random_places_have_their_own_ceiling(self):
+        ceilings = roofline.Ceilings(800.0, 3000.0, {656: 2000.0})
+        scattered = roofline.Work(1000, 20_000_000, 656)
+        assert ceilings.floor_us(scattered) == pytest.approx(10.0)
+        assert ceilings.memory_gbps(roofline.Work(1, 1, 576)) == ceilings.memory_gbps(roofline.Work(1, 1)) == 3000.0
+
     def test_ceilings_of_a_cpu_are_measured(self):
-        ceilings = roofline.measure_ceilings("cpu", quick=True)
+        ceilings = roofline.measure_ceilings("cpu", quick=True, gather_rows=(576,))
         assert 1e-4 < ceilings.gemm_tflops < 1e3
         assert 1e-1 < ceilings.read_gbps < 1e5
+        assert 1e-1 < ceilings.gather_gbps[576] < 1e5
 
 
 class TestTiming:
@@ -220,6 +275,76 @@ class TestInputs:
         assert inputs.check(made, 0, torch.zeros_like(out), lse + 1)[1] == pytest.approx(1.0, abs=1e-4)
 
 
+def sparse_shape(kv_format: str, **options):
+    options = {"extra_topk": 96, "extra_page": 2, "varied": True, "context": 200, "extra_context": 120, **options}
+    return shapes.SparseShape("x", 3, 2, 4, kv_format, 64, **options)
+
+
+class TestSparseInputs:
+    def test_every_query_token_selects_different_rows_of_its_own_request(self):
+        made = sparse_inputs.sparse_inputs(sparse_shape("V32", varied=False), CPU, 2)
+        seen = set()
+        for side, topk, context in ((made.primary, 64, 256), (made.extra, 96, 120)):
+            assert side.indices.shape == (2, 3, 2, topk)
+            owner = {}
+            for where, row in zip(
+                torch.cartesian_prod(*map(torch.arange, (2, 3, 2))).tolist(), side.indices.view(-1, topk), strict=True
+            ):
+                slots = row.tolist()
+                assert len(set(slots)) == topk
+                assert {owner.setdefault(slot // side.page, where[:2]) == where[:2] for slot in slots} == {True}
+                seen.add(tuple(slots))
+            assert side.cache.shape[0] * side.page == 2 * 3 * context
+            assert int(side.indices.max()) < 2 * 3 * context
+        assert len(seen) == 2 * 12
+
+    @pytest.mark.parametrize("kv_format", ["V32", "MODEL1"])
+    @pytest.mark.parametrize("page", [2, 64])
+    def test_bytes_mean_what_our_formats_say(self, kv_format, page):
+        made = sparse_inputs.sparse_inputs(sparse_shape(kv_format, extra_page=page), CPU, 1).extra
+        assert made.cache.stride(1) == made.cache.shape[-1] == shapes.FORMATS[kv_format].bytes_per_token
+        if kv_format == "MODEL1":
+            assert made.cache.stride(0) % 576 == 0
+        values = flash_mla.dequantize_kv_cache(made.cache, kv_format).flatten(0, 2)
+        assert values.isfinite().all()
+        assert 1.0 < float(values.float().std()) < 3.0
+        for request, count in enumerate(made.counts):
+            slots = made.indices[0, request, 1]
+            assert (slots[count:] == -1).all()
+            assert torch.equal(made.rows(0, request, 1), values[slots[:count].long()].float())
+
+    @pytest.mark.parametrize(
+        "shape",
+        [
+            sparse_shape("V32", extra_topk=0, varied=False),
+            sparse_shape("V32"),
+            sparse_shape("MODEL1", sink=True),
+            sparse_shape("MODEL1", extra_page=64, varied=False),
+        ],
+        ids=["V32", "V32 varied", "MODEL1 varied", "MODEL1"],
+    )
+    def test_check_tells_right_from_wrong(self, shape):
+        made = sparse_inputs.sparse_inputs(shape, CPU, 2)
+        assert ("topk_length" in made.arguments(1)) == shape.varied
+        schedule, _ = flash_mla.get_mla_metadata()
+        out, lse = flash_mla.flash_mla_with_kvcache(tile_scheduler_metadata=schedule, **made.arguments(1))
+        error, lse_error = inputs.check(made, 1, out, lse)
+        assert error < 4e-3
+        assert lse_error < 1e-5
+        assert inputs.check(made, 0, out, None)[0] > 0.1
+        out[2, 1, 3, 511] = math.nan
+        assert inputs.check(made, 1, out, lse + 1) == (math.inf, pytest.approx(1.0, abs=1e-4))
+
+    def test_contenders_get_the_same(self):
+        first, second = (sparse_inputs.sparse_inputs(sparse_shape("MODEL1", sink=True), CPU, 1) for _ in range(2))
+        for name, value in first.arguments(0).items():
+            other = second.arguments(0)[name]
+            if isinstance(value, torch.Tensor) and value.dtype is torch.float8_e4m3fn:
+                assert torch.equal(value.view(torch.uint8), other.view(torch.uint8))
+            elif isinstance(value, torch.Tensor):
+                assert torch.equal(value, other)
+
+
 class TestReport:
     def test_table(self):
         records = [
@@ -243,6 +368,18 @@ class TestReport:
         ]
         assert cells[3][-1] == "1.20x missed (1.10x)"
         assert cells[4][1] == "failed: RuntimeError: it / broke"
+
+    def test_what_no_kernel_serves_is_said(self):
+        record = fake_record("sparse_v32_h128_sq2_b2", time_us=None)
+        record.update(error="NotServed: no kernel", not_served=True)
+        assert "| not served: no kernel |" in report.table([record])
+
+    def test_caption_has_the_ceilings_of_the_newest_gather(self):
+        records = [fake_record("sparse_v32_h128_sq2_b2"), fake_record("dense_h16_b1_1k")]
+        records[0]["ceilings"]["gather_gbps"] = {"576": 2830.0, "656": 2660.0}
+        assert report.caption(records).endswith(
+            "streaming read 3.1 TB/s, gather of 576-byte rows 2.83 TB/s, gather of 656-byte rows 2.66 TB/s"
+        )
 
     def test_latest_takes_the_newest_record_of_each_shape_per_gpu(self, tmp_path):
         old, new = fake_record("dense_h16_b64_8k"), fake_record("dense_h16_b64_8k", time_us=90.0)
@@ -286,15 +423,17 @@ class TestReport:
         pytest.importorskip("matplotlib")
         results, plots, readme = tmp_path / "results", tmp_path / "plots", tmp_path / "README.md"
         results.mkdir()
-        names = [shape.name for shape in (*shapes.GOALS, *shapes.HEADS)]
+        names = [shape.name for shape in (*shapes.GOALS, *shapes.HEADS, *shapes.SPARSE)]
         (results / "h100.jsonl").write_text("".join(json.dumps(fake_record(name)) + "\n" for name in names))
         readme.write_text(f"{report.BEGIN}\n{report.END}\n")
         arguments = ["plot", "--out", str(results), "--plots", str(plots), "--readme", str(readme)]
         assert main(arguments) == 0
-        assert {path.name for path in plots.iterdir()} == {"time_vs_length.png", "share_of_roofline.png", "peers.png"}
+        dense = {"time_vs_length.png", "share_of_roofline.png", "peers.png"}
+        assert {path.name for path in plots.iterdir()} == dense | {"sparse_peers.png", "sparse_throughput.png"}
         text = readme.read_text()
         assert "](plots/peers.png)" in text
         assert "| dense_h16_b64_8k " in text
+        assert "| sparse_v32_h64_sq1_b128 " in text
         assert "dense_h8_b128_4k" not in text
         assert main(arguments) == 0
         assert readme.read_text() == text
@@ -359,6 +498,42 @@ class TestRun:
         assert "| smoke_h4_sq2_b2_200 " in report.table(records)
         assert "failed" in report.table(records)
 
+    def test_sparse_decode(self, tmp_path):
+        """Ours, a peer that takes 64 heads alone, one whose answer is wrong, one that declines, one for dense only."""
+        declines = "def sparse(*arguments): raise RuntimeError('no such kernel\\nhere')"
+        contenders = [runner.Contender("ours", "ours"), runner.Contender("fa3", "fa3", str(tmp_path / "fa3"))]
+        (tmp_path / "fa3").mkdir()
+        (tmp_path / "fa3" / "fa3_fwd_interface.py").touch()
+        for label, factor, more in (("flashmla", 1.0, ""), ("wrong", 1.5, ""), ("declining", 1.0, declines)):
+            folder = tmp_path / label / "flash_mla"
+            folder.mkdir(parents=True)
+            (folder / "__init__.py").write_text(f"FACTOR = {factor}\n{FAKE_PEER}\n{more}\n")
+            contenders.append(runner.Contender(label, "flashmla", str(folder.parent)))
+        options = runner.Options(device="cpu", seconds=0.01, logs=tmp_path / "logs", rounds=1)
+        shape = shapes.select([], ["smoke_sparse_v32_h4_b2", "smoke_sparse_model1_h4_sq2_b2"])
+        _, records = runner.run(shape, contenders, options, tmp_path, host_calls=2)
+
+        v32, model1, host = records
+        assert host["shape"]["name"] == "host_sparse_v32_h64_b1"
+        assert host["peers"]["flashmla"]["time_us"] > 0
+        assert host["peers"]["declining"]["not_served"] is True
+        assert [record["error"] for record in records] == [None] * 3
+        assert v32["rel_error"] < 1e-2
+        assert v32["keys"] == 2 * 64
+        assert (v32["flop"], v32["bytes"]) == (2 * 4 * 2 * 64 * 1088, 2 * 64 * 656)
+        assert v32["floor_us"] >= v32["bytes"] / v32["ceilings"]["gather_gbps"]["656"] * 1e-3
+        assert model1["bytes"] == model1["keys"] * 584
+        right = v32["peers"]["flashmla"]
+        assert right["ratio"] == pytest.approx(right["time_us"] / v32["time_us"])
+        assert right["variant"] == "use_legacy, padded to 64 heads"
+        assert right["left_out"] == {"variant 1": "NotServed: AssertionError: 64 heads"}
+        assert "wrong answer" in v32["peers"]["wrong"]["error"]
+        assert v32["peers"]["wrong"]["not_served"] is False
+        assert "RuntimeError: no such kernel" in v32["peers"]["declining"]["error"]
+        for record, label in ((v32, "declining"), (v32, "fa3"), (model1, "flashmla")):
+            assert record["peers"][label]["not_served"] is True
+        assert "not served" in report.table(records)
+
 
 class TestDemo:
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -368,16 +543,19 @@ class TestDemo:
     def test_quick_run_on_a_cpu(self):
         done = self.run()
         assert done.returncode == 0, done.stderr
-        assert "dense_decode" in done.stdout
-        assert "sparse_decode" in done.stdout
-        assert "TFLOPS" in done.stdout
+        for op in ("dense", "sparse"):
+            assert f"{op}_decode" in done.stdout
+            assert f"{op} decode, arithmetic (TFLOPS)" in done.stdout
+        assert done.stdout.count("check passed") == 2
 
     def test_json(self):
         done = self.run("--json")
         assert done.returncode == 0, done.stderr
         result = json.loads(done.stdout)
-        assert result["check"]["passed"] is True
-        assert result["time_us"] > 0
-        assert result["backend"] == "reference"
+        assert set(result["runs"]) == {"dense_decode", "sparse_decode"}
+        for run in result["runs"].values():
+            assert run["check"]["passed"] is True
+            assert run["time_us"] > 0
+            assert run["backend"] == "reference"
         operations = {"dense_decode", "sparse_decode", "sparse_prefill", "dense_prefill", "kv_cache"}
         assert set(result["operations"]) == operations

@@ -12,7 +12,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ class Work:
 
     flop: int
     bytes: int
+    row_bytes: int = 0
+    """The bytes lie in rows of this size at random places; 0 where they are a stream."""
 
     def tflops(self, time_us: float) -> float:
         """Achieved TFLOPS when the call takes `time_us` microseconds."""
@@ -42,19 +44,26 @@ class Work:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the machine was measured to do: a large matrix product in TFLOPS, a streaming read in GB/s."""
+    """What the machine was measured to do: a large matrix product in TFLOPS, reads from device memory in GB/s."""
 
     gemm_tflops: float
     read_gbps: float
+    """A streaming read."""
+    gather_gbps: dict[int, float] = field(default_factory=dict)
+    """By their size in bytes, rows at random places."""
+
+    def memory_gbps(self, work: Work) -> float:
+        """The ceiling for the bytes of `work`: the gather of such rows where it was measured, else the stream."""
+        return self.gather_gbps.get(work.row_bytes, self.read_gbps)
 
     def floor_us(self, work: Work) -> float:
         """The time below which `work` cannot be done: the slower one of arithmetic and memory."""
-        return max(work.flop / self.gemm_tflops * 1e-6, work.bytes / self.read_gbps * 1e-3)
+        return max(work.flop / self.gemm_tflops * 1e-6, work.bytes / self.memory_gbps(work) * 1e-3)
 
     def bound(self, work: Work) -> str:
         """Which ceiling is the floor of `work`: ``compute`` or ``memory``."""
         compute = work.flop / self.gemm_tflops * 1e-6
-        return "compute" if compute >= work.bytes / self.read_gbps * 1e-3 else "memory"
+        return "compute" if compute >= work.bytes / self.memory_gbps(work) * 1e-3 else "memory"
 
 
 def keys_seen(length: int, s_q: int, causal: bool) -> int:
@@ -92,16 +101,31 @@ def dense_decode_work(
     return Work(flop=flop, bytes=kv_bytes + q_and_out)
 
 
-def measure_ceilings(device: torch.device | str, *, quick: bool = False) -> Ceilings:
-    """Measures both ceilings on `device`, in a few tenths of a second.
+def sparse_decode_work(
+    keys: int, *, h_q: int, d_qk: int = 576, d_v: int = 512, bytes_per_token: int = 656, row_bytes: int = 0
+) -> Work:
+    """FLOP and bytes of sparse MLA decode over `keys` selected cache rows, summed over all query tokens.
+
+    FLOP = 2 * heads * keys * (d_qk + d_v). Bytes = the rows that each query token selects, also where another token
+    selects them too; q, out and the indices are left out, so that memory's part of the floor is on the low side.
+    `row_bytes`: how many bytes of a row lie together (all of them by default).
+    """
+    return Work(2 * h_q * keys * (d_qk + d_v), keys * bytes_per_token, row_bytes or bytes_per_token)
+
+
+def measure_ceilings(device: torch.device | str, *, quick: bool = False, gather_rows: Sequence[int] = ()) -> Ceilings:
+    """Measures the ceilings on `device`, in a few tenths of a second each.
 
     CUDA: a bf16 product of two random 8192 x 8192 matrices, and a streaming read of 8 GiB (less where that much
-    memory is not free). CPU: a float32 product and a sum over 256 MiB.
+    memory is not free). CPU: a float32 product and a sum over 256 MiB. `gather_rows`: sizes in bytes, multiples of 4,
+    of the rows whose gather from random places (of as much memory) is measured too.
     """
     device = torch.device(device)
     if device.type == "cuda":
-        return Ceilings(_cuda_gemm_tflops(device, quick), _cuda_read_gbps(device))
-    return Ceilings(_cpu_gemm_tflops(quick), _cpu_read_gbps(quick))
+        gather = {size: _cuda_gather_gbps(device, size) for size in gather_rows}
+        return Ceilings(_cuda_gemm_tflops(device, quick), _cuda_read_gbps(device), gather)
+    gather = {size: _cpu_gather_gbps(size, quick) for size in gather_rows}
+    return Ceilings(_cpu_gemm_tflops(quick), _cpu_read_gbps(quick), gather)
 
 
 def _cuda_gemm_tflops(device: torch.device, quick: bool) -> float:
@@ -121,10 +145,32 @@ def _cuda_read_gbps(device: torch.device) -> float:
     readers: list[Callable[[], object]] = [lambda: torch.sum(data.view(torch.float32))]
     if _triton is not None:
         readers.append(lambda: _read_kernel[(out.numel(),)](data, out, TILE=_READ_TILE, TILES=_READ_TILES, num_warps=8))
+    return _best_gbps(readers, count * 4)
+
+
+def _cuda_gather_gbps(device: torch.device, row_bytes: int) -> float:
+    """Useful bytes: every row of a table is read once, in random order."""
+    free, _ = torch.cuda.mem_get_info(device)
+    words, chunk = row_bytes // 4, _GATHER_ROWS * _GATHER_TILES
+    rows = min(8 << 30, int(free * 0.5)) // row_bytes // chunk * chunk
+    table = torch.randint(-1000, 1000, (rows, words), device=device, dtype=torch.int32)
+    order = torch.randperm(rows, device=device).int()
+    out = torch.empty(rows // chunk, device=device, dtype=torch.int32)
+    values, bags = table.view(torch.float32), order.view(-1, chunk)
+    readers: list[Callable[[], object]] = [lambda: torch.nn.functional.embedding_bag(bags, values, mode="sum")]
+    if _triton is not None:
+        padded = 1 << (words - 1).bit_length()
+        sizes = {"WORDS": words, "PADDED": padded, "ROWS": _GATHER_ROWS, "TILES": _GATHER_TILES}
+        readers.append(lambda: _gather_kernel[(out.numel(),)](table, order, out, **sizes, num_warps=8))
+    return _best_gbps(readers, rows * row_bytes)
+
+
+def _best_gbps(readers: Sequence[Callable[[], object]], size: int) -> float:
+    """GB/s of the fastest of `readers`, each of which reads `size` bytes; the first one always works."""
     best = 0.0
     for reader in readers:
         try:
-            best = max(best, count * 4 / _cuda_seconds(reader, repeats=20) * 1e-9)
+            best = max(best, size / _cuda_seconds(reader, repeats=20) * 1e-9)
         except Exception:  # Triton may be installed but unable to build here; the other reader has measured
             if best == 0.0:
                 raise
@@ -154,6 +200,13 @@ def _cpu_read_gbps(quick: bool) -> float:
     return data.numel() * 4 / _cpu_seconds(lambda: torch.sum(data)) * 1e-9
 
 
+def _cpu_gather_gbps(row_bytes: int, quick: bool) -> float:
+    rows = ((64 if quick else 256) << 20) // row_bytes // 64 * 64
+    table, order = torch.ones(rows, row_bytes // 4), torch.randperm(rows).view(-1, 64)
+    seconds = _cpu_seconds(lambda: torch.nn.functional.embedding_bag(order, table, mode="sum"))
+    return rows * row_bytes / seconds * 1e-9
+
+
 def _cpu_seconds(call: Callable[[], object], repeats: int = 5) -> float:
     samples = []
     for _ in range(repeats + 1):
@@ -178,4 +231,20 @@ def _read_tiles(data, out, TILE: tl.constexpr, TILES: tl.constexpr):  # type: ig
     tl.store(out + program, tl.sum(total, axis=0))
 
 
+# Every program of the gather kernel reads _GATHER_TILES tiles of _GATHER_ROWS rows, all loads of a tile independent.
+_GATHER_ROWS = 16
+_GATHER_TILES = 4
+
+
+def _gather_tiles(data, order, out, WORDS: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr):  # type: ignore
+    program = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, PADDED)[None, :]
+    total = tl.zeros([ROWS, PADDED], dtype=tl.int32)
+    for tile in tl.static_range(TILES):
+        rows = tl.load(order + (program * TILES + tile) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        total += tl.load(data + rows[:, None] * WORDS + columns, mask=columns < WORDS, other=0)
+    tl.store(out + program, tl.sum(tl.sum(total, axis=1), axis=0))
+
+
 _read_kernel: Any = None if _triton is None else _triton.jit(_read_tiles)
+_gather_kernel: Any = None if _triton is None else _triton.jit(_gather_tiles)

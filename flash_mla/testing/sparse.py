@@ -60,6 +60,11 @@ class Selected:
         """What the reference takes."""
         return Selection.of(as_cache(self.cache), self.kv_format.value, self.indices, self.lengths)
 
+    def rows(self, requests: slice) -> "Selected":
+        """What some of the requests select from the same cache."""
+        lengths = None if self.lengths is None else self.lengths[requests].contiguous()
+        return Selected(self.cache, self.indices[requests], lengths, self.kv_format)
+
 
 @dataclass
 class SparseDecodeInputs:
@@ -90,6 +95,13 @@ class SparseDecodeInputs:
             "extra_topk_length": None if extra is None else extra.lengths,
             "kv_format": self.primary.kv_format,
         }
+
+    def rows(self, requests: slice) -> "SparseDecodeInputs":
+        """The same call for some of the requests, over the same caches."""
+        extra = None if self.extra is None else self.extra.rows(requests)
+        return SparseDecodeInputs(
+            self.q[requests], self.primary.rows(requests), extra, self.attn_sink, self.softmax_scale
+        )
 
 
 @dataclass
