@@ -313,17 +313,46 @@ def test_no_valid_index() -> None:
     assert bool((lse == math.inf).all())
 
 
+@pytest.mark.parametrize("topk", [1, 70, 1024, 2500])
+def test_compacting(topk: int) -> None:
+    """The valid indices, in their order, and how many there are; also of queries that have none or have all."""
+    lanes = make_lanes(make_cache("V32_NO_ROPE", 3, 4, 1), 2, 3, topk, [[0, topk, 1], [topk - 1, topk, topk]], 2)
+    lanes.indices[1, 1] = -1
+    lanes.indices[1, 2] = 5
+    keys = keys_of(lanes)
+    compacted = sparse_decode._compacted(keys)
+    for indices, length, row, mask in zip(
+        compacted.indices.flatten(0, 1).cpu(),
+        compacted.length.flatten().tolist(),
+        lanes.indices.flatten(0, 1),
+        visible(lanes).flatten(0, 1),
+        strict=True,
+    ):
+        assert torch.equal(indices[:length], row[mask])
+
+
+def padded(lanes: Lanes, request: int, seed: int) -> Lanes:
+    """One request, its lanes that count spread among twice as many that do not."""
+    mask = visible(lanes)[request, 0]
+    topk = 3 * mask.numel()
+    where = torch.randperm(topk, generator=torch.Generator().manual_seed(seed))[: int(mask.sum())].sort().values
+    indices = torch.full((1, 1, topk), -1, dtype=torch.int32)
+    indices[0, 0, where] = lanes.indices[request, 0, mask]
+    return Lanes(lanes.cache, indices, None)
+
+
 def test_batch_invariance() -> None:
-    """A request alone and among others, with a shorter index list: the same bits."""
+    """A request alone and among others, with a shorter index list or a sparser one: the same bits."""
     lanes = make_lanes(make_cache("V32", 30, 64, 1), 3, 1, 1100, [1100, 20, 600], 2)
     q = query(3, 1, 4, 576)
     out, lse = run(q, [lanes], None, None)
     for request, topk in ((0, 1100), (1, 64), (2, 601)):
         one = slice(request, request + 1)
         alone = Lanes(lanes.cache, lanes.indices[one, :, :topk].contiguous(), lanes.length[one])
-        other_out, other_lse = run(q[one], [alone], None, None)
-        assert torch.equal(other_out, out[one])
-        assert torch.equal(other_lse, lse[one])
+        for one_alone in (alone, padded(lanes, request, seed=request)):
+            other_out, other_lse = run(q[one], [one_alone], None, None)
+            assert torch.equal(other_out, out[one])
+            assert torch.equal(other_lse, lse[one])
 
 
 @pytest.mark.parametrize("scale", [0.7, 3.0e-5, 1.0 + 2.0**-20])

@@ -32,10 +32,8 @@ from flash_mla.backends.triton.language import (
     store_result,
     wide,
 )
-from flash_mla.backends.triton.launch import OPTIONS, device_of
+from flash_mla.backends.triton.launch import MAX_GRID_Y, OPTIONS, device_of
 from flash_mla.problem import HEAD_DIM_V
-
-MAX_GRID_Y = 65535
 
 INT32_MAX = 2**31 - 1
 
