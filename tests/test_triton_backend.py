@@ -107,14 +107,10 @@ def test_reasons_of_the_problem() -> None:
 
 def test_it_says_what_it_does_not_serve_yet() -> None:
     """A sentence for every operation but dense decode, on every device, with or without Triton."""
-    sparse, prefill = make_sparse_decode_inputs(2, h_q=2), make_sparse_prefill_inputs(2, h_q=2)
+    prefill = make_sparse_prefill_inputs(2, h_q=2)
     dense, fp8 = make_dense_prefill_inputs([(3, 5)]), make_dense_fp8_inputs([70, 0], "V32")
     cache = quantize_kv_cache(torch.zeros((5, 512), dtype=torch.bfloat16), "V41", 4)
     calls: dict[str, tuple[Problem, Callable[[], object]]] = {
-        "sparse_decode": (
-            SparseDecodeProblem.of(sparse.q, sparse.primary.cache, sparse.primary.indices),
-            lambda: check_decode(sparse),
-        ),
         "sparse_prefill": (
             SparsePrefillProblem.of(*list(prefill.call().values())[:3]),
             lambda: check_sparse_prefill(prefill),
@@ -133,9 +129,21 @@ def test_it_says_what_it_does_not_serve_yet() -> None:
         with backends.use("triton"), pytest.raises(UnsupportedError) as caught:
             call()
         assert str(caught.value).endswith(f"no backend takes the problem; triton: {triton.NOT_SERVED[op]}")
-    seqlens = torch.tensor([100], dtype=torch.int32)
     with backends.use("triton"), pytest.raises(UnsupportedError, match="backend triton does not have this operator"):
-        get_mla_decoding_metadata(seqlens, 16, 1, topk=64)
+        backends.active.append_kv_cache()
+
+
+def test_what_is_served_by_name_only() -> None:
+    inputs = make_sparse_decode_inputs(2, h_q=2)
+    problem = SparseDecodeProblem.of(inputs.q, inputs.primary.cache, inputs.primary.indices)
+    on_gpu = replace(problem, device_type="cuda", compute_capability=80)
+    assert set(triton.BY_NAME_ONLY) == {"sparse_decode"}
+    assert set(triton.OPERATORS) - set(triton.UNASKED) == {"sparse_decode", "sparse_decode_out", "plan_sparse_decode"}
+    assert backends.select(on_gpu) is backends.REFERENCE
+    if triton.missing() is None:
+        assert triton.BY_NAME_ONLY["sparse_decode"] in str(backends.why_no_kernel(on_gpu))
+        with backends.use("triton"):
+            assert backends.select(on_gpu) is backends.TRITON
 
 
 def test_what_cuda_declines_goes_to_triton_else_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +193,7 @@ def test_without_the_library_cuda_tensors_go_to_triton(monkeypatch: pytest.Monke
     operators = backends.Operators.made_by(backends._triton_first)
     with FakeTensorMode():
         on_gpu, on_cpu = torch.empty(1, device="cuda"), torch.empty(1)
-    for name in triton.OPERATORS:
+    for name in triton.UNASKED:
         for first in ((lambda t: t), (lambda t: [t])):
             assert getattr(operators, name)(first(on_gpu)) == f"triton_{name}"
             assert getattr(operators, name)(first(on_cpu)) == name

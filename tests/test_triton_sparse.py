@@ -8,9 +8,10 @@ import torch
 from conftest import triton_missing
 from torch import Tensor
 
+from flash_mla import backends, quantize_kv_cache
 from flash_mla.backends import triton as backend
 from flash_mla.backends.reference_schedule import plan_in_torch
-from flash_mla.testing import assert_close
+from flash_mla.testing import assert_close, make_sparse_decode_inputs, run_decode
 
 pytestmark = pytest.mark.skipif(triton_missing() is not None, reason=f"triton: {triton_missing()}")
 
@@ -353,6 +354,38 @@ def test_batch_invariance() -> None:
             other_out, other_lse = run(q[one], [one_alone], None, None)
             assert torch.equal(other_out, out[one])
             assert torch.equal(other_lse, lse[one])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_a_captured_graph_follows_the_tensors(batch_invariant: bool) -> None:
+    """Planned while it is captured; replayed over other indices and lengths it gives what a call gives then."""
+    inputs, others = (
+        make_sparse_decode_inputs(
+            4, 2, h_q=16, topk=1100, lengths="token", extra_topk=90, sink=True, seed=seed, device=DEVICE
+        )
+        for seed in (1, 2)
+    )
+    # One cache of each kind for both, full: what no index of its own input names would be NaN.
+    for side, other in ((inputs.primary, others.primary), (inputs.extra, others.extra)):
+        num_blocks, page = side.cache.shape[:2]
+        rows = torch.randn(num_blocks * page, 576, generator=torch.Generator().manual_seed(3)).bfloat16()
+        side.cache = other.cache = quantize_kv_cache(rows, "V32", page).to(DEVICE)
+    with backends.use("triton"):
+        wanted = [run_decode(each, enable_batch_invariant=batch_invariant) for each in (inputs, others)]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = run_decode(inputs, enable_batch_invariant=batch_invariant)
+        for answer, now in zip(wanted, (inputs, others), strict=True):
+            inputs.q.copy_(now.q)
+            inputs.attn_sink.copy_(now.attn_sink)
+            for side, other in ((inputs.primary, now.primary), (inputs.extra, now.extra)):
+                side.indices.copy_(other.indices)
+            inputs.primary.lengths.copy_(now.primary.lengths)
+            graph.replay()
+            for one, other in zip(captured, answer, strict=True):
+                assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("scale", [0.7, 3.0e-5, 1.0 + 2.0**-20])

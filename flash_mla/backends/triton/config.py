@@ -135,6 +135,13 @@ MAX_PARTS = 1024
 """The most parts of a plan of ours."""
 
 
+def num_sparse_parts(gpu: Gpu, s_q: int, h_q: int) -> int:
+    """Rows of a plan of sparse decode; `num_parts` says how many."""
+    # The formats are not known when a plan is made. MODEL1's tiles may be half as high, and then twice as many.
+    height = sparse_tile(gpu, h_q, 576, (0,)).block_m
+    return max(1, min(gpu.num_sms // (s_q * -(-h_q // height)), MAX_PARTS))
+
+
 def num_parts(gpu: Gpu, s_q: int, h_q: int, h_kv: int) -> int:
     """Rows of a plan: as many as fill the machine once with one program per multiprocessor.
 

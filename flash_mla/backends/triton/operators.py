@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_mla import _ops, errors, problem
+from flash_mla import _ops, errors, problem, problem_sparse
+from flash_mla.backends import reference_sparse
 from flash_mla.backends.triton import config, support
 
 
@@ -91,6 +92,64 @@ def merge_attention_states(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tens
     return merge.merge_attention_states(outs, lses)
 
 
+def sparse_decode_out(*arguments: Any) -> None:
+    """`torch.ops.flash_mla.triton_sparse_decode_out`."""
+    problem_sparse.check_sparse_decode(*arguments)
+    q, *primary, extra_k_cache, extra_indices, extra_topk_length = arguments[:7]
+    rows, splits, attn_sink, kv_format, extra_kv_format, _, softmax_scale, batch_invariant, out, lse = arguments[7:]
+    _check_serves(q, "sparse decode")
+    from flash_mla.backends.triton import sparse_decode as kernels
+
+    extra = None
+    if extra_k_cache is not None:
+        extra = kernels.Keys.of(extra_k_cache, extra_kv_format, extra_indices, extra_topk_length)
+    k_cache, indices, topk_length = primary
+    keys = kernels.Keys.of(k_cache, kv_format, indices, topk_length)
+    call = kernels.Call(q, keys, extra, attn_sink, softmax_scale, out, lse)
+    if batch_invariant:
+        kernels.sparse_decode_batch_invariant(call)
+    else:
+        kernels.sparse_decode(call, rows, splits)
+
+
+def sparse_decode(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """`torch.ops.flash_mla.triton_sparse_decode`."""
+    problem_sparse.check_sparse_decode(*inputs)
+    q: Tensor = inputs[0]
+    b, s_q, h_q, _ = q.shape
+    out = q.new_empty((b, s_q, h_q, problem.HEAD_DIM_V))
+    lse = q.new_empty((b, h_q, s_q), dtype=torch.float32)
+    sparse_decode_out(*inputs, out, lse)
+    return out, lse
+
+
+def plan_sparse_decode(
+    requests: Tensor,
+    topk_length: Tensor | None,
+    extra_topk_length: Tensor | None,
+    s_q: int,
+    h_q: int,
+    topk: int,
+    extra_topk: int,
+) -> tuple[Tensor, Tensor]:
+    """`torch.ops.flash_mla.triton_plan_sparse_decode`."""
+    problem_sparse.check_sparse_plan(requests, topk_length, extra_topk_length, s_q, h_q, topk, extra_topk)
+    _check_serves(requests, "planning")
+    from flash_mla.backends.triton import plan
+
+    blocks = reference_sparse.blocks_per_request(requests, topk_length, extra_topk_length, topk, extra_topk)
+    keys = (blocks * problem.BLOCK_KEYS).to(torch.int32)  # as many keys as whole blocks have
+    return plan.plan_dense_decode(keys, config.num_sparse_parts(config.Gpu.of(requests.device), s_q, h_q))
+
+
+def fake_sparse_plan(requests: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """The shapes of a plan."""
+    problem_sparse.check_sparse_plan(requests, *rest)
+    parts = config.num_sparse_parts(config.Gpu.of(requests.device), *rest[2:4])
+    rows = requests.new_empty((parts, problem.ROW_FIELDS), dtype=torch.int32)
+    return rows, requests.new_empty((requests.shape[0] + 1,), dtype=torch.int32)
+
+
 def fake_plan(cache_seqlens: Tensor, s_q: int, h_q: int, h_kv: int) -> tuple[Tensor, Tensor]:
     """The shapes of a plan."""
     problem.check_plan(cache_seqlens, s_q, h_q, h_kv)
@@ -104,13 +163,19 @@ _FUNCTIONS = {
     "dense_decode_out": dense_decode_out,
     "plan_dense_decode": plan_dense_decode,
     "merge_attention_states": merge_attention_states,
+    "sparse_decode": sparse_decode,
+    "sparse_decode_out": sparse_decode_out,
+    "plan_sparse_decode": plan_sparse_decode,
 }
 OPERATORS = tuple(_FUNCTIONS)
 """Operators that the backend has."""
 
+UNASKED = tuple(name for name in OPERATORS if not any(op in name for op in support.BY_NAME_ONLY))
+"""Those that serve calls without being asked for by name."""
+
 
 def _register() -> None:
-    _ops.define_twins("triton", OPERATORS, fake_plan)
+    _ops.define_twins("triton", OPERATORS, {"plan_dense_decode": fake_plan, "plan_sparse_decode": fake_sparse_plan})
     for name, function in _FUNCTIONS.items():
         _ops.implement(f"triton_{name}", function, "CompositeExplicitAutograd")
 

@@ -9,6 +9,7 @@ import torch
 from flash_mla import problem
 from flash_mla.backends.triton import config
 from flash_mla.problem import DenseDecodeProblem, Problem
+from flash_mla.problem_sparse import SparseDecodeProblem
 
 OLDEST, TOO_NEW = (3, 4), (3, 10)
 """Versions of Triton that the kernels are written for, as pyproject.toml pins them: from the first, below the
@@ -20,12 +21,15 @@ MIN_CAPABILITY = 80
 
 NOT_SERVED = {
     "dense_decode_fp8": "no kernel for dense_decode over FP8 caches is written yet",
-    "sparse_decode": "its kernels for sparse_decode are not bound to flash_mla_with_kvcache yet",
     "sparse_prefill": "no kernel for sparse_prefill is written yet",
     "dense_prefill": "no kernel for dense_prefill is written yet",
     "kv_cache": "no kernel for kv_cache is written yet",
 }
 """Operations, and variants of them, that the backend declines on every device so far, each with its reason."""
+
+
+BY_NAME_ONLY = {"sparse_decode": "its kernels for sparse_decode have not run on a GPU yet: ask for the backend by name"}
+"""Operations that the backend serves only where it is asked for by name."""
 
 
 @lru_cache(maxsize=1)
@@ -59,6 +63,8 @@ def why_not_on(device_type: str, compute_capability: int | None) -> str | None:
 
 def why_not(wanted: Problem) -> str | None:
     """None when a kernel takes `wanted`, else the reason."""
+    if isinstance(wanted, SparseDecodeProblem):
+        return why_not_on(wanted.device_type, wanted.compute_capability)
     if not isinstance(wanted, DenseDecodeProblem):
         return NOT_SERVED[wanted.op]
     if wanted.fp8_cache is not None:
