@@ -12,6 +12,18 @@ from flash_mla.backends import cuda as cuda_backend
 from flash_mla.backends import triton
 
 
+def append_kv_cache(rows: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor, known: str) -> None:
+    """`flash_mla.append_kv_cache` by the reference: a backend may decode without having the functions of KV caches."""
+    with backends.use("reference"):
+        flash_mla.append_kv_cache(rows, cache, slots, known)
+
+
+def dequantize_kv_cache(cache: torch.Tensor, known: str) -> torch.Tensor:
+    """`flash_mla.dequantize_kv_cache` by the reference."""
+    with backends.use("reference"):
+        return flash_mla.dequantize_kv_cache(cache, known)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device and the CUDA library")
 

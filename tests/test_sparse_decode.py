@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Target
+from conftest import Target, append_kv_cache, dequantize_kv_cache
 from test_dense_decode import assert_same_bits, guarded
 from torch import Tensor
 
@@ -35,18 +35,6 @@ OP = "sparse_decode"
 PRIMARY_FORMATS = [known for known in KVFormat if known is not KVFormat.V41_FP4]
 HEADS = (1, 3, 16, 63, 64, 128)
 PAGES = (1, 2, 53, 64, 69, 256, 576)
-
-
-def append_kv_cache(rows: Tensor, cache: Tensor, slots: Tensor, known: str) -> None:
-    """By the reference: the backend under test may decode without having the functions of KV caches."""
-    with backends.use("reference"):
-        flash_mla.append_kv_cache(rows, cache, slots, known)
-
-
-def dequantize_kv_cache(cache: Tensor, known: KVFormat) -> Tensor:
-    """By the reference, too."""
-    with backends.use("reference"):
-        return flash_mla.dequantize_kv_cache(cache, known)
 
 
 def naive(inputs: SparseDecodeInputs) -> tuple[Tensor, Tensor]:

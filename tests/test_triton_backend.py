@@ -35,12 +35,10 @@ from flash_mla.backends.triton import config
 from flash_mla.backends.triton.config import Gpu, Tile
 from flash_mla.problem import Problem
 from flash_mla.testing import (
-    check_decode,
     check_dense_decode,
     check_dense_prefill,
     check_sparse_prefill,
     make_dense_decode_inputs,
-    make_dense_fp8_inputs,
     make_dense_prefill_inputs,
     make_schedule,
     make_sparse_decode_inputs,
@@ -106,9 +104,9 @@ def test_reasons_of_the_problem() -> None:
 
 
 def test_it_says_what_it_does_not_serve_yet() -> None:
-    """A sentence for every operation but dense decode, on every device, with or without Triton."""
+    """A sentence for every operation but decode, on every device, with or without Triton."""
     prefill = make_sparse_prefill_inputs(2, h_q=2)
-    dense, fp8 = make_dense_prefill_inputs([(3, 5)]), make_dense_fp8_inputs([70, 0], "V32")
+    dense = make_dense_prefill_inputs([(3, 5)])
     cache = quantize_kv_cache(torch.zeros((5, 512), dtype=torch.bfloat16), "V41", 4)
     calls: dict[str, tuple[Problem, Callable[[], object]]] = {
         "sparse_prefill": (
@@ -120,7 +118,6 @@ def test_it_says_what_it_does_not_serve_yet() -> None:
             lambda: check_dense_prefill(dense),
         ),
         "kv_cache": (KVCacheProblem.of(cache, "V41"), lambda: dequantize_kv_cache(cache, "V41")),
-        "dense_decode_fp8": (replace(PROBLEM, fp8_cache="V32"), lambda: check_decode(fp8)),
     }
     assert set(calls) == set(triton.NOT_SERVED)
     for op, (problem, call) in calls.items():
@@ -135,15 +132,20 @@ def test_it_says_what_it_does_not_serve_yet() -> None:
 
 def test_what_is_served_by_name_only() -> None:
     inputs = make_sparse_decode_inputs(2, h_q=2)
-    problem = SparseDecodeProblem.of(inputs.q, inputs.primary.cache, inputs.primary.indices)
-    on_gpu = replace(problem, device_type="cuda", compute_capability=80)
-    assert set(triton.BY_NAME_ONLY) == {"sparse_decode"}
-    assert set(triton.OPERATORS) - set(triton.UNASKED) == {"sparse_decode", "sparse_decode_out", "plan_sparse_decode"}
-    assert backends.select(on_gpu) is backends.REFERENCE
-    if triton.missing() is None:
-        assert triton.BY_NAME_ONLY["sparse_decode"] in str(backends.why_no_kernel(on_gpu))
-        with backends.use("triton"):
-            assert backends.select(on_gpu) is backends.TRITON
+    problems: dict[str, Problem] = {
+        "sparse_decode": SparseDecodeProblem.of(inputs.q, inputs.primary.cache, inputs.primary.indices),
+        "dense_decode_fp8": replace(PROBLEM, fp8_cache="V32"),
+    }
+    assert set(triton.BY_NAME_ONLY) == set(problems)
+    asked = {"sparse_decode", "sparse_decode_out", "plan_sparse_decode", "dense_decode_fp8", "dense_decode_fp8_out"}
+    assert set(triton.OPERATORS) - set(triton.UNASKED) == asked
+    for op, problem in problems.items():
+        on_gpu = replace(problem, device_type="cuda", compute_capability=80)
+        assert backends.select(on_gpu) is backends.REFERENCE
+        if triton.missing() is None:
+            assert triton.BY_NAME_ONLY[op] in str(backends.why_no_kernel(on_gpu))
+            with backends.use("triton"):
+                assert backends.select(on_gpu) is backends.TRITON
 
 
 def test_what_cuda_declines_goes_to_triton_else_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:

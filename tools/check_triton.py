@@ -93,6 +93,7 @@ POINTERS = {
     "schedule": "*i32",
     "num_splits": "*i32",
     "attn_sink": "*fp32",
+    "descale": "*fp32",
     "lse": "*fp32",
     "partial_out": "*fp32",
     "partial_stats": "*fp32",
@@ -110,6 +111,9 @@ def jobs(card: Card, quick: bool) -> Iterator[Job]:
     if not quick:
         yield dense_job(gpu, 16, 576, page=1)
         yield dense_job(gpu, 128, 576, page=64, fixed_cuts=True)
+        for format in ("V32", "V32_NO_ROPE", "MODEL1", "V41", "E4M3_576", "E4M3_512"):
+            for rows in (16, 128):
+                yield dense_job(gpu, rows, 576 if format in ("V32", "E4M3_576") else 512, page=64, format=format)
         yield combine_job()
         yield combine_job(fixed_cuts=True)
         yield merge_job()
@@ -133,12 +137,25 @@ SPARSE_PAIRS = [
 ]
 
 
-def dense_job(gpu: Any, rows: int, d_qk: int, page: int, fixed_cuts: bool = False) -> Job:
+def dense_job(
+    gpu: Any,
+    rows: int,
+    d_qk: int,
+    page: int,
+    fixed_cuts: bool = False,
+    format: str = "NONE",
+) -> Job:
     from flash_mla.backends.triton import config
     from flash_mla.backends.triton.dense_decode import dense_decode_kernel
+    from flash_mla.backends.triton.dequant import Format
 
     tile = config.dense_tile(gpu, rows, d_qk)
+    if format != "NONE":
+        tile = config.sparse_tile(gpu, rows, d_qk, (Format[format].in_flight,))
     constants = {
+        "FORMAT": int(Format[format]),
+        "HARDWARE": config.converts_fp8(gpu),
+        "DESCALE": format.startswith("E4M3"),
         "PAGE": page,
         "ROPE": d_qk > 512,
         "WIDE_ROWS": False,
@@ -148,8 +165,9 @@ def dense_job(gpu: Any, rows: int, d_qk: int, page: int, fixed_cuts: bool = Fals
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
     }
-    types = POINTERS | {"q": "*bf16", "k_cache": "*bf16", "out": "*bf16"}
-    name = f"dense_decode d{d_qk} page {page} {tile.block_m}x{tile.block_n}{' fixed cuts' if fixed_cuts else ''}"
+    types = POINTERS | {"q": "*bf16", "k_cache": "*bf16" if format == "NONE" else "*u8", "out": "*bf16"}
+    what = f"d{d_qk}" if format == "NONE" else format
+    name = f"dense_decode {what} page {page} {tile.block_m}x{tile.block_n}{' fixed cuts' if fixed_cuts else ''}"
     return Job(name, dense_decode_kernel, constants, types, tile.num_warps, tile.num_stages)
 
 

@@ -177,7 +177,7 @@ def _reason(backend: Backend, problem: Problem) -> str | None:
         return reason
     if problem.device_type != "cuda":
         return "only its interpreter serves tensors on the CPU, which is for tests: ask for the backend by name"
-    return triton.BY_NAME_ONLY.get(problem.op)
+    return triton.support.by_name_only(problem)
 
 
 def listed(reasons: dict[str, str]) -> str:

@@ -11,7 +11,8 @@ environment when that happens, Triton's interpreter runs the kernels on any devi
 | `language` | what kernels share: constants, the softmax step, the pieces of a schedule |
 | `dense_decode`, `combine` | split-KV attention over a paged cache, and joining its partial results |
 | `plan` | the schedule, made on the device |
-| `dequant`, `sparse_decode` | cache formats in registers; decode over index lists |
+| `dequant` | cache formats: from bytes to keys, in registers |
+| `sparse_decode` | decode over index lists |
 | `merge` | `merge_attention_states` |
 """
 

@@ -20,6 +20,12 @@ def _check_serves(tensor: Tensor, name: str) -> None:
         raise errors.UnsupportedError(f"{name}: no backend takes the problem; triton: {reason}")
 
 
+def _new_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
+    b, s_q, h_q, _ = q.shape
+    out = q.new_empty((b, s_q, h_q, problem.HEAD_DIM_V), dtype=problem.out_dtype(q))
+    return out, q.new_empty((b, h_q, s_q), dtype=torch.float32)
+
+
 def dense_decode_out(
     q: Tensor,
     k_cache: Tensor,
@@ -63,12 +69,34 @@ def dense_decode_out(
         kernels.dense_decode(call, tile_scheduler_metadata, num_splits)
 
 
+def dense_decode_fp8_out(*arguments: Any) -> None:
+    """`torch.ops.flash_mla.triton_dense_decode_fp8_out`."""
+    problem.check_dense_decode_fp8(*arguments)
+    q, k_cache, block_table, cache_seqlens, rows, splits, attn_sink, _, softmax_scale, causal, *rest = arguments
+    batch_invariant, descale_q, descale_k, kv_format, out, lse = rest
+    _check_serves(q, "dense decode")
+    from flash_mla.backends.triton import dense_decode as kernels
+
+    plain = kernels.Call(q, k_cache, block_table, cache_seqlens, attn_sink, softmax_scale, causal, out, lse)
+    call = kernels.Call.of_bytes(plain, kv_format, descale_q, descale_k)
+    if batch_invariant:
+        kernels.dense_decode_batch_invariant(call)
+    else:
+        kernels.dense_decode(call, rows, splits)
+
+
+def dense_decode_fp8(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """`torch.ops.flash_mla.triton_dense_decode_fp8`."""
+    problem.check_dense_decode_fp8(*inputs)
+    out, lse = _new_outputs(inputs[0])
+    dense_decode_fp8_out(*inputs, out, lse)
+    return out, lse
+
+
 def dense_decode(q: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
     """`torch.ops.flash_mla.triton_dense_decode`."""
     problem.check_dense_decode(q, *inputs)
-    b, s_q, h_q, _ = q.shape
-    out = q.new_empty((b, s_q, h_q, problem.HEAD_DIM_V))
-    lse = q.new_empty((b, h_q, s_q), dtype=torch.float32)
+    out, lse = _new_outputs(q)
     arguments: Any = (q, *inputs, out, lse)
     dense_decode_out(*arguments)
     return out, lse
@@ -115,10 +143,7 @@ def sparse_decode_out(*arguments: Any) -> None:
 def sparse_decode(*inputs: Any) -> tuple[Tensor, Tensor]:
     """`torch.ops.flash_mla.triton_sparse_decode`."""
     problem_sparse.check_sparse_decode(*inputs)
-    q: Tensor = inputs[0]
-    b, s_q, h_q, _ = q.shape
-    out = q.new_empty((b, s_q, h_q, problem.HEAD_DIM_V))
-    lse = q.new_empty((b, h_q, s_q), dtype=torch.float32)
+    out, lse = _new_outputs(inputs[0])
     sparse_decode_out(*inputs, out, lse)
     return out, lse
 
@@ -161,6 +186,8 @@ def fake_plan(cache_seqlens: Tensor, s_q: int, h_q: int, h_kv: int) -> tuple[Ten
 _FUNCTIONS = {
     "dense_decode": dense_decode,
     "dense_decode_out": dense_decode_out,
+    "dense_decode_fp8": dense_decode_fp8,
+    "dense_decode_fp8_out": dense_decode_fp8_out,
     "plan_dense_decode": plan_dense_decode,
     "merge_attention_states": merge_attention_states,
     "sparse_decode": sparse_decode,

@@ -74,9 +74,9 @@ def attend_lanes(
     index = load_indices(row, begin, end, num_slots, BLOCK_N)
     for start in range(begin, end, BLOCK_N):
         valid = index >= 0
-        k, k_rope = load_tokens(
-            cache, tl.where(valid, index, 0), valid, stride_page, stride_token, page, FORMAT, HARDWARE, BLOCK_N
-        )
+        slot = tl.where(valid, index, 0)
+        first = cache + (slot // page).to(tl.int64) * stride_page
+        k, k_rope = load_tokens(first, slot % page, valid, stride_token, page, FORMAT, HARDWARE, BLOCK_N)
         index = load_indices(row, start + BLOCK_N, end, num_slots, BLOCK_N)
         scores = dot(q_v, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
         if ROPE:
@@ -364,8 +364,7 @@ class Keys:
     @staticmethod
     def of(cache: Tensor, kv_format: str, indices: Tensor, length: Tensor | None) -> "Keys":
         """From an operator's arguments; `kv_format` is the name of a `KVFormat`."""
-        name = f"BF16_{cache.shape[-1]}" if kv_format == "BF16" else kv_format
-        return Keys(cache, Format[name], indices, length)
+        return Keys(cache, Format.of(kv_format, cache.shape[-1]), indices, length)
 
     def arguments(self) -> tuple[tuple[Any, ...], tuple[int, int, int]]:
         """(cache, indices, length) and (topk, slots, page) for the kernel."""
