@@ -111,6 +111,7 @@ def jobs(card: Card, quick: bool) -> Iterator[Job]:
     if not quick:
         yield dense_job(gpu, 16, 576, page=1)
         yield dense_job(gpu, 128, 576, page=64, fixed_cuts=True)
+        yield dense_job(gpu, 16, 576, page=64, long=True)
         for format in ("V32", "V32_NO_ROPE", "MODEL1", "V41", "E4M3_576", "E4M3_512"):
             for rows in (16, 128):
                 yield dense_job(gpu, rows, 576 if format in ("V32", "E4M3_576") else 512, page=64, format=format)
@@ -143,13 +144,14 @@ def dense_job(
     d_qk: int,
     page: int,
     fixed_cuts: bool = False,
+    long: bool = False,
     format: str = "NONE",
 ) -> Job:
     from flash_mla.backends.triton import config
     from flash_mla.backends.triton.dense_decode import dense_decode_kernel
     from flash_mla.backends.triton.dequant import Format
 
-    tile = config.dense_tile(gpu, rows, d_qk)
+    tile = config.dense_tile(gpu, rows, d_qk, long)
     if format != "NONE":
         tile = config.sparse_tile(gpu, rows, d_qk, (Format[format].in_flight,))
     constants = {

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flash_mla.backends.triton.combine import MAX_CUTS, launch_combine
-from flash_mla.backends.triton.config import Gpu, Tile, converts_fp8, dense_tile, sparse_tile
+from flash_mla.backends.triton.config import LONG_KEYS, Gpu, Tile, converts_fp8, dense_tile, sparse_tile
 from flash_mla.backends.triton.dequant import NONE, Format, load_tokens
 from flash_mla.backends.triton.language import (
     D_ROPE,
@@ -303,7 +303,7 @@ def dense_decode(call: Call, schedule: Tensor, num_splits: Tensor, tile: Tile | 
     """
     if call.q.shape[0] == 0:
         return
-    tile = tile or _tile(call)
+    tile = tile or _tile(call, _max_keys(call) >= LONG_KEYS)
     parts = schedule.shape[0]
     partials = _partials(call, tile, 2 * parts) if parts > 1 else (call.lse, call.lse)
     with device_of(call.q):
@@ -330,12 +330,12 @@ def dense_decode_batch_invariant(call: Call, tile: Tile | None = None) -> None:
                 _join(call, tile, partials, requests, max_cuts=max_cuts, first=first)
 
 
-def _tile(call: Call) -> Tile:
+def _tile(call: Call, long: bool = False) -> Tile:
     _, s_q, h_q, d_qk = call.q.shape
     gpu, rows = Gpu.of(call.q.device), s_q * (h_q // call.k_cache.shape[2])
     if call.format is not Format.NONE:
         return sparse_tile(gpu, rows, d_qk, (call.format.in_flight,))
-    return dense_tile(gpu, rows, d_qk)
+    return dense_tile(gpu, rows, d_qk, long)
 
 
 def _row_tiles(call: Call, tile: Tile) -> int:
