@@ -73,6 +73,11 @@ class Target:
         """Whether a GPU computes: then tests are larger."""
         return self.device == "cuda"
 
+    @property
+    def interpreted(self) -> bool:
+        """Whether Triton's interpreter computes: then tests are smaller."""
+        return self.name == "triton" and not self.on_gpu
+
     def require(self, op: str) -> None:
         """Skip the test where the backend has no kernels for an operation."""
         if self.is_cuda:

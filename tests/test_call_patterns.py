@@ -233,10 +233,11 @@ def test_vllm_v4_decode(backend: Target) -> None:
 def test_vllm_v32_mixed_batch(backend: Target) -> None:
     """Prefill and decode tokens of all requests in one call with b = 1."""
     backend.require("sparse_decode")
-    inputs = make_sparse_decode_inputs(1, 300, h_q=4, topk=64, lengths="token", device=backend.device)
+    s_q = 40 if backend.interpreted else 300
+    inputs = make_sparse_decode_inputs(1, s_q, h_q=4, topk=64, lengths="token", device=backend.device)
     meta, none = get_mla_metadata(
         cache_seqlens=torch.tensor([64], dtype=torch.int32),
-        num_q_tokens_per_head_k=300 * 4,
+        num_q_tokens_per_head_k=s_q * 4,
         topk=64,
         num_heads_q=4,
         num_heads_k=1,
@@ -261,7 +262,7 @@ def test_vllm_v32_mixed_batch(backend: Target) -> None:
 def test_sglang_v4_writes_the_rows(backend: Target) -> None:
     """Rows in a fixed buffer, written by the engine: blocks of the primary, then of the extra cache."""
     num_parts, buffer = 33, torch.full((132, 8), -9, dtype=torch.int32, device=backend.device)
-    for seed in range(3):
+    for seed in range(1 if backend.interpreted else 3):
         inputs = v4_step(backend, seed=seed)
         tokens = inputs.q.shape[0]
         blocks = [

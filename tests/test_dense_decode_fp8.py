@@ -83,9 +83,8 @@ def test_the_same_bits_as_over_the_values(backend: Target, known: KVFormat) -> N
     names = ("block_table", "cache_seqlens", "causal")
     plain = DenseDecodeInputs(inputs.q, values, **{name: getattr(inputs, name) for name in names})
     result = run_decode(inputs)
-    if backend.is_cuda:
-        check_decode(plain, result=result)
-    else:
+    check_decode(plain, result=result)
+    if backend.name == "reference":  # kernels choose their tiles by the format
         assert_same_bits(result, run_decode(plain))
 
 
@@ -162,7 +161,7 @@ def test_opcheck(backend: Target) -> None:
     plan = torch.ops.flash_mla.plan_dense_decode(inputs.cache_seqlens, 2, 4, 1)
     tensors = (inputs.q, inputs.k_cache, inputs.block_table, inputs.cache_seqlens, *plan)
     arguments = (*tensors, None, 512, 0.04, False, False, None, None, "V32")
-    for prefix in ("", "reference_"):
+    for prefix in ("triton_",) if backend.name == "triton" else ("", "reference_"):
         torch.library.opcheck(getattr(torch.ops.flash_mla, f"{prefix}dense_decode_fp8").default, arguments)
 
 

@@ -35,12 +35,10 @@ from flash_mla.backends.triton import config
 from flash_mla.backends.triton.config import Gpu, Tile
 from flash_mla.problem import Problem
 from flash_mla.testing import (
-    check_decode,
     check_dense_decode,
     check_dense_prefill,
     check_sparse_prefill,
     make_dense_decode_inputs,
-    make_dense_fp8_inputs,
     make_dense_prefill_inputs,
     make_schedule,
     make_sparse_decode_inputs,
@@ -106,15 +104,11 @@ def test_reasons_of_the_problem() -> None:
 
 
 def test_it_says_what_it_does_not_serve_yet() -> None:
-    """A sentence for every operation but dense decode, on every device, with or without Triton."""
-    sparse, prefill = make_sparse_decode_inputs(2, h_q=2), make_sparse_prefill_inputs(2, h_q=2)
-    dense, fp8 = make_dense_prefill_inputs([(3, 5)]), make_dense_fp8_inputs([70, 0], "V32")
+    """A sentence for every operation but decode, on every device, with or without Triton."""
+    prefill = make_sparse_prefill_inputs(2, h_q=2)
+    dense = make_dense_prefill_inputs([(3, 5)])
     cache = quantize_kv_cache(torch.zeros((5, 512), dtype=torch.bfloat16), "V41", 4)
     calls: dict[str, tuple[Problem, Callable[[], object]]] = {
-        "sparse_decode": (
-            SparseDecodeProblem.of(sparse.q, sparse.primary.cache, sparse.primary.indices),
-            lambda: check_decode(sparse),
-        ),
         "sparse_prefill": (
             SparsePrefillProblem.of(*list(prefill.call().values())[:3]),
             lambda: check_sparse_prefill(prefill),
@@ -124,7 +118,6 @@ def test_it_says_what_it_does_not_serve_yet() -> None:
             lambda: check_dense_prefill(dense),
         ),
         "kv_cache": (KVCacheProblem.of(cache, "V41"), lambda: dequantize_kv_cache(cache, "V41")),
-        "dense_decode_fp8": (replace(PROBLEM, fp8_cache="V32"), lambda: check_decode(fp8)),
     }
     assert set(calls) == set(triton.NOT_SERVED)
     for op, (problem, call) in calls.items():
@@ -133,9 +126,26 @@ def test_it_says_what_it_does_not_serve_yet() -> None:
         with backends.use("triton"), pytest.raises(UnsupportedError) as caught:
             call()
         assert str(caught.value).endswith(f"no backend takes the problem; triton: {triton.NOT_SERVED[op]}")
-    seqlens = torch.tensor([100], dtype=torch.int32)
     with backends.use("triton"), pytest.raises(UnsupportedError, match="backend triton does not have this operator"):
-        get_mla_decoding_metadata(seqlens, 16, 1, topk=64)
+        backends.active.append_kv_cache()
+
+
+def test_what_is_served_by_name_only() -> None:
+    inputs = make_sparse_decode_inputs(2, h_q=2)
+    problems: dict[str, Problem] = {
+        "sparse_decode": SparseDecodeProblem.of(inputs.q, inputs.primary.cache, inputs.primary.indices),
+        "dense_decode_fp8": replace(PROBLEM, fp8_cache="V32"),
+    }
+    assert set(triton.BY_NAME_ONLY) == set(problems)
+    asked = {"sparse_decode", "sparse_decode_out", "plan_sparse_decode", "dense_decode_fp8", "dense_decode_fp8_out"}
+    assert set(triton.OPERATORS) - set(triton.UNASKED) == asked
+    for op, problem in problems.items():
+        on_gpu = replace(problem, device_type="cuda", compute_capability=80)
+        assert backends.select(on_gpu) is backends.REFERENCE
+        if triton.missing() is None:
+            assert triton.BY_NAME_ONLY[op] in str(backends.why_no_kernel(on_gpu))
+            with backends.use("triton"):
+                assert backends.select(on_gpu) is backends.TRITON
 
 
 def test_what_cuda_declines_goes_to_triton_else_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +195,7 @@ def test_without_the_library_cuda_tensors_go_to_triton(monkeypatch: pytest.Monke
     operators = backends.Operators.made_by(backends._triton_first)
     with FakeTensorMode():
         on_gpu, on_cpu = torch.empty(1, device="cuda"), torch.empty(1)
-    for name in triton.OPERATORS:
+    for name in triton.UNASKED:
         for first in ((lambda t: t), (lambda t: [t])):
             assert getattr(operators, name)(first(on_gpu)) == f"triton_{name}"
             assert getattr(operators, name)(first(on_cpu)) == name
@@ -236,6 +246,10 @@ def test_tiles_fit_and_suit_the_rows(gpu: Gpu, d_qk: int) -> None:
         assert tile.block_m >= min(rows, 32)
         assert tile.block_m < 2 * max(rows, 16)
         assert 64 % tile.block_n == 0  # cuts of a schedule lie between tiles
+        long = config.dense_tile(gpu, rows, d_qk, long=True)
+        assert long.block_m == tile.block_m
+        assert long == tile or (rows <= 16 and gpu.capability == 90)
+        assert config.shared_bytes(long, d_qk, long.block_m == 64) <= gpu.shared_memory
         for in_flight in ((0,), (704,), (1600, 1600), (576, 320)):
             config.sparse_tile(gpu, rows, d_qk, in_flight)
 
@@ -249,7 +263,7 @@ def test_partial_results_are_bounded(gpu: Gpu, s_q: int, h_q: int, h_kv: int) ->
     assert parts == 1 or 2 * parts * tiles <= 2 * gpu.num_sms
 
 
-@pytest.mark.parametrize("tile", [(16, 16, 4, 2), (16, 32, 8, 3), (32, 64, 8, 2), (64, 64, 8, 2)])
+@pytest.mark.parametrize("tile", [(16, 16, 4, 2), (16, 32, 4, 4), (32, 64, 8, 2), (64, 64, 8, 2)])
 @pytest.mark.parametrize("page", [64, 24])
 def test_every_tile_gives_the_answer(triton_target: Target, tile: tuple[int, ...], page: int) -> None:
     from flash_mla.backends.triton import dense_decode as kernels

@@ -8,9 +8,10 @@ import torch
 from conftest import triton_missing
 from torch import Tensor
 
+from flash_mla import backends, quantize_kv_cache
 from flash_mla.backends import triton as backend
 from flash_mla.backends.reference_schedule import plan_in_torch
-from flash_mla.testing import assert_close
+from flash_mla.testing import assert_close, make_sparse_decode_inputs, run_decode
 
 pytestmark = pytest.mark.skipif(triton_missing() is not None, reason=f"triton: {triton_missing()}")
 
@@ -313,17 +314,78 @@ def test_no_valid_index() -> None:
     assert bool((lse == math.inf).all())
 
 
+@pytest.mark.parametrize("topk", [1, 70, 1024, 2500])
+def test_compacting(topk: int) -> None:
+    """The valid indices, in their order, and how many there are; also of queries that have none or have all."""
+    lanes = make_lanes(make_cache("V32_NO_ROPE", 3, 4, 1), 2, 3, topk, [[0, topk, 1], [topk - 1, topk, topk]], 2)
+    lanes.indices[1, 1] = -1
+    lanes.indices[1, 2] = 5
+    keys = keys_of(lanes)
+    compacted = sparse_decode._compacted(keys)
+    for indices, length, row, mask in zip(
+        compacted.indices.flatten(0, 1).cpu(),
+        compacted.length.flatten().tolist(),
+        lanes.indices.flatten(0, 1),
+        visible(lanes).flatten(0, 1),
+        strict=True,
+    ):
+        assert torch.equal(indices[:length], row[mask])
+
+
+def padded(lanes: Lanes, request: int, seed: int) -> Lanes:
+    """One request, its lanes that count spread among twice as many that do not."""
+    mask = visible(lanes)[request, 0]
+    topk = 3 * mask.numel()
+    where = torch.randperm(topk, generator=torch.Generator().manual_seed(seed))[: int(mask.sum())].sort().values
+    indices = torch.full((1, 1, topk), -1, dtype=torch.int32)
+    indices[0, 0, where] = lanes.indices[request, 0, mask]
+    return Lanes(lanes.cache, indices, None)
+
+
 def test_batch_invariance() -> None:
-    """A request alone and among others, with a shorter index list: the same bits."""
+    """A request alone and among others, with a shorter index list or a sparser one: the same bits."""
     lanes = make_lanes(make_cache("V32", 30, 64, 1), 3, 1, 1100, [1100, 20, 600], 2)
     q = query(3, 1, 4, 576)
     out, lse = run(q, [lanes], None, None)
     for request, topk in ((0, 1100), (1, 64), (2, 601)):
         one = slice(request, request + 1)
         alone = Lanes(lanes.cache, lanes.indices[one, :, :topk].contiguous(), lanes.length[one])
-        other_out, other_lse = run(q[one], [alone], None, None)
-        assert torch.equal(other_out, out[one])
-        assert torch.equal(other_lse, lse[one])
+        for one_alone in (alone, padded(lanes, request, seed=request)):
+            other_out, other_lse = run(q[one], [one_alone], None, None)
+            assert torch.equal(other_out, out[one])
+            assert torch.equal(other_lse, lse[one])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_a_captured_graph_follows_the_tensors(batch_invariant: bool) -> None:
+    """Planned while it is captured; replayed over other indices and lengths it gives what a call gives then."""
+    inputs, others = (
+        make_sparse_decode_inputs(
+            4, 2, h_q=16, topk=1100, lengths="token", extra_topk=90, sink=True, seed=seed, device=DEVICE
+        )
+        for seed in (1, 2)
+    )
+    # One cache of each kind for both, full: what no index of its own input names would be NaN.
+    for side, other in ((inputs.primary, others.primary), (inputs.extra, others.extra)):
+        num_blocks, page = side.cache.shape[:2]
+        rows = torch.randn(num_blocks * page, 576, generator=torch.Generator().manual_seed(3)).bfloat16()
+        side.cache = other.cache = quantize_kv_cache(rows, "V32", page).to(DEVICE)
+    with backends.use("triton"):
+        wanted = [run_decode(each, enable_batch_invariant=batch_invariant) for each in (inputs, others)]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = run_decode(inputs, enable_batch_invariant=batch_invariant)
+        for answer, now in zip(wanted, (inputs, others), strict=True):
+            inputs.q.copy_(now.q)
+            inputs.attn_sink.copy_(now.attn_sink)
+            for side, other in ((inputs.primary, now.primary), (inputs.extra, now.extra)):
+                side.indices.copy_(other.indices)
+            inputs.primary.lengths.copy_(now.primary.lengths)
+            graph.replay()
+            for one, other in zip(captured, answer, strict=True):
+                assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("scale", [0.7, 3.0e-5, 1.0 + 2.0**-20])

@@ -85,9 +85,15 @@ POINTERS = {
     "length": "*i32",
     "extra_indices": "*i32",
     "extra_length": "*i32",
+    "compacted": "*i32",
+    "count": "*i32",
+    "has_sink": "u1",
+    "has_length": "u1",
+    "has_extra_length": "u1",
     "schedule": "*i32",
     "num_splits": "*i32",
     "attn_sink": "*fp32",
+    "descale": "*fp32",
     "lse": "*fp32",
     "partial_out": "*fp32",
     "partial_stats": "*fp32",
@@ -105,12 +111,19 @@ def jobs(card: Card, quick: bool) -> Iterator[Job]:
     if not quick:
         yield dense_job(gpu, 16, 576, page=1)
         yield dense_job(gpu, 128, 576, page=64, fixed_cuts=True)
+        yield dense_job(gpu, 16, 576, page=64, long=True)
+        for format in ("V32", "V32_NO_ROPE", "MODEL1", "V41", "E4M3_576", "E4M3_512"):
+            for rows in (16, 128):
+                yield dense_job(gpu, rows, 576 if format in ("V32", "E4M3_576") else 512, page=64, format=format)
         yield combine_job()
+        yield combine_job(fixed_cuts=True)
         yield merge_job()
         yield plan_job(config.num_parts(gpu, 1, 16, 1))
+        yield compact_job()
+        yield sparse_job(gpu, 128, "V32", "NONE", fixed_cuts=True)
     pairs = [("V32", "NONE")] if quick else SPARSE_PAIRS
     for first, extra in pairs:
-        for heads in (16,) if quick else (16, 128):
+        for heads in (16,) if quick else (16, 32, 128):
             yield sparse_job(gpu, heads, first, extra)
 
 
@@ -125,12 +138,26 @@ SPARSE_PAIRS = [
 ]
 
 
-def dense_job(gpu: Any, rows: int, d_qk: int, page: int, fixed_cuts: bool = False) -> Job:
+def dense_job(
+    gpu: Any,
+    rows: int,
+    d_qk: int,
+    page: int,
+    fixed_cuts: bool = False,
+    long: bool = False,
+    format: str = "NONE",
+) -> Job:
     from flash_mla.backends.triton import config
     from flash_mla.backends.triton.dense_decode import dense_decode_kernel
+    from flash_mla.backends.triton.dequant import Format
 
-    tile = config.dense_tile(gpu, rows, d_qk)
+    tile = config.dense_tile(gpu, rows, d_qk, long)
+    if format != "NONE":
+        tile = config.sparse_tile(gpu, rows, d_qk, (Format[format].in_flight,))
     constants = {
+        "FORMAT": int(Format[format]),
+        "HARDWARE": config.converts_fp8(gpu),
+        "DESCALE": format.startswith("E4M3"),
         "PAGE": page,
         "ROPE": d_qk > 512,
         "WIDE_ROWS": False,
@@ -140,12 +167,13 @@ def dense_job(gpu: Any, rows: int, d_qk: int, page: int, fixed_cuts: bool = Fals
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
     }
-    types = POINTERS | {"q": "*bf16", "k_cache": "*bf16", "out": "*bf16"}
-    name = f"dense_decode d{d_qk} page {page} {tile.block_m}x{tile.block_n}{' fixed cuts' if fixed_cuts else ''}"
+    types = POINTERS | {"q": "*bf16", "k_cache": "*bf16" if format == "NONE" else "*u8", "out": "*bf16"}
+    what = f"d{d_qk}" if format == "NONE" else format
+    name = f"dense_decode {what} page {page} {tile.block_m}x{tile.block_n}{' fixed cuts' if fixed_cuts else ''}"
     return Job(name, dense_decode_kernel, constants, types, tile.num_warps, tile.num_stages)
 
 
-def sparse_job(gpu: Any, heads: int, first: str, extra: str) -> Job:
+def sparse_job(gpu: Any, heads: int, first: str, extra: str, fixed_cuts: bool = False) -> Job:
     from flash_mla.backends.triton import config
     from flash_mla.backends.triton.dequant import Format
     from flash_mla.backends.triton.sparse_decode import sparse_decode_kernel
@@ -158,25 +186,31 @@ def sparse_job(gpu: Any, heads: int, first: str, extra: str) -> Job:
         "EXTRA_FORMAT": int(Format[extra]),
         "HARDWARE": config.converts_fp8(gpu),
         "ROPE": d_qk > 512,
-        "HAS_LENGTH": True,
-        "HAS_EXTRA_LENGTH": extra != "NONE",
-        "HAS_SINK": True,
-        "FIXED_CUTS": False,
+        "FIXED_CUTS": fixed_cuts,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
     }
     types = POINTERS | {"q": "*bf16", "out": "*bf16"}
     types["cache"] = "*bf16" if first.startswith("BF16") else "*u8"
     types["extra_cache"] = "*bf16" if (first if extra == "NONE" else extra).startswith("BF16") else "*u8"
-    name = f"sparse_decode {first}{'' if extra == 'NONE' else ' + ' + extra} {tile.block_m}x{tile.block_n}"
+    formats = first if extra == "NONE" else f"{first} + {extra}"
+    name = f"sparse_decode {formats} {tile.block_m}x{tile.block_n}{' fixed cuts' if fixed_cuts else ''}"
     return Job(name, sparse_decode_kernel, constants, types, tile.num_warps, tile.num_stages)
 
 
-def combine_job() -> Job:
+def compact_job() -> Job:
+    from flash_mla.backends.triton.sparse_decode import compact_kernel
+
+    return Job("compact", compact_kernel, {"CHUNK": 1024}, POINTERS, 4, 3)
+
+
+def combine_job(fixed_cuts: bool = False) -> Job:
     from flash_mla.backends.triton.combine import combine_kernel
 
-    constants = {"HAS_SINK": True, "FIXED_CUTS": False, "BLOCKS_GIVEN": False, "ROWS": 1, "SPLITS": 4}
-    return Job("combine", combine_kernel, constants, POINTERS | {"out": "*bf16"}, 4, 3)
+    cuts = {"FIXED_CUTS": fixed_cuts, "BLOCKS_GIVEN": fixed_cuts}
+    constants = {"HAS_SINK": True, "ROWS": 1, "SPLITS": 4} | cuts
+    name = f"combine{' fixed cuts' if fixed_cuts else ''}"
+    return Job(name, combine_kernel, constants, POINTERS | {"out": "*bf16"}, 4, 3)
 
 
 def merge_job(parts: int = 3) -> Job:
@@ -272,8 +306,9 @@ def main() -> int:
     wrong: list[str] = []
     for card in CARDS:
         if card.capability in wanted:
-            for job in jobs(card, arguments.quick):
-                if arguments.only in job.name:
+            # On some cards different numbers of heads lead to one tile.
+            for name, job in {job.name: job for job in jobs(card, arguments.quick)}.items():
+                if arguments.only in name:
                     wrong += check(card, job)
     for line in wrong:
         print(line, file=sys.stderr)

@@ -2,7 +2,8 @@
 
 Order: the CUDA kernels, the Triton kernels, the reference. The first whose `why_not` has nothing against the problem
 serves it. `FLASH_MLA_BACKEND=cuda|triton|reference`, or `use(...)`, allows one backend only. Tensors on the CPU go to
-the reference unless Triton is asked for by name: there is only its interpreter to serve them.
+the reference unless Triton is asked for by name: there is only its interpreter to serve them. So do operations whose
+Triton kernels have not run on a GPU yet.
 
 The public functions do not walk this list on each call: they call `active`, whose operators torch dispatches by device
 and whose native implementation asks the kernel table. Only when that declines, before any launch, is the list
@@ -90,7 +91,7 @@ def _triton_first(name: str) -> Callable[..., Any]:
     Where Triton does not run either, its operator raises `UnsupportedError`, and the reference is next.
     """
     op = _registered(name)
-    if name not in triton.OPERATORS:
+    if name not in triton.UNASKED:
         return op
     through_triton = _registered(f"triton_{name}")
 
@@ -172,9 +173,11 @@ def select(problem: Problem, behind: Backend | None = None) -> Backend:
 def _reason(backend: Backend, problem: Problem) -> str | None:
     """Why `backend` does not serve `problem`, or None."""
     reason = backend.why_not(problem)
-    if reason is None and backend is TRITON and override is not TRITON and problem.device_type != "cuda":
+    if reason is not None or backend is not TRITON or override is TRITON:
+        return reason
+    if problem.device_type != "cuda":
         return "only its interpreter serves tensors on the CPU, which is for tests: ask for the backend by name"
-    return reason
+    return triton.support.by_name_only(problem)
 
 
 def listed(reasons: dict[str, str]) -> str:
@@ -247,7 +250,7 @@ def behind_cuda(failure: Exception, op: str, tensor: torch.Tensor) -> Operators:
     """
     if override is not None or not isinstance(failure, UnsupportedError):
         raise failure from None
-    if tensor.is_cuda and op in triton.OPERATORS and triton.serves(tensor.device):
+    if tensor.is_cuda and op in triton.UNASKED and triton.serves(tensor.device):
         return TRITON.operators
     reference.warn_once(str(failure))
     return REFERENCE.operators

@@ -57,8 +57,9 @@ def why_not(op: str, problem: Problem | None = None, **call: Any) -> str | None:
         if not isinstance(problem, kind):
             raise ValueError(wanted("problem", f"a {kind.__name__} for {op}", type(problem).__name__))
         return backends.why_no_kernel(problem)
-    if not call and op in cuda.WITHOUT_KERNELS and op in triton.NOT_SERVED:
-        reasons = {"cuda": _ops.no_kernels(op), "triton": triton.NOT_SERVED[op]}
+    declined = triton.NOT_SERVED if backends.override is backends.TRITON else triton.NOT_SERVED | triton.BY_NAME_ONLY
+    if not call and op in cuda.WITHOUT_KERNELS and op in declined:
+        reasons = {"cuda": _ops.no_kernels(op), "triton": declined[op]}
         return backends.listed({backend.name: reasons[backend.name] for backend in backends.with_kernels()})
     if not all(isinstance(call.get(name), torch.Tensor) for name in tensors):
         names = " and ".join(f"{name}=" for name in tensors)

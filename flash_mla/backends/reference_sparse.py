@@ -344,10 +344,17 @@ def plan_sparse_decode(
     A request has as many blocks as the longest of its tokens, those of the primary cache first.
     """
     problem_sparse.check_sparse_plan(requests, topk_length, extra_topk_length, s_q, h_q, topk, extra_topk)
+    return plan_blocks(blocks_per_request(requests, topk_length, extra_topk_length, topk, extra_topk))
+
+
+def blocks_per_request(
+    requests: Tensor, topk_length: Tensor | None, extra_topk_length: Tensor | None, topk: int, extra_topk: int
+) -> Tensor:
+    """int64 `[b]`: schedule blocks of each request, those of the longest of its tokens."""
     blocks = blocks_of(_request_lengths(requests, topk_length, topk)).clamp_(min=1)
     if extra_topk > 0:
         blocks += blocks_of(_request_lengths(requests, extra_topk_length, extra_topk))
-    return plan_blocks(blocks)
+    return blocks
 
 
 def _request_lengths(requests: Tensor, lengths: Tensor | None, topk: int) -> Tensor:

@@ -11,11 +11,12 @@ environment when that happens, Triton's interpreter runs the kernels on any devi
 | `language` | what kernels share: constants, the softmax step, the pieces of a schedule |
 | `dense_decode`, `combine` | split-KV attention over a paged cache, and joining its partial results |
 | `plan` | the schedule, made on the device |
-| `dequant`, `sparse_decode` | cache formats in registers; decode over index lists, not yet bound to an operator |
+| `dequant` | cache formats: from bytes to keys, in registers |
+| `sparse_decode` | decode over index lists |
 | `merge` | `merge_attention_states` |
 """
 
-from flash_mla.backends.triton.operators import OPERATORS
-from flash_mla.backends.triton.support import NOT_SERVED, missing, serves, why_not, why_not_on
+from flash_mla.backends.triton.operators import OPERATORS, UNASKED
+from flash_mla.backends.triton.support import BY_NAME_ONLY, NOT_SERVED, missing, serves, why_not, why_not_on
 
-__all__ = ["NOT_SERVED", "OPERATORS", "missing", "serves", "why_not", "why_not_on"]
+__all__ = ["BY_NAME_ONLY", "NOT_SERVED", "OPERATORS", "UNASKED", "missing", "serves", "why_not", "why_not_on"]

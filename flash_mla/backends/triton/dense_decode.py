@@ -1,18 +1,20 @@
-"""Dense decode over a paged cache: split-KV attention, in Triton.
+"""Dense decode over a paged cache of bfloat16, float16 or FP8: split-KV attention, in Triton.
 
 A row of a tile is a (token, head) pair of one key head, so few heads with several tokens fill a tile as well as many
 heads do. V is the first 512 values of K: each tile of keys is loaded once and used in both products. One program
 computes what one part of the schedule asks for, for one row tile of one key head.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 import triton.language as tl
 from torch import Tensor
 
 from flash_mla.backends.triton.combine import MAX_CUTS, launch_combine
-from flash_mla.backends.triton.config import Gpu, Tile, dense_tile
+from flash_mla.backends.triton.config import LONG_KEYS, Gpu, Tile, converts_fp8, dense_tile, sparse_tile
+from flash_mla.backends.triton.dequant import NONE, Format, load_tokens
 from flash_mla.backends.triton.language import (
     D_ROPE,
     D_V,
@@ -32,10 +34,8 @@ from flash_mla.backends.triton.language import (
     store_result,
     wide,
 )
-from flash_mla.backends.triton.launch import OPTIONS, device_of
+from flash_mla.backends.triton.launch import MAX_GRID_Y, OPTIONS, device_of
 from flash_mla.problem import HEAD_DIM_V
-
-MAX_GRID_Y = 65535
 
 INT32_MAX = 2**31 - 1
 
@@ -70,6 +70,8 @@ def load_keys(
     end: tl.tensor,
     stride_k_page: tl.tensor,
     stride_k_row: tl.tensor,
+    FORMAT: tl.constexpr,
+    HARDWARE: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ROPE: tl.constexpr,
@@ -81,15 +83,20 @@ def load_keys(
     probability of 0 would not keep it out of the sum. This costs no predicate for each load, as a mask does.
     """
     row = tl.minimum(tl.arange(0, BLOCK_N), end - 1 - start)
-    if PAGE % BLOCK_N == 0:  # one 64-bit address and 32-bit distances from it save registers
-        first = k_head + (page.to(tl.int64) * stride_k_page + wide(start % PAGE) * stride_k_row)
-        rows = first + (row.to(tl.int64) if WIDE_ROWS else row) * stride_k_row
+    if FORMAT != NONE:
+        first = k_head + page.to(tl.int64) * stride_k_page
+        all_valid = tl.full([BLOCK_N], 1, tl.int1)
+        k, k_rope = load_tokens(first, (start + row) % PAGE, all_valid, stride_k_row, PAGE, FORMAT, HARDWARE, BLOCK_N)
     else:
-        rows = k_head + (page.to(tl.int64) * stride_k_page + ((start + row) % PAGE).to(tl.int64) * stride_k_row)
-    k = tl.load(rows[:, None] + tl.arange(0, D_V)[None, :])
-    k_rope = k
-    if ROPE:
-        k_rope = tl.load(rows[:, None] + D_V + tl.arange(0, D_ROPE)[None, :])
+        if PAGE % BLOCK_N == 0:  # one 64-bit address and 32-bit distances from it save registers
+            first = k_head + (page.to(tl.int64) * stride_k_page + wide(start % PAGE) * stride_k_row)
+            rows = first + (row.to(tl.int64) if WIDE_ROWS else row) * stride_k_row
+        else:
+            rows = k_head + (page.to(tl.int64) * stride_k_page + ((start + row) % PAGE).to(tl.int64) * stride_k_row)
+        k = tl.load(rows[:, None] + tl.arange(0, D_V)[None, :])
+        k_rope = k
+        if ROPE:
+            k_rope = tl.load(rows[:, None] + D_V + tl.arange(0, D_ROPE)[None, :])
     return k, k_rope
 
 
@@ -105,6 +112,7 @@ def dense_decode_kernel(
     lse: tl.tensor,
     partial_out: tl.tensor,
     partial_stats: tl.tensor,
+    descale: tl.tensor,
     scale_log2: tl.tensor,
     b: tl.tensor,
     s_q: tl.tensor,
@@ -128,6 +136,9 @@ def dense_decode_kernel(
     stride_lse_b: tl.tensor,
     stride_lse_h: tl.tensor,
     stride_lse_s: tl.tensor,
+    FORMAT: tl.constexpr,
+    HARDWARE: tl.constexpr,
+    DESCALE: tl.constexpr,
     PAGE: tl.constexpr,
     ROPE: tl.constexpr,
     WIDE_ROWS: tl.constexpr,
@@ -140,6 +151,9 @@ def dense_decode_kernel(
     """Grid `(num_row_tiles * h_kv, parts)`: row tiles fastest, so that programs that read the same keys start together.
 
     With FIXED_CUTS part p is piece `p % max_cuts` of request `first + p // max_cuts`, and `schedule` is not read.
+    FORMAT is NONE for keys of q's dtype; else `k_cache` points to bytes. With DESCALE `descale` has a factor for the
+    scores and one for the values.
+
     Partial results are float32 `[parts * 2, h_kv, num_row_tiles * BLOCK_M, 512]` (with FIXED_CUTS one per part), not
     divided by their sums; `partial_stats` `[..., 2]` holds each row's maximum (base 2) and sum.
     """
@@ -159,6 +173,8 @@ def dense_decode_kernel(
     sink = tl.zeros([BLOCK_M], tl.float32)
     if HAS_SINK:
         sink = tl.load(attn_sink + head, mask=row_exists, other=0.0)
+    if DESCALE:
+        scale_log2 *= tl.load(descale)
 
     if FIXED_CUTS:
         begin_request = first + part // max_cuts
@@ -199,7 +215,18 @@ def dense_decode_kernel(
         page = load_pages(table_row, begin * SCHEDULE_BLOCK, end_key, num_pages, PAGE, BLOCK_N)
         for start in range(begin * SCHEDULE_BLOCK, visible, BLOCK_N):
             k, k_rope = load_keys(
-                k_head, page, start, end_key, stride_k_page, stride_k_row, PAGE, BLOCK_N, ROPE, WIDE_ROWS
+                k_head,
+                page,
+                start,
+                end_key,
+                stride_k_page,
+                stride_k_row,
+                FORMAT,
+                HARDWARE,
+                PAGE,
+                BLOCK_N,
+                ROPE,
+                WIDE_ROWS,
             )
             page = load_pages(table_row, start + BLOCK_N, end_key, num_pages, PAGE, BLOCK_N)
             scores = dot(q_v, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
@@ -209,6 +236,8 @@ def dense_decode_kernel(
             scores = tl.where(position[None, :] < limit[:, None], scores * scale_log2, float("-inf"))
             p, rescale, row_max, row_sum = online_softmax(scores, row_max, row_sum)
             acc = dot(rounded(p, k.dtype), k, acc * rescale[:, None])
+        if DESCALE:
+            acc *= tl.load(descale + 1)
 
         if partial == WHOLE:
             out_rows = (
@@ -239,6 +268,29 @@ class Call:
     causal: bool
     out: Tensor
     lse: Tensor
+    format: Format = Format.NONE
+    """Of a cache of bytes; NONE for one of q's dtype."""
+    descale: Tensor | None = None
+    """float32 `[2]`: factors on the scores and on the values, where there are any."""
+
+    @staticmethod
+    def of_bytes(call: "Call", kv_format: str | None, descale_q: Tensor | None, descale_k: Tensor | None) -> "Call":
+        """The call over a cache of `kv_format`, or e4m3 values times `descale_k`; an e4m3 q times `descale_q`.
+
+        e4m3 is exact in bfloat16; its scales are multiplied in float32, by scores and results.
+        """
+        descale = None
+        if descale_q is not None or descale_k is not None:
+            ones = call.lse.new_ones(1)
+            by_q, by_k = (ones if scale is None else scale.view(1) for scale in (descale_q, descale_k))
+            descale = torch.cat((by_q * by_k, by_k))
+        return replace(
+            call,
+            q=call.q.to(torch.bfloat16),
+            k_cache=call.k_cache.view(torch.uint8),
+            format=Format.of(kv_format, call.q.shape[-1]),
+            descale=descale,
+        )
 
 
 def dense_decode(call: Call, schedule: Tensor, num_splits: Tensor, tile: Tile | None = None) -> None:
@@ -251,7 +303,7 @@ def dense_decode(call: Call, schedule: Tensor, num_splits: Tensor, tile: Tile | 
     """
     if call.q.shape[0] == 0:
         return
-    tile = tile or _tile(call)
+    tile = tile or _tile(call, _max_keys(call) >= LONG_KEYS)
     parts = schedule.shape[0]
     partials = _partials(call, tile, 2 * parts) if parts > 1 else (call.lse, call.lse)
     with device_of(call.q):
@@ -278,9 +330,12 @@ def dense_decode_batch_invariant(call: Call, tile: Tile | None = None) -> None:
                 _join(call, tile, partials, requests, max_cuts=max_cuts, first=first)
 
 
-def _tile(call: Call) -> Tile:
+def _tile(call: Call, long: bool = False) -> Tile:
     _, s_q, h_q, d_qk = call.q.shape
-    return dense_tile(Gpu.of(call.q.device), s_q * (h_q // call.k_cache.shape[2]), d_qk)
+    gpu, rows = Gpu.of(call.q.device), s_q * (h_q // call.k_cache.shape[2])
+    if call.format is not Format.NONE:
+        return sparse_tile(gpu, rows, d_qk, (call.format.in_flight,))
+    return dense_tile(gpu, rows, d_qk, long)
 
 
 def _row_tiles(call: Call, tile: Tile) -> int:
@@ -322,6 +377,7 @@ def _launch(
         call.out,
         call.lse,
         *partials,
+        call.lse if call.descale is None else call.descale,
         float(call.softmax_scale * LOG2E.value),
         b,
         s_q,
@@ -337,6 +393,9 @@ def _launch(
         call.block_table.stride(0),
         *call.out.stride()[:3],
         *call.lse.stride(),
+        FORMAT=int(call.format),
+        HARDWARE=converts_fp8(Gpu.of(call.q.device)),
+        DESCALE=call.descale is not None,
         PAGE=page,
         ROPE=d_qk > HEAD_DIM_V,
         WIDE_ROWS=call.k_cache.stride(1) * tile.block_n > INT32_MAX,

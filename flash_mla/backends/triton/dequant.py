@@ -26,6 +26,9 @@ class Format(IntEnum):
     MODEL1 = 5
     V41 = 6
     V41_FP4 = 7
+    E4M3_576 = 8
+    """e4m3 values that all have one scale, which is left to whoever multiplies by them."""
+    E4M3_512 = 9
 
     @property
     def in_flight(self) -> int:
@@ -33,7 +36,24 @@ class Format(IntEnum):
 
         MODEL1's RoPE values are loaded in their place among 512 columns of bfloat16.
         """
-        return {"V32": 704, "V32_NO_ROPE": 576, "MODEL1": 1600, "V41": 576, "V41_FP4": 320}.get(self.name, 0)
+        return _IN_FLIGHT.get(self.name, 0)
+
+    @staticmethod
+    def of(kv_format: str | None, d_qk: int) -> "Format":
+        """From the name of a `KVFormat`, or None for e4m3 values with one scale."""
+        name = "E4M3" if kv_format is None else kv_format
+        return Format[f"{name}_{d_qk}" if name in ("BF16", "E4M3") else name]
+
+
+_IN_FLIGHT = {
+    "V32": 704,
+    "V32_NO_ROPE": 576,
+    "MODEL1": 1600,
+    "V41": 576,
+    "V41_FP4": 320,
+    "E4M3_576": 576,
+    "E4M3_512": 512,
+}
 
 
 NONE = tl.constexpr(int(Format.NONE))
@@ -44,6 +64,7 @@ V32_NO_ROPE = tl.constexpr(int(Format.V32_NO_ROPE))
 MODEL1 = tl.constexpr(int(Format.MODEL1))
 V41 = tl.constexpr(int(Format.V41))
 V41_FP4 = tl.constexpr(int(Format.V41_FP4))
+E4M3_576 = tl.constexpr(int(Format.E4M3_576))
 
 # MODEL1: values before the RoPE part, bytes of a token's values, bytes of its scales.
 MODEL1_NOPE = tl.constexpr(448)
@@ -90,16 +111,16 @@ def scaled(values: tl.tensor, scales: tl.tensor, BLOCK_N: tl.constexpr, GROUPS: 
 
 @jit
 def token_bytes(
-    cache: tl.tensor,
-    index: tl.tensor,
-    stride_page: tl.tensor,
+    first: tl.tensor,
+    in_page: tl.tensor,
     stride_token: tl.tensor,
     page: tl.tensor,
     FORMAT: tl.constexpr,
 ) -> Any:
-    """Addresses of the tokens' values, and of their scales where those lie elsewhere."""
-    in_page = index % page
-    first = cache + (index // page).to(tl.int64) * stride_page
+    """Addresses of the tokens' values, and of their scales where those lie elsewhere.
+
+    `first` points to the first byte of the tokens' pages, `in_page` (32 bits) is their place there.
+    """
     if FORMAT == MODEL1:
         tokens = first + in_page * MODEL1_TOKEN
         scales = first + (page * MODEL1_TOKEN + in_page * MODEL1_SCALES)
@@ -111,22 +132,21 @@ def token_bytes(
 
 @jit
 def load_tokens(
-    cache: tl.tensor,
-    index: tl.tensor,
+    first: tl.tensor,
+    in_page: tl.tensor,
     valid: tl.tensor,
-    stride_page: tl.tensor,
     stride_token: tl.tensor,
     page: tl.tensor,
     FORMAT: tl.constexpr,
     HARDWARE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> Any:
-    """Keys at `index` `[BLOCK_N]` of a cache: V's part bfloat16 `[BLOCK_N, 512]` and the RoPE part behind it, where
-    the format has one. Keys that are not `valid` are not read, and are 0.
+    """Keys `[BLOCK_N]` at `in_page` of the pages that begin at `first`: V's part bfloat16 `[BLOCK_N, 512]` and the RoPE
+    part behind it, where the format has one. Keys that are not `valid` are not read, and are 0.
 
-    `cache` points to bfloat16 for BF16 formats and to bytes for the others; the strides count elements of that.
+    `first` points to bfloat16 for BF16 formats and to bytes for the others; the stride counts elements of that.
     """
-    tokens, scale_bytes = token_bytes(cache, index, stride_page, stride_token, page, FORMAT)
+    tokens, scale_bytes = token_bytes(first, in_page, stride_token, page, FORMAT)
     column = tl.arange(0, D_V)[None, :]
     rope_column = tl.arange(0, D_ROPE)[None, :]
     live = valid[:, None]
@@ -157,11 +177,18 @@ def load_tokens(
         scale = tl.load((tokens + D_V)[:, None] + tl.arange(0, 16)[None, :], mask=live, other=0)
         k = scaled(e4m3_to_float32(code, HARDWARE), ue8m0_to_float32(scale), BLOCK_N, 16)
         k_rope = k
-    else:
-        tl.static_assert(FORMAT == V41_FP4)
+    elif FORMAT == V41_FP4:
         pair = tl.load(tokens[:, None] + tl.arange(0, 256)[None, :], mask=live, other=0)
         value = tl.interleave(e2m1_to_float32(pair & 0xF), e2m1_to_float32(pair >> 4))
         scale = tl.load((tokens + 256)[:, None] + tl.arange(0, 32)[None, :], mask=live, other=0)
         k = scaled(value, e4m3_to_float32(scale, HARDWARE), BLOCK_N, 32)
         k_rope = k
+    else:
+        tl.static_assert(FORMAT >= E4M3_576)
+        code = tl.load(tokens[:, None] + column, mask=live, other=0)
+        k = e4m3_to_float32(code, HARDWARE).to(tl.bfloat16)  # exact
+        k_rope = k
+        if FORMAT == E4M3_576:
+            code = tl.load(tokens[:, None] + D_V + rope_column, mask=live, other=0)
+            k_rope = e4m3_to_float32(code, HARDWARE).to(tl.bfloat16)
     return k, k_rope

@@ -34,6 +34,9 @@ LN2 = tl.constexpr(0.6931471805599453)
 SCHEDULE_BLOCK = tl.constexpr(64)
 """Keys per block of a schedule."""
 
+LEAST_CUT = tl.constexpr(8)
+"""The fewest blocks of a piece in the batch-invariant mode."""
+
 NO_END = tl.constexpr(2**31 - 1)
 
 WHOLE, NOTHING = tl.constexpr(-1), tl.constexpr(-2)
@@ -108,9 +111,9 @@ def piece_of(
 def fixed_cut_blocks(num_blocks: tl.tensor, max_cuts: tl.tensor) -> Any:
     """Blocks per piece in the batch-invariant mode: cuts that depend on the request alone.
 
-    Up to `max_cuts` pieces of equal length, none shorter than 8 blocks.
+    Up to `max_cuts` pieces of equal length, none shorter than LEAST_CUT blocks.
     """
-    return tl.maximum(ceil_div(num_blocks, max_cuts), 8)
+    return tl.maximum(ceil_div(num_blocks, max_cuts), LEAST_CUT)
 
 
 @jit

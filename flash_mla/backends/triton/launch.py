@@ -9,6 +9,9 @@ from torch import Tensor
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 """Options of every kernel. Said aloud because Triton's default is about to change."""
 
+MAX_GRID_Y = 65535
+"""The most programs of a launch's second dimension."""
+
 
 def device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     """Make the tensor's device the current one: Triton launches there."""

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_mla import _ops, errors, problem
+from flash_mla import _ops, errors, problem, problem_sparse
+from flash_mla.backends import reference_sparse
 from flash_mla.backends.triton import config, support
 
 
@@ -17,6 +18,12 @@ def _check_serves(tensor: Tensor, name: str) -> None:
     reason = support.why_not_on(tensor.device.type, capability)
     if reason is not None:
         raise errors.UnsupportedError(f"{name}: no backend takes the problem; triton: {reason}")
+
+
+def _new_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
+    b, s_q, h_q, _ = q.shape
+    out = q.new_empty((b, s_q, h_q, problem.HEAD_DIM_V), dtype=problem.out_dtype(q))
+    return out, q.new_empty((b, h_q, s_q), dtype=torch.float32)
 
 
 def dense_decode_out(
@@ -62,12 +69,34 @@ def dense_decode_out(
         kernels.dense_decode(call, tile_scheduler_metadata, num_splits)
 
 
+def dense_decode_fp8_out(*arguments: Any) -> None:
+    """`torch.ops.flash_mla.triton_dense_decode_fp8_out`."""
+    problem.check_dense_decode_fp8(*arguments)
+    q, k_cache, block_table, cache_seqlens, rows, splits, attn_sink, _, softmax_scale, causal, *rest = arguments
+    batch_invariant, descale_q, descale_k, kv_format, out, lse = rest
+    _check_serves(q, "dense decode")
+    from flash_mla.backends.triton import dense_decode as kernels
+
+    plain = kernels.Call(q, k_cache, block_table, cache_seqlens, attn_sink, softmax_scale, causal, out, lse)
+    call = kernels.Call.of_bytes(plain, kv_format, descale_q, descale_k)
+    if batch_invariant:
+        kernels.dense_decode_batch_invariant(call)
+    else:
+        kernels.dense_decode(call, rows, splits)
+
+
+def dense_decode_fp8(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """`torch.ops.flash_mla.triton_dense_decode_fp8`."""
+    problem.check_dense_decode_fp8(*inputs)
+    out, lse = _new_outputs(inputs[0])
+    dense_decode_fp8_out(*inputs, out, lse)
+    return out, lse
+
+
 def dense_decode(q: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
     """`torch.ops.flash_mla.triton_dense_decode`."""
     problem.check_dense_decode(q, *inputs)
-    b, s_q, h_q, _ = q.shape
-    out = q.new_empty((b, s_q, h_q, problem.HEAD_DIM_V))
-    lse = q.new_empty((b, h_q, s_q), dtype=torch.float32)
+    out, lse = _new_outputs(q)
     arguments: Any = (q, *inputs, out, lse)
     dense_decode_out(*arguments)
     return out, lse
@@ -91,6 +120,61 @@ def merge_attention_states(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tens
     return merge.merge_attention_states(outs, lses)
 
 
+def sparse_decode_out(*arguments: Any) -> None:
+    """`torch.ops.flash_mla.triton_sparse_decode_out`."""
+    problem_sparse.check_sparse_decode(*arguments)
+    q, *primary, extra_k_cache, extra_indices, extra_topk_length = arguments[:7]
+    rows, splits, attn_sink, kv_format, extra_kv_format, _, softmax_scale, batch_invariant, out, lse = arguments[7:]
+    _check_serves(q, "sparse decode")
+    from flash_mla.backends.triton import sparse_decode as kernels
+
+    extra = None
+    if extra_k_cache is not None:
+        extra = kernels.Keys.of(extra_k_cache, extra_kv_format, extra_indices, extra_topk_length)
+    k_cache, indices, topk_length = primary
+    keys = kernels.Keys.of(k_cache, kv_format, indices, topk_length)
+    call = kernels.Call(q, keys, extra, attn_sink, softmax_scale, out, lse)
+    if batch_invariant:
+        kernels.sparse_decode_batch_invariant(call)
+    else:
+        kernels.sparse_decode(call, rows, splits)
+
+
+def sparse_decode(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """`torch.ops.flash_mla.triton_sparse_decode`."""
+    problem_sparse.check_sparse_decode(*inputs)
+    out, lse = _new_outputs(inputs[0])
+    sparse_decode_out(*inputs, out, lse)
+    return out, lse
+
+
+def plan_sparse_decode(
+    requests: Tensor,
+    topk_length: Tensor | None,
+    extra_topk_length: Tensor | None,
+    s_q: int,
+    h_q: int,
+    topk: int,
+    extra_topk: int,
+) -> tuple[Tensor, Tensor]:
+    """`torch.ops.flash_mla.triton_plan_sparse_decode`."""
+    problem_sparse.check_sparse_plan(requests, topk_length, extra_topk_length, s_q, h_q, topk, extra_topk)
+    _check_serves(requests, "planning")
+    from flash_mla.backends.triton import plan
+
+    blocks = reference_sparse.blocks_per_request(requests, topk_length, extra_topk_length, topk, extra_topk)
+    keys = (blocks * problem.BLOCK_KEYS).to(torch.int32)  # as many keys as whole blocks have
+    return plan.plan_dense_decode(keys, config.num_sparse_parts(config.Gpu.of(requests.device), s_q, h_q))
+
+
+def fake_sparse_plan(requests: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """The shapes of a plan."""
+    problem_sparse.check_sparse_plan(requests, *rest)
+    parts = config.num_sparse_parts(config.Gpu.of(requests.device), *rest[2:4])
+    rows = requests.new_empty((parts, problem.ROW_FIELDS), dtype=torch.int32)
+    return rows, requests.new_empty((requests.shape[0] + 1,), dtype=torch.int32)
+
+
 def fake_plan(cache_seqlens: Tensor, s_q: int, h_q: int, h_kv: int) -> tuple[Tensor, Tensor]:
     """The shapes of a plan."""
     problem.check_plan(cache_seqlens, s_q, h_q, h_kv)
@@ -102,15 +186,23 @@ def fake_plan(cache_seqlens: Tensor, s_q: int, h_q: int, h_kv: int) -> tuple[Ten
 _FUNCTIONS = {
     "dense_decode": dense_decode,
     "dense_decode_out": dense_decode_out,
+    "dense_decode_fp8": dense_decode_fp8,
+    "dense_decode_fp8_out": dense_decode_fp8_out,
     "plan_dense_decode": plan_dense_decode,
     "merge_attention_states": merge_attention_states,
+    "sparse_decode": sparse_decode,
+    "sparse_decode_out": sparse_decode_out,
+    "plan_sparse_decode": plan_sparse_decode,
 }
 OPERATORS = tuple(_FUNCTIONS)
 """Operators that the backend has."""
 
+UNASKED = tuple(name for name in OPERATORS if not any(op in name for op in support.BY_NAME_ONLY))
+"""Those that serve calls without being asked for by name."""
+
 
 def _register() -> None:
-    _ops.define_twins("triton", OPERATORS, {"plan_dense_decode": fake_plan})
+    _ops.define_twins("triton", OPERATORS, {"plan_dense_decode": fake_plan, "plan_sparse_decode": fake_sparse_plan})
     for name, function in _FUNCTIONS.items():
         _ops.implement(f"triton_{name}", function, "CompositeExplicitAutograd")
 

@@ -4,19 +4,21 @@ The rows of a tile are heads of one query, since the next query has other keys. 
 its first index list each, at least one, and then 64 lanes of the second: the schedule cuts that sequence.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
+from flash_mla.backends.reference_schedule import blocks_of
 from flash_mla.backends.triton.combine import MAX_CUTS, launch_combine
 from flash_mla.backends.triton.config import Gpu, Tile, converts_fp8, sparse_tile
 from flash_mla.backends.triton.dequant import NONE, Format, load_tokens
 from flash_mla.backends.triton.language import (
     D_ROPE,
     D_V,
+    LEAST_CUT,
     LOG2E,
     NOTHING,
     SCHEDULE_BLOCK,
@@ -33,7 +35,7 @@ from flash_mla.backends.triton.language import (
     store_result,
     wide,
 )
-from flash_mla.backends.triton.launch import OPTIONS, device_of
+from flash_mla.backends.triton.launch import MAX_GRID_Y, OPTIONS, device_of
 from flash_mla.problem import HEAD_DIM_V
 
 
@@ -72,9 +74,9 @@ def attend_lanes(
     index = load_indices(row, begin, end, num_slots, BLOCK_N)
     for start in range(begin, end, BLOCK_N):
         valid = index >= 0
-        k, k_rope = load_tokens(
-            cache, tl.where(valid, index, 0), valid, stride_page, stride_token, page, FORMAT, HARDWARE, BLOCK_N
-        )
+        slot = tl.where(valid, index, 0)
+        first = cache + (slot // page).to(tl.int64) * stride_page
+        k, k_rope = load_tokens(first, slot % page, valid, stride_token, page, FORMAT, HARDWARE, BLOCK_N)
         index = load_indices(row, start + BLOCK_N, end, num_slots, BLOCK_N)
         scores = dot(q_v, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
         if ROPE:
@@ -88,21 +90,19 @@ def attend_lanes(
 @jit
 def lanes_of(
     length: tl.tensor,
+    has_length: tl.tensor,
     request: tl.tensor,
     token: tl.tensor,
     stride_b: tl.tensor,
     stride_s: tl.tensor,
     topk: tl.tensor,
-    HAS_LENGTH: tl.constexpr,
 ) -> Any:
-    """How many lanes of an index list count."""
-    lanes = topk
-    if HAS_LENGTH:
-        lanes = tl.load(length + wide(request) * stride_b + wide(token) * stride_s)
-        lanes = tl.minimum(tl.maximum(lanes, 0), topk)
-    return lanes
+    """How many lanes of an index list count: all, unless there is a `length`."""
+    lanes = tl.load(length + wide(request) * stride_b + wide(token) * stride_s, mask=has_length, other=topk)
+    return tl.minimum(tl.maximum(lanes, 0), topk)
 
 
+# Options of the call, and strides that no wide load follows: none of them is worth a compilation.
 @jit_for_any_value(
     "b",
     "h_q",
@@ -110,12 +110,26 @@ def lanes_of(
     "num_parts",
     "max_cuts",
     "first",
+    "has_sink",
+    "has_length",
+    "has_extra_length",
     "topk",
     "num_slots",
     "page",
     "extra_topk",
     "extra_num_slots",
     "extra_page",
+    "stride_indices_b",
+    "stride_indices_s",
+    "stride_extra_indices_b",
+    "stride_extra_indices_s",
+    "stride_length_b",
+    "stride_length_s",
+    "stride_extra_length_b",
+    "stride_extra_length_s",
+    "stride_lse_b",
+    "stride_lse_h",
+    "stride_lse_s",
 )
 def sparse_decode_kernel(
     q: tl.tensor,
@@ -138,6 +152,9 @@ def sparse_decode_kernel(
     num_parts: tl.tensor,
     max_cuts: tl.tensor,
     first: tl.tensor,
+    has_sink: tl.tensor,
+    has_length: tl.tensor,
+    has_extra_length: tl.tensor,
     topk: tl.tensor,
     num_slots: tl.tensor,
     page: tl.tensor,
@@ -169,9 +186,6 @@ def sparse_decode_kernel(
     EXTRA_FORMAT: tl.constexpr,
     HARDWARE: tl.constexpr,
     ROPE: tl.constexpr,
-    HAS_LENGTH: tl.constexpr,
-    HAS_EXTRA_LENGTH: tl.constexpr,
-    HAS_SINK: tl.constexpr,
     FIXED_CUTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -188,9 +202,8 @@ def sparse_decode_kernel(
     head = head_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     exists = head < h_q
     column = tl.arange(0, D_V)[None, :]
-    sink = tl.zeros([BLOCK_M], tl.float32)
-    if HAS_SINK:
-        sink = tl.load(attn_sink + head, mask=exists, other=0.0)
+    # A sink of -inf changes nothing.
+    sink = tl.load(attn_sink + head, mask=exists & has_sink, other=float("-inf"))
     if FIXED_CUTS:
         begin_request = first + part // max_cuts
         end_request = begin_request
@@ -200,13 +213,19 @@ def sparse_decode_kernel(
         end_request = tl.where(begin_request < b, end_request, -1)
 
     for request in range(begin_request, end_request + 1):
-        lanes = lanes_of(length, request, token, stride_length_b, stride_length_s, topk, HAS_LENGTH)
+        lanes = lanes_of(length, has_length, request, token, stride_length_b, stride_length_s, topk)
         blocks = tl.maximum(ceil_div(lanes, SCHEDULE_BLOCK), 1)
         all_blocks = blocks
         extra_lanes = 0
         if EXTRA_FORMAT != NONE:
             extra_lanes = lanes_of(
-                extra_length, request, token, stride_extra_length_b, stride_extra_length_s, extra_topk, HAS_EXTRA_LENGTH
+                extra_length,
+                has_extra_length,
+                request,
+                token,
+                stride_extra_length_b,
+                stride_extra_length_s,
+                extra_topk,
             )
             all_blocks = blocks + ceil_div(extra_lanes, SCHEDULE_BLOCK)
         if FIXED_CUTS:
@@ -277,10 +296,54 @@ def sparse_decode_kernel(
             lse_rows = (
                 lse + wide(request) * stride_lse_b + wide(token) * stride_lse_s + head.to(tl.int64) * stride_lse_h
             )
-            store_result(out_rows, lse_rows, acc, row_max, row_sum, sink, exists, HAS_SINK)
+            store_result(out_rows, lse_rows, acc, row_max, row_sum, sink, exists, True)
         elif partial != NOTHING:
             tile = wide(partial) * tl.num_programs(0) + tl.program_id(0)
             store_partial(partial_out, partial_stats, tile, acc, row_max, row_sum, exists, BLOCK_M)
+
+
+@jit_for_any_value(
+    "s_q",
+    "topk",
+    "num_slots",
+    "has_length",
+    "stride_indices_b",
+    "stride_indices_s",
+    "stride_length_b",
+    "stride_length_s",
+)
+def compact_kernel(
+    indices: tl.tensor,
+    length: tl.tensor,
+    compacted: tl.tensor,
+    count: tl.tensor,
+    s_q: tl.tensor,
+    topk: tl.tensor,
+    num_slots: tl.tensor,
+    has_length: tl.tensor,
+    stride_indices_b: tl.tensor,
+    stride_indices_s: tl.tensor,
+    stride_length_b: tl.tensor,
+    stride_length_s: tl.tensor,
+    CHUNK: tl.constexpr,
+) -> None:
+    """Grid `(b * s_q,)`: the valid indices of one query, in their order and without gaps, and how many there are.
+
+    `compacted` `[b, s_q, topk]` and `count` `[b, s_q]` are contiguous. What lies behind the valid ones is not written.
+    """
+    query = tl.program_id(0)
+    request = query // s_q
+    token = query % s_q
+    lanes = lanes_of(length, has_length, request, token, stride_length_b, stride_length_s, topk)
+    row = indices + wide(request) * stride_indices_b + wide(token) * stride_indices_s
+    found = tl.full((), 0, tl.int32)
+    for start in range(0, lanes, CHUNK):
+        index = load_indices(row, start, lanes, num_slots, CHUNK)
+        valid = (index >= 0).to(tl.int32)
+        place = found + tl.cumsum(valid, 0) - 1
+        tl.store(compacted + wide(query) * topk + place, index, mask=index >= 0)
+        found += tl.sum(valid, 0)
+    tl.store(count + query, found)
 
 
 # ---- The launch.
@@ -298,6 +361,11 @@ class Keys:
     length: Tensor | None = None
     """int32 `[b]` or `[b, s_q]`: lanes at and past it are not read."""
 
+    @staticmethod
+    def of(cache: Tensor, kv_format: str, indices: Tensor, length: Tensor | None) -> "Keys":
+        """From an operator's arguments; `kv_format` is the name of a `KVFormat`."""
+        return Keys(cache, Format.of(kv_format, cache.shape[-1]), indices, length)
+
     def arguments(self) -> tuple[tuple[Any, ...], tuple[int, int, int]]:
         """(cache, indices, length) and (topk, slots, page) for the kernel."""
         cache = self.cache if self.cache.dtype == torch.bfloat16 else self.cache.view(torch.uint8)
@@ -310,7 +378,7 @@ class Keys:
         length = self.length
         if length is not None and length.dim() == 2:
             length = length[:, some]
-        return Keys(self.cache, self.format, self.indices[:, some], length)
+        return replace(self, indices=self.indices[:, some], length=length)
 
     def length_strides(self) -> tuple[int, int]:
         """Strides of `length` by request and by query."""
@@ -331,19 +399,22 @@ class Call:
     out: Tensor
     lse: Tensor
 
+    def caches(self) -> tuple[Keys, ...]:
+        """The keys of one cache or of two."""
+        return (self.keys,) if self.extra is None else (self.keys, self.extra)
+
     def tokens(self, begin: int, end: int) -> "Call":
         """The same call for some of the queries of each request."""
         if begin == 0 and end == self.q.shape[1]:
             return self
         some = slice(begin, end)
-        return Call(
-            self.q[:, some],
-            self.keys.tokens(some),
-            None if self.extra is None else self.extra.tokens(some),
-            self.attn_sink,
-            self.softmax_scale,
-            self.out[:, some],
-            self.lse[:, :, some],
+        return replace(
+            self,
+            q=self.q[:, some],
+            keys=self.keys.tokens(some),
+            extra=None if self.extra is None else self.extra.tokens(some),
+            out=self.out[:, some],
+            lse=self.lse[:, :, some],
         )
 
 
@@ -361,43 +432,69 @@ def sparse_decode(call: Call, schedule: Tensor, num_splits: Tensor, tile: Tile |
 
 
 def sparse_decode_batch_invariant(call: Call, tile: Tile | None = None) -> None:
-    """Decode with cuts that depend on each query's own lengths, in as many rounds as bounded memory needs."""
+    """Decode with cuts that depend on each query's own keys, in as many rounds as bounded memory needs.
+
+    Its own keys are those of its valid indices: where they stand among others makes no difference.
+    """
     b, s_q, h_q, _ = call.q.shape
+    if b == 0:
+        return
     tile = tile or _tile(call)
     head_tiles = -(-h_q // tile.block_m)
     limit = 2 * Gpu.of(call.q.device).num_sms
-    max_cuts = max(1, min(limit // head_tiles, MAX_CUTS))
-    tokens = max(1, min(s_q, limit // (head_tiles * max_cuts)))
-    at_once = max(1, limit // (head_tiles * max_cuts * tokens))
-    for begin in range(0, s_q, tokens):
-        some = call.tokens(begin, min(begin + tokens, s_q))
-        blocks = _blocks(some)
-        partials = _partials(some, tile, min(at_once, b) * max_cuts)
-        with device_of(call.q):
+    # Lists too short for so many pieces do not get them anyway: the cuts are the same.
+    pieces = -(-sum(-(-keys.indices.shape[2] // SCHEDULE_BLOCK.value) for keys in call.caches()) // LEAST_CUT.value)
+    max_cuts = max(1, min(limit // head_tiles, MAX_CUTS, pieces))
+    tokens, at_once = s_q, MAX_GRID_Y
+    if max_cuts > 1:
+        tokens = max(1, min(s_q, limit // (head_tiles * max_cuts)))
+        at_once = max(1, limit // (head_tiles * max_cuts * tokens))
+    with device_of(call.q):
+        call = replace(call, keys=_compacted(call.keys), extra=None if call.extra is None else _compacted(call.extra))
+        blocks = _blocks(call) if max_cuts > 1 else None
+        for begin in range(0, s_q, tokens):
+            some = call.tokens(begin, min(begin + tokens, s_q))
+            partials = _partials(some, tile, min(at_once, b) * max_cuts) if max_cuts > 1 else (call.lse, call.lse)
             for first in range(0, b, at_once):
                 requests = min(at_once, b - first)
-                _launch(some, tile, partials, requests * max_cuts, max_cuts=max_cuts, first=first)
-                _join(some, tile, partials, requests, max_cuts=max_cuts, first=first, blocks=blocks)
+                cuts = {"max_cuts": max_cuts, "first": first}
+                _launch(some, tile, partials, requests * max_cuts, **cuts)
+                if blocks is not None:
+                    _join(some, tile, partials, requests, blocks=blocks[:, begin : begin + tokens].contiguous(), **cuts)
 
 
 def _tile(call: Call) -> Tile:
-    in_flight = tuple(keys.format.in_flight for keys in (call.keys, call.extra) if keys is not None)
+    in_flight = tuple(keys.format.in_flight for keys in call.caches())
     return sparse_tile(Gpu.of(call.q.device), call.q.shape[2], call.q.shape[3], in_flight)
 
 
+def _compacted(keys: Keys) -> Keys:
+    """The same with its valid indices alone; every query with a length of its own."""
+    b, s_q, topk = keys.indices.shape
+    indices = torch.empty_like(keys.indices, memory_format=torch.contiguous_format)
+    count = keys.indices.new_empty((b, s_q))
+    (_, *lists), (_, slots, _) = keys.arguments()
+    compact_kernel[(b * s_q,)](
+        *lists,
+        indices,
+        count,
+        s_q,
+        topk,
+        slots,
+        keys.length is not None,
+        *keys.indices.stride()[:2],
+        *keys.length_strides(),
+        CHUNK=1024,
+        num_warps=4,
+        **OPTIONS,
+    )
+    return replace(keys, indices=indices, length=count)
+
+
 def _blocks(call: Call) -> Tensor:
-    """int32 `[b, s_q]`: blocks of each query, as the kernel counts them."""
-    b, s_q = call.q.shape[:2]
-    total = torch.zeros((b, s_q), dtype=torch.int32, device=call.q.device)
-    for keys, least in ((call.keys, 1), (call.extra, 0)):
-        if keys is not None:
-            topk = keys.indices.shape[2]
-            lanes: Tensor | int = topk
-            if keys.length is not None:
-                lanes = keys.length.clamp(0, topk).view(b, -1)
-            count = (total * 0 + lanes + (SCHEDULE_BLOCK.value - 1)) // SCHEDULE_BLOCK.value
-            total = total + count.clamp(min=least)
-    return total
+    """int32 `[b, s_q]`: blocks of each query of a compacted call, as the kernel counts them."""
+    first, *others = (blocks_of(keys.length) for keys in call.caches() if keys.length is not None)
+    return sum(others, first.clamp(min=1)).to(torch.int32)
 
 
 def _partials(call: Call, tile: Tile, count: int) -> tuple[Tensor, Tensor]:
@@ -441,6 +538,9 @@ def _launch(
         parts,
         max_cuts,
         first,
+        call.attn_sink is not None,
+        keys.length is not None,
+        extra.length is not None,
         *sizes,
         *extra_sizes,
         *call.q.stride()[:3],
@@ -456,9 +556,6 @@ def _launch(
         EXTRA_FORMAT=int(Format.NONE if call.extra is None else extra.format),
         HARDWARE=converts_fp8(Gpu.of(call.q.device)),
         ROPE=d_qk > HEAD_DIM_V,
-        HAS_LENGTH=keys.length is not None,
-        HAS_EXTRA_LENGTH=extra.length is not None,
-        HAS_SINK=call.attn_sink is not None,
         FIXED_CUTS=schedule is None,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,

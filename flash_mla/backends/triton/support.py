@@ -9,6 +9,7 @@ import torch
 from flash_mla import problem
 from flash_mla.backends.triton import config
 from flash_mla.problem import DenseDecodeProblem, Problem
+from flash_mla.problem_sparse import SparseDecodeProblem
 
 OLDEST, TOO_NEW = (3, 4), (3, 10)
 """Versions of Triton that the kernels are written for, as pyproject.toml pins them: from the first, below the
@@ -19,13 +20,24 @@ MIN_CAPABILITY = 80
 """bfloat16 on tensor cores."""
 
 NOT_SERVED = {
-    "dense_decode_fp8": "no kernel for dense_decode over FP8 caches is written yet",
-    "sparse_decode": "its kernels for sparse_decode are not bound to flash_mla_with_kvcache yet",
     "sparse_prefill": "no kernel for sparse_prefill is written yet",
     "dense_prefill": "no kernel for dense_prefill is written yet",
     "kv_cache": "no kernel for kv_cache is written yet",
 }
 """Operations, and variants of them, that the backend declines on every device so far, each with its reason."""
+
+
+BY_NAME_ONLY = {
+    op: f"its kernels for {what} have not run on a GPU yet: ask for the backend by name"
+    for op, what in {"sparse_decode": "sparse_decode", "dense_decode_fp8": "dense_decode over FP8 caches"}.items()
+}
+"""Operations, and variants of them, that the backend serves only where it is asked for by name."""
+
+
+def by_name_only(wanted: Problem) -> str | None:
+    """Why the backend serves `wanted` only where it is asked for by name, or None."""
+    is_fp8 = isinstance(wanted, DenseDecodeProblem) and wanted.fp8_cache is not None
+    return BY_NAME_ONLY.get("dense_decode_fp8" if is_fp8 else wanted.op)
 
 
 @lru_cache(maxsize=1)
@@ -59,14 +71,14 @@ def why_not_on(device_type: str, compute_capability: int | None) -> str | None:
 
 def why_not(wanted: Problem) -> str | None:
     """None when a kernel takes `wanted`, else the reason."""
+    if isinstance(wanted, SparseDecodeProblem):
+        return why_not_on(wanted.device_type, wanted.compute_capability)
     if not isinstance(wanted, DenseDecodeProblem):
         return NOT_SERVED[wanted.op]
-    if wanted.fp8_cache is not None:
-        return NOT_SERVED["dense_decode_fp8"]
     reason = why_not_on(wanted.device_type, wanted.compute_capability)
     if reason is not None:
         return reason
-    if wanted.dtype not in problem.HALF_DTYPES:
+    if wanted.fp8_cache is None and wanted.dtype not in problem.HALF_DTYPES:
         return f"dtype must be bfloat16 or float16, got {str(wanted.dtype).removeprefix('torch.')}"
     if wanted.d_qk not in problem.HEAD_DIMS_QK:
         return f"d_qk must be 576 or 512, got {wanted.d_qk}"
