@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import flash_mla
-from flash_mla import _ops, backends
+from flash_mla import backends
 from flash_mla.backends import cuda as cuda_backend
 from flash_mla.backends import triton
 
@@ -81,7 +81,7 @@ class Target:
     def require(self, op: str) -> None:
         """Skip the test where the backend has no kernels for an operation."""
         if self.is_cuda:
-            reason = _ops.no_kernels(op) if op in cuda_backend.WITHOUT_KERNELS else _ops.why_not_native(op)
+            reason = cuda_backend.why_no_kernels(op)
             if reason is not None:
                 pytest.skip(f"cuda: {reason}")
         if self.name == "triton" and op in triton.NOT_SERVED:

@@ -113,10 +113,17 @@ def _sparse_arguments(problem: SparseDecodeProblem) -> tuple[Any, ...]:
     )
 
 
+def why_no_kernels(op: str) -> str | None:
+    """None when the native library has kernels for an operation, or this variant of one, else the reason."""
+    if op in WITHOUT_KERNELS:
+        return _ops.no_kernels(op)
+    return _ops.why_not_native("append_kv_cache" if op == "kv_cache" else op)
+
+
 def why_no_operator(problem: Problem) -> str | None:
     """None when the native library has kernels for the operation of `problem`, of whatever kind, else the reason."""
-    op = "dense_decode_fp8" if isinstance(problem, DenseDecodeProblem) and problem.fp8_cache else problem.op
-    return _ops.no_kernels(op) if op in WITHOUT_KERNELS else _ops.why_not_native(op)
+    fp8 = isinstance(problem, DenseDecodeProblem) and problem.fp8_cache
+    return why_no_kernels("dense_decode_fp8" if fp8 else problem.op)
 
 
 def why_not(problem: Problem) -> str | None:

@@ -283,9 +283,7 @@ class MathWarpgroup {
 
   __device__ __forceinline__ void wait_for_keys(int slot, int group) {
     mbarrier_wait(shared_address(&storage_.k_full[slot][group]), phases_.parity(slot));
-    if (C::is_copied(group)) {
-      fence_async_proxy();
-    }
+    fence_async_proxy();
   }
 
   // The other warpgroup has seen these columns arrive; the async proxy wants every reader to.
