@@ -18,6 +18,17 @@ BYTE_FORMATS = [known for known in KVFormat if known is not KVFormat.BF16]
 PAGES = (1, 2, 53, 64, 69, 256, 576)
 
 
+def memory_of(tensor: Tensor) -> Tensor:
+    """Every byte of its storage, padding included."""
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+
+
+def placed(tensor: Tensor, device: str) -> Tensor:
+    """`tensor` on a device, storage and strides as they are: `.to` closes the gaps of a tensor that is not dense."""
+    memory = memory_of(tensor).to(device)
+    return memory.view(tensor.dtype).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
 # ---- The formats again, as plain as they can be written. Floats are Python's (float64) where nothing else is said.
 
 
@@ -55,7 +66,7 @@ def row_bytes(cache: Tensor, known: KVFormat, slot: int) -> tuple[bytes, bytes, 
     page = cache.shape[1]
     block, t = divmod(slot, page)
     start = block * cache.stride(0)
-    memory = torch.tensor([], dtype=torch.uint8).set_(cache.untyped_storage())[cache.storage_offset() :]
+    memory = memory_of(cache)[cache.storage_offset() :]
 
     def cut(begin: int, count: int) -> bytes:
         return bytes(memory[start + begin : start + begin + count].tolist())
@@ -182,7 +193,7 @@ def test_every_byte_is_read_as_the_table_says(backend: Target, known: KVFormat, 
     if known in (KVFormat.V32, KVFormat.V32_NO_ROPE):  # scales of a size that occurs
         scales = cache.view(torch.uint8)[..., 512:528]
         scales.copy_((torch.rand((*scales.shape[:3], 4), generator=generator) * 3).view(torch.uint8))
-    values = dequantize_kv_cache(cache.to(backend.device), known).cpu()
+    values = dequantize_kv_cache(placed(cache, backend.device), known).cpu()
     assert values.shape == (192 // page, page, 1, d_of(known))
     assert values.dtype == torch.bfloat16
     for slot in range(0, 192, 17):
@@ -260,7 +271,7 @@ def test_bits_of_the_reference(cuda: Target, known: KVFormat, exact: bool) -> No
         every_other = torch.stack((slots, slots), 1).to(cuda.device)[:, 0]
         cache = poisoned_cache(known, blocks, 64, rows.shape[1], cuda.device)
         append_kv_cache(here, cache, every_other, known, exact_scale=exact)
-        assert torch.equal(cache.view(torch.uint8).cpu(), wanted.view(torch.uint8))
+        assert torch.equal(memory_of(cache).cpu(), memory_of(wanted))
         assert same_bits(dequantize_kv_cache(cache, known).cpu(), values)
 
 
@@ -338,15 +349,16 @@ def test_append_writes_its_slots_alone(backend: Target, known: KVFormat, page: i
     rest = torch.ones(blocks * page, dtype=torch.bool)
     rest[slots] = False
     untouched = poisoned_cache(known, blocks, page, d_qk).view(torch.uint8)
-    touched = cache.view(torch.uint8).cpu()
+    touched = placed(cache.view(torch.uint8), "cpu")
+    assert touched.stride() == untouched.stride()
     if known is KVFormat.MODEL1:
         for slot in range(blocks * page):
             parts = [row_bytes(tensor, known, slot) for tensor in (touched, untouched)]
             assert (parts[0] == parts[1]) == bool(rest[slot])
         stride = touched.stride(0)
-        storage = cache.view(torch.uint8).as_strided((blocks, stride), (stride, 1), 0)
+        storage = memory_of(touched).view(blocks, stride)
         assert bool((storage[:, 584 * page :] == 0xFF).all())
-        pads = storage[:, 576 * page : 584 * page].reshape(blocks * page, 8)[:, 7].cpu()
+        pads = storage[:, 576 * page : 584 * page].reshape(blocks * page, 8)[:, 7]
         assert bool((pads == torch.where(rest, 0xFF, 0)).all())
     else:
         flat = touched.flatten(0, 1)[rest]
@@ -466,7 +478,7 @@ def test_compiled_append(backend: Target, known: str, page: int) -> None:
     with flash_mla.backends.use(None):
         compiler = "inductor" if backend.is_cuda else "aot_eager"
         torch.compile(step, fullgraph=True, backend=compiler)(rows, cache, slots)
-    assert torch.equal(cache, wanted)
+    assert torch.equal(memory_of(cache), memory_of(wanted))
 
 
 # ---- Errors.
@@ -518,22 +530,24 @@ def test_wrong_arguments_of_append(backend: Target, case: str) -> None:
     change, error, text = WRONG_APPEND[case]
     call = {"kv": ROWS, "cache": CACHE.clone(), "slot_mapping": SLOTS, "format": "MODEL1", **change}
     with pytest.raises(error, match=text):
-        append_kv_cache(**{k: v.to(backend.device) if isinstance(v, Tensor) else v for k, v in call.items()})
+        append_kv_cache(**{k: placed(v, backend.device) if isinstance(v, Tensor) else v for k, v in call.items()})
 
 
 def test_wrong_arguments_of_the_others(backend: Target) -> None:
+    rows, cache = ROWS.to(backend.device), CACHE.to(backend.device)
+    wide = torch.zeros((4, 660), dtype=torch.uint8, device=backend.device)
     with pytest.raises(ValueError, match="page: wanted at least 1, got 0"):
-        quantize_kv_cache(ROWS, "MODEL1", 0)
+        quantize_kv_cache(rows, "MODEL1", 0)
     with pytest.raises(TypeError, match="page: wanted an int, got float"):
-        quantize_kv_cache(ROWS, "MODEL1", 64.0)
+        quantize_kv_cache(rows, "MODEL1", 64.0)
     with pytest.raises(ValueError, match=r"kv: wanted d_qk = 576 values per row \(V32\), got 512"):
-        quantize_kv_cache(ROWS, "V32", 64)
+        quantize_kv_cache(rows, "V32", 64)
     with pytest.raises(ValueError, match=r"cache: wanted 528 bytes per token \(V41\), got 584"):
-        dequantize_kv_cache(CACHE, "V41")
+        dequantize_kv_cache(cache, "V41")
     with pytest.raises(TypeError, match=r"cache: wanted torch.bfloat16, got torch.uint8"):
-        dequantize_kv_cache(CACHE, "BF16")
+        dequantize_kv_cache(cache, "BF16")
     with pytest.raises(ValueError, match=r"cache: wanted stride\(0\) that is a multiple of 16 bytes, got 660"):
-        dequantize_kv_cache(torch.zeros(4, 660, dtype=torch.uint8)[:, None, None, :656], "V32")
+        dequantize_kv_cache(wide[:, None, None, :656], "V32")
 
 
 def test_the_cuda_backend_says_why_not() -> None:
