@@ -7,16 +7,9 @@
 
 namespace flash_mla::sm90::sparse_attention {
 
-// A key tile is filled, scored and released in groups of columns: four of 128, and one of 64 (RoPE) that is copied as it
-// is. MODEL1 has the RoPE columns in place of the last 64 of group 3.
-enum Group : int { kQuarter0 = 0, kQuarter1, kQuarter2, kQuarter3, kRope, kNumGroups };
-
-// The order in which the products release groups, so the order in which they are scored. RoPE columns arrive last: their
-// copies start when the slot is free, those of the others before.
-constexpr int score_order(int i) {
-  constexpr int kOrder[kNumGroups] = {kQuarter0, kQuarter2, kQuarter1, kQuarter3, kRope};
-  return kOrder[i];
-}
+// A key tile arrives in two parts: the columns that are converted, and those that are copied as they are (the 64 RoPE
+// columns, the last slice of a tile; everything where the cache is bfloat16).
+enum Part : int { kValues = 0, kRope = 1, kNumParts = 2 };
 
 template <KVFormat kFormat_, KVFormat kExtraFormat_, int kHeadDim_>
 struct Config {
@@ -41,19 +34,13 @@ struct Config {
   static constexpr int kMathRegisters = 192;
   static constexpr int kProducerRegisters = 64;
 
-  static constexpr int first_slice(int group) { return group == kRope ? kRopeSlice : 2 * group; }
-  static constexpr int num_slices(int group) {
-    return group == kRope ? (kHasRope ? 1 : 0) : group == kQuarter3 && kRopeInValues ? 1 : 2;
-  }
-  // Groups that the math warps see written by asynchronous copies of other threads.
-  static constexpr bool is_copied(int group) { return kCopied || group == kRope; }
+  static constexpr int first_slice(int part) { return part == kRope ? kRopeSlice : 0; }
+  static constexpr int num_slices(int part) { return part == kRope ? (kHasRope ? 1 : 0) : kSlices - (kHasRope ? 1 : 0); }
 };
 
 constexpr int kProducerWarps = 8;
-constexpr int kWarpsPerQuarter = 2;
 
 // Orders the two math warpgroups' scores; no data goes with it.
 constexpr int kScores0Issued = 1;
-constexpr int kFirstProducerBarrier = 2;  // one for each producer warp
 
 }  // namespace flash_mla::sm90::sparse_attention

@@ -1,6 +1,5 @@
-// How the rows of each cache format become bfloat16 tiles. A warp handles one quarter of the columns, 16 values a lane:
-// lane % 4 + lane / 16 * 4 is the unit of 16 values, lane / 4 % 4 the row. So eight lanes store 128 bytes to eight different
-// banks, since neighbouring rows permute their units differently.
+// How the rows of each cache format become bfloat16 tiles. A warp converts one key at a time, 16 values a lane: a unit.
+// The scales of a row are spread over four lanes, those of a quarter of its columns each.
 #pragma once
 
 #include "device/dequantize.cuh"
@@ -20,17 +19,12 @@ template <KVFormat kFormat>
 struct RowFormat {
   static constexpr KVLayout kLayout = layout_of(kFormat);
   static constexpr int kUnitBytes = 16 * kLayout.value_bits / 8;
-  static constexpr int kQuarterBytes = 128 * kLayout.value_bits / 8;
   static constexpr int kQuarterScales = 128 / kLayout.group;  // of a row
   static constexpr bool kWideScales = kLayout.scale == ScaleType::kE4m3;
 
-  static __device__ __forceinline__ uint4 load(const unsigned char* row, int quarter, int unit) {
-    const unsigned char* source = row + quarter * kQuarterBytes + unit * kUnitBytes;
+  static __device__ __forceinline__ uint4 load(const unsigned char* row, int unit) {
+    const unsigned char* source = row + unit * kUnitBytes;
     uint4 raw;
-#ifdef ABL_NOLOAD
-    raw = make_uint4(0x30303030u + unit, 0x31b13030u, 0x30303030u, 0x30303030u);
-    return raw;
-#endif
     if constexpr (kUnitBytes == 16) {
       asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                    : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w)
@@ -41,7 +35,7 @@ struct RowFormat {
     return raw;
   }
 
-  // The scales of a quarter of a row. `page` and `row_in_page` matter where scales stand behind the page.
+  // The scales of a quarter of a row, whose scales begin at `scales`.
   static __device__ __forceinline__ QuarterScales load_scales(const unsigned char* scales, int quarter) {
     QuarterScales found{};
     if constexpr (kFormat == KVFormat::kModel1) {
@@ -56,39 +50,37 @@ struct RowFormat {
     return found;
   }
 
-  // The scale of a lane's unit, from the lane that has those of its row.
+  // The scale of a lane's unit, from the lane that has those of its quarter of the row.
   static __device__ __forceinline__ float scale(const QuarterScales& scales, int from, int unit) {
     const uint32_t low = __shfl_sync(~0u, scales.low, from);
     if constexpr (kLayout.scale == ScaleType::kFloat32) {
       return __uint_as_float(low);
     } else if constexpr (kWideScales) {
       const uint32_t high = __shfl_sync(~0u, scales.high, from);
-      return e4m3_to_float((unit < 4 ? low : high) >> (unit % 4 * 8) & 0xff);
+      return e4m3_to_float((unit % 8 < 4 ? low : high) >> (unit % 4 * 8) & 0xff);
     } else {
-      return ue8m0_to_float(low >> (unit * kQuarterScales / 8 * 8) & 0xff);
+      return ue8m0_to_float(low >> (unit % 8 * kQuarterScales / 8 * 8) & 0xff);
     }
   }
 
-  // Sixteen values into the 16-byte units at `first` and `second`.
-  static __device__ __forceinline__ void convert(const uint4& raw, float scale, uint32_t first, uint32_t second) {
-    uint4 low, high;
-#ifdef ABL_NOCONV
-    store(first, raw); store(second, make_uint4(raw.x ^ __float_as_uint(scale), raw.y, raw.z, raw.w)); return;
-#endif
+  // Sixteen values into the 16-byte units at `first` and, `second`; the second eight first where `swapped`.
+  static __device__ __forceinline__ void convert(const uint4& raw, float scale, bool swapped, uint32_t first,
+                                                 uint32_t second) {
     if constexpr (kLayout.value_bits == 8) {
-      const uint2 a = scale_e4m3x4(raw.x, scale), b = scale_e4m3x4(raw.y, scale);
-      low = make_uint4(a.x, a.y, b.x, b.y);
-      store(first, low);
-      const uint2 c = scale_e4m3x4(raw.z, scale), d = scale_e4m3x4(raw.w, scale);
-      high = make_uint4(c.x, c.y, d.x, d.y);
-      store(second, high);
+      store(first, eight(swapped ? raw.z : raw.x, swapped ? raw.w : raw.y, scale));
+      store(second, eight(swapped ? raw.x : raw.z, swapped ? raw.y : raw.w, scale));
     } else {
-      store(first, scale_e2m1x8(raw.x, scale));
-      store(second, scale_e2m1x8(raw.y, scale));
+      store(first, scale_e2m1x8(swapped ? raw.y : raw.x, scale));
+      store(second, scale_e2m1x8(swapped ? raw.x : raw.y, scale));
     }
   }
 
  private:
+  static __device__ __forceinline__ uint4 eight(uint32_t low, uint32_t high, float scale) {
+    const uint2 a = scale_e4m3x4(low, scale), b = scale_e4m3x4(high, scale);
+    return make_uint4(a.x, a.y, b.x, b.y);
+  }
+
   static __device__ __forceinline__ void store(uint32_t address, const uint4& words) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(words.x), "r"(words.y), "r"(words.z),
                  "r"(words.w)

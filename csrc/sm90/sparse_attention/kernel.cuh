@@ -9,12 +9,10 @@ template <class C>
 __device__ __forceinline__ void init_barriers(Storage<C>& storage) {
   constexpr int kWarpsOfAWarpgroup = 4;
   for (int slot = 0; slot < 2; ++slot) {
-    for (int group = 0; group < kNumGroups; ++group) {
-      // Converted columns are handed over by warps, copied ones by threads.
-      const int warps = group == kRope ? kProducerWarps / 2 : kWarpsPerQuarter;
-      mbarrier_init(shared_address(&storage.k_full[slot][group]), C::is_copied(group) ? 32 * warps : warps);
-      mbarrier_init(shared_address(&storage.k_empty[slot][group]), kWarpsOfAWarpgroup);
-    }
+    // Converted columns are handed over by warps, copied ones by threads.
+    mbarrier_init(shared_address(&storage.k_full[slot][kValues]), C::kCopied ? C::kProducerThreads : kProducerWarps);
+    mbarrier_init(shared_address(&storage.k_full[slot][kRope]), C::kProducerThreads);
+    mbarrier_init(shared_address(&storage.k_empty[slot]), 2 * kWarpsOfAWarpgroup);
   }
   mbarrier_init(shared_address(&storage.q_full), C::kProducerThreads);
   mbarrier_init(shared_address(&storage.q_empty), 2 * kWarpsOfAWarpgroup);

@@ -66,22 +66,18 @@ class MathWarpgroup {
       }
       find_reference<0>(scores, piece, tile, [] {});
       multiply_own<0>(scores, probabilities0());
-      wgmma_wait<1>();
-      release(0, kQuarter0);
       wgmma_wait<0>();
-      release(0, kQuarter1);
+      release(0);
       phases_.advance(0);
 
       if (pair) {
         mbarrier_wait(shared_address(&storage_.probabilities_full[1]), phases_.parity(1));
         adopt_reference();
-        wait_for_values<0>(1);
+        wait_for_values(1);
         wgmma_fence();
         multiply_shared<0>(1, shared_address(storage_.probabilities[0]));
-        wgmma_wait<1>();
-        release(1, kQuarter0);
         wgmma_wait<0>();
-        release(1, kQuarter1);
+        release(1);
         phases_.advance(1);
       }
     }
@@ -97,36 +93,24 @@ class MathWarpgroup {
         named_barrier_sync(kScores0Issued, C::kMathThreads);
         issue_scores<1>(scores);
         wgmma_wait<0>();
-        if constexpr (C::kRopeBehindValues) {
-          release(1, kRope);
-        }
       }
       if (tile + 2 >= num_tiles) {
         release_q();
       }
       mbarrier_wait(shared_address(&storage_.probabilities_full[0]), phases_.parity(0));
       adopt_reference();
-      wait_for_values<1>(0);
+      wait_for_values(0);
       wgmma_fence();
       multiply_shared<1>(0, probabilities0());
       auto finish_slot0 = [this] {
         wgmma_wait<0>();
-        release(0, kQuarter2);
-        release(0, kQuarter3);
-        if constexpr (C::kHasRope) {
-          release(0, kRope);
-        }
+        release(0);
       };
       if (pair) {
         find_reference<1>(scores, piece, tile + 1, finish_slot0);
         multiply_own<1>(scores, shared_address(storage_.probabilities[0]));
-        wgmma_wait<1>();
-        release(1, kQuarter2);
         wgmma_wait<0>();
-        release(1, kQuarter3);
-        if constexpr (C::kRopeInValues) {
-          release(1, kRope);
-        }
+        release(1);
         phases_.advance(1);
       } else {
         finish_slot0();
@@ -142,15 +126,14 @@ class MathWarpgroup {
     const Descriptor q(shared_address(storage_.q), 16), k(shared_address(storage_.k[kSlot]), 16);
     bool accumulate = false;
 #pragma unroll
-    for (int order = 0; order < kNumGroups; ++order) {
-      const int group = score_order(order);
-      if (C::num_slices(group) == 0) {
+    for (int part = 0; part < kNumParts; ++part) {
+      if (C::num_slices(part) == 0) {
         continue;
       }
-      wait_for_keys(kSlot, group);
+      wait_for_keys(kSlot, part);
       wgmma_fence();
 #pragma unroll
-      for (int s = C::first_slice(group); s < C::first_slice(group) + C::num_slices(group); ++s) {
+      for (int s = C::first_slice(part); s < C::first_slice(part) + C::num_slices(part); ++s) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           wgmma_ss<typename Atoms::Scores>(scores, q.at(s * C::kSliceBytes + j * 32), k.at(s * C::kSliceBytes + j * 32),
@@ -167,9 +150,9 @@ class MathWarpgroup {
   template <int kSlot, class BeforeRescaling>
   __device__ __forceinline__ void find_reference(float (&scores)[32], int piece, int tile,
                                                  BeforeRescaling&& before_rescaling) {
-    const uint32_t low = storage_.valid[kSlot][0], high = storage_.valid[kSlot][1];
-    if ((low & high) != ~0u) {
-      mask_keys(scores, low, high, lane_);
+    const uint2 valid = *reinterpret_cast<const uint2*>(storage_.valid[kSlot]);
+    if ((valid.x & valid.y) != ~0u) {
+      mask_keys(scores, valid.x, valid.y, lane_);
     }
     if (params_.causal) {
       int limit[2];
@@ -281,17 +264,15 @@ class MathWarpgroup {
     return (side * 4 + half * 2) * C::kSliceBytes + j * 16 * kSliceRowBytes;
   }
 
-  __device__ __forceinline__ void wait_for_keys(int slot, int group) {
-    mbarrier_wait(shared_address(&storage_.k_full[slot][group]), phases_.parity(slot));
+  __device__ __forceinline__ void wait_for_keys(int slot, int part) {
+    mbarrier_wait(shared_address(&storage_.k_full[slot][part]), phases_.parity(slot));
     fence_async_proxy();
   }
 
-  // The other warpgroup has seen these columns arrive; the async proxy wants every reader to.
-  template <int kSide>
+  // The other warpgroup has seen the tile arrive; the async proxy wants every reader to.
   __device__ __forceinline__ void wait_for_values(int slot) {
-    wait_for_keys(slot, 2 * kSide);
-    wait_for_keys(slot, 2 * kSide + 1);
-    if constexpr (kSide == 1 && C::kRopeInValues) {
+    wait_for_keys(slot, kValues);
+    if constexpr (C::kRopeInValues) {
       wait_for_keys(slot, kRope);
     }
   }
@@ -304,9 +285,9 @@ class MathWarpgroup {
     }
   }
 
-  __device__ __forceinline__ void release(int slot, int group) {
+  __device__ __forceinline__ void release(int slot) {
     if (lane_ == 0) {
-      mbarrier_arrive(shared_address(&storage_.k_empty[slot][group]));
+      mbarrier_arrive(shared_address(&storage_.k_empty[slot]));
     }
   }
 

@@ -1,6 +1,6 @@
-// The eight producer warps. Each fetches, converts and stores one quarter of the columns of half of a tile's keys, a
-// lane 16 values of one key in each of eight passes. The raw bytes of the next tile are on their way, in registers, while
-// a tile is converted: a slot that comes free is filled at once. Key indices are fetched two tiles ahead.
+// The eight producer warps. Each fetches, converts and stores eight keys of a tile, one in each of eight passes. The raw
+// bytes of the next tile are on their way, in registers, while a slot is waited for. Key indices are fetched two tiles
+// ahead.
 #pragma once
 
 #include "device/sm90/barrier.cuh"
@@ -22,8 +22,6 @@ struct SlotPhases {
 template <class C>
 class ProducerWarp {
   static constexpr int kPasses = 8;
-  static constexpr int kWarpKeys = C::kKeys / kWarpsPerQuarter;
-  static constexpr int kRopeKeys = kWarpKeys / 2;
 
  public:
   __device__ __forceinline__ ProducerWarp(const SparseAttentionParams& params, Storage<C>& storage, int warp, int lane)
@@ -31,27 +29,20 @@ class ProducerWarp {
         storage_(storage),
         walk_(storage.walks[warp]),
         warp_(warp),
-        lane_(lane),
-        // Warps of the quarters that come free first are on different schedulers than each other.
-        quarter_(warp / 2 == 1 ? 2 : warp / 2 == 2 ? 1 : warp / 2),
-        first_key_(warp % 2 * kWarpKeys) {}
+        lane_(lane) {}
 
   __device__ __forceinline__ void run() {
     if (lane_ == 0) {
       begin_walk(params_, walk_);
     }
     __syncwarp();
-    fetch_next();
+    fetch_indices();
     Entry entry = ahead_;
     row_ = locate(entry);
     row_in_page_ = next_row_in_page_;
     uint4 raw[kPasses];
-    if constexpr (!C::kCopied) {
-      fetch_rows<0>(entry, raw);
-      fetch_rows<kPasses / 2>(entry, raw);
-      fetch_scales(entry);
-    }
-    fetch_next();
+    fetch_rows(entry, raw);
+    fetch_indices();
 #pragma unroll 1
     while (entry.exists()) {
       // All that has been fetched comes to be known complete here, at once: loads share the few counters that the
@@ -62,50 +53,32 @@ class ProducerWarp {
         begin_piece(entry.piece());
       }
       if (entry.has_tile()) {
-        wait_for_slot(entry.slot(), quarter_);
-        publish_valid(entry.slot());
-        if (C::kHasRope && copies_rope()) {
-          copy_rope(entry.slot());
-        }
-        if constexpr (C::kCopied) {
-          copy_quarter(entry.slot());
-        }
-      }
-      row_ = next_row;
-      if constexpr (!C::kCopied) {
-        float scales[kPasses];
-        spread_scales(entry, scales);
-        if (entry.has_tile()) {
-          convert<0>(entry, raw, scales);
-        }
-        fetch_rows<0>(next, raw);
-        named_barrier_sync(kFirstProducerBarrier + warp_, 32);  // else the compiler would fetch all behind the rest
-        if (entry.has_tile()) {
-          convert<kPasses / 2>(entry, raw, scales);
-        }
-        fetch_rows<kPasses / 2>(next, raw);
-        row_in_page_ = next_row_in_page_;
-        fetch_scales(next);
-        if (entry.has_tile()) {
+        const int slot = entry.slot();
+        mbarrier_wait(shared_address(&storage_.k_empty[slot]), phases_.parity(slot) ^ 1);
+        publish_valid(slot);
+        copy_columns(slot);
+        if constexpr (!C::kCopied) {
+          convert(entry, raw);
           // The readers order these stores before their use by the async proxy: here that would cost 400 cycles.
           __syncwarp();
           if (lane_ == 0) {
-            mbarrier_arrive(shared_address(&storage_.k_full[entry.slot()][quarter_]));
+            mbarrier_arrive(shared_address(&storage_.k_full[slot][kValues]));
           }
         }
+        phases_.advance(slot);
       }
-      if (entry.has_tile()) {
-        phases_.advance(entry.slot());
-      }
+      fetch_indices();
+      row_ = next_row;
+      row_in_page_ = next_row_in_page_;
       entry = next;
-      fetch_next();
+      fetch_rows(entry, raw);
     }
     end();
   }
 
  private:
   // Steps to the next tile and fetches the lane's index; -1 where its list has ended.
-  __device__ __forceinline__ void fetch_next() {
+  __device__ __forceinline__ void fetch_indices() {
     if (walk_.run.num_tiles == 0) {
       int found = 1;
       if (lane_ == 0) {
@@ -125,7 +98,7 @@ class ProducerWarp {
     }
     const Run run = walk_.run;
     ahead_ = {run.bits};
-    const int position = run.position + first_key_ + lane_;
+    const int position = run.position + key_of_lane();
     index_ = -1;
     if (position < run.length) {
       index_ = load_index(run.list + (params_.from_table ? page_of(params_.keys[0], position) : position));
@@ -138,6 +111,9 @@ class ProducerWarp {
     }
     __syncwarp();
   }
+
+  // Four lanes know a key each: where its row is, and the scales of a quarter of it.
+  __device__ __forceinline__ int key_of_lane() const { return warp_ * kPasses + lane_ / 4; }
 
   static __device__ __forceinline__ int load_index(const int32_t* address) {
     int index;
@@ -154,7 +130,7 @@ class ProducerWarp {
     const KeySource& keys = params_.keys[entry.source()];
     int page;
     if (params_.from_table) {
-      const int position = walk_.run.position - C::kKeys + first_key_ + lane_;  // its fetching was the last step
+      const int position = walk_.run.position - C::kKeys + key_of_lane();  // its fetching was the last step
       page = index_;
       next_row_in_page_ = position - page_of(keys, position) * keys.page;
       if (index_ < 0 || index_ >= static_cast<int>(keys.num_slots / static_cast<uint32_t>(keys.page))) {
@@ -175,20 +151,6 @@ class ProducerWarp {
   static constexpr KVFormat kSecond = kTwoFormats ? C::kExtraFormat : C::kFormat;
   static __device__ __forceinline__ bool is_extra_format(const Entry& entry) { return kTwoFormats && entry.source(); }
 
-  // A lane's share of a pass: one unit of 16 values of one of four rows.
-  struct Lanes {
-    unsigned lane;
-    // The compiler is to compute what follows from the lane for each tile anew: kept, it would be spilled.
-    __device__ __forceinline__ explicit Lanes(int lane_) : lane(lane_) { asm volatile("" : "+r"(lane)); }
-    __device__ __forceinline__ int unit() const { return static_cast<int>(lane % 4 + lane / 16 * 4); }
-    __device__ __forceinline__ int row() const { return static_cast<int>(lane / 4 % 4); }
-  };
-
-  // Whether the lane's columns are converted: the last ones of MODEL1 are not.
-  __device__ __forceinline__ bool converts(const Lanes& lanes) const {
-    return !C::kRopeInValues || quarter_ != 3 || lanes.lane < 16;
-  }
-
   // Calls `function` with the format of the entry's source.
   template <class Function>
   __device__ __forceinline__ void with_format(const Entry& entry, Function&& function) const {
@@ -199,115 +161,97 @@ class ProducerWarp {
     }
   }
 
-  // Half of the passes, from kFirst on.
-  template <int kFirst>
-  __device__ __forceinline__ void fetch_rows(const Entry& entry, uint4 (&raw)[kPasses]) const {
-    with_format(entry, [&](auto format) {
-      const Lanes lanes(lane_);
-      const auto bits = reinterpret_cast<uintptr_t>(row_);
+  // The compiler is to compute what follows from the lane for each tile anew: kept, it would be spilled.
+  __device__ __forceinline__ int opaque_lane() const {
+    int lane = lane_;
+    asm volatile("" : "+r"(lane));
+    return lane;
+  }
+
+  // The bytes of a tile whose rows are known.
+  __device__ __forceinline__ void fetch_rows(const Entry& entry, uint4 (&raw)[kPasses]) {
+    if constexpr (!C::kCopied) {
+      with_format(entry, [&](auto format) {
+        constexpr KVLayout kLayout = decltype(format)::kLayout;
+        const unsigned char* scales = row_ + kLayout.value_bytes();
+        if constexpr (kLayout.scales_behind_page) {
+          const int page = params_.keys[entry.source()].page;
+          const int distance = (page - row_in_page_) * kLayout.row_stride() + row_in_page_ * kLayout.scale_stride();
+          scales = row_ + (row_ == kZeroRow ? 0 : distance);
+        }
+        scales_ = format.load_scales(scales, lane_ % 4);
+        const int lane = opaque_lane();
+        const auto bits = reinterpret_cast<uintptr_t>(row_);
 #pragma unroll
-      for (int pass = kFirst; pass < kFirst + kPasses / 2; ++pass) {
-        const auto row = reinterpret_cast<const unsigned char*>(__shfl_sync(~0u, bits, 4 * pass + lanes.row()));
-        raw[pass] = format.load(row, quarter_, lanes.unit());
+        for (int pass = 0; pass < kPasses; ++pass) {
+          raw[pass] = format.load(reinterpret_cast<const unsigned char*>(__shfl_sync(~0u, bits, 4 * pass)), lane);
+        }
+      });
+      if constexpr (C::kHasRope) {
+        prefetch_l2(row_ + layout_of(C::kFormat).rope_offset());
       }
-    });
-  }
-
-  __device__ __forceinline__ void fetch_scales(const Entry& entry) {
-    scales_ = {};
-    if (row_ == kZeroRow) {
-      return;
-    }
-    with_format(entry, [&](auto format) {
-      constexpr KVLayout kLayout = decltype(format)::kLayout;
-      const unsigned char* scales = row_ + kLayout.value_bytes();
-      if constexpr (kLayout.scales_behind_page) {
-        const int page = params_.keys[entry.source()].page;
-        scales = row_ + (page - row_in_page_) * kLayout.row_stride() + row_in_page_ * kLayout.scale_stride();
-      }
-      scales_ = format.load_scales(scales, quarter_);
-    });
-    if (C::kHasRope && quarter_ == 3) {
-      prefetch_l2(row_ + layout_of(C::kFormat).rope_offset());
     }
   }
 
-  // The scale of each pass's unit.
-  __device__ __forceinline__ void spread_scales(const Entry& entry, float (&scales)[kPasses]) const {
+  __device__ __forceinline__ void convert(const Entry& entry, const uint4 (&raw)[kPasses]) const {
     with_format(entry, [&](auto format) {
-      const Lanes lanes(lane_);
+      const int lane = opaque_lane();
+      float scales[kPasses];
 #pragma unroll
       for (int pass = 0; pass < kPasses; ++pass) {
-        scales[pass] = format.scale(scales_, 4 * pass + lanes.row(), lanes.unit());
+        scales[pass] = format.scale(scales_, 4 * pass + lane / 8, lane);
       }
-    });
-  }
-
-  template <int kFirst>
-  __device__ __forceinline__ void convert(const Entry& entry, const uint4 (&raw)[kPasses],
-                                          const float (&scales)[kPasses]) const {
-    const Lanes lanes(lane_);
-    if (!converts(lanes)) {
-      return;
-    }
-    // Where the lane's first unit of the first pass goes. A row's units are permuted by row % 8, which is
-    // lanes.row() + pass % 2 * 4.
-    const uint32_t base = shared_address(storage_.k[0]) + entry.slot() * C::kTileBytes +
-                          (2 * quarter_ + lanes.lane / 16) * C::kSliceBytes + (first_key_ + lanes.row()) * kSliceRowBytes +
-                          ((lanes.lane % 4 * 2 ^ lanes.row()) * 16);
-    with_format(entry, [&](auto format) {
+      if (C::kRopeInValues && lane >= 28) {
+        return;
+      }
+      // Lanes of odd slices store their second eight values first: so eight lanes store to 128 different bytes of the
+      // banks. Key `pass` of the warp has its units permuted by it.
+      const bool swapped = lane & 4;
+      const uint32_t first = shared_address(storage_.k[0]) + entry.slot() * C::kTileBytes + lane / 4 * C::kSliceBytes +
+                             warp_ * kPasses * kSliceRowBytes + (lane % 4 * 2 + swapped) * 16;
 #pragma unroll
-      for (int pass = kFirst; pass < kFirst + kPasses / 2; ++pass) {
-        format.convert(raw[pass], scales[pass], (base ^ pass % 2 * 64) + pass * 4 * kSliceRowBytes,
-                       (base ^ 16 ^ pass % 2 * 64) + pass * 4 * kSliceRowBytes);
+      for (int pass = 0; pass < kPasses; ++pass) {
+        format.convert(raw[pass], scales[pass], swapped, (first ^ pass * 16) + pass * kSliceRowBytes,
+                       (first ^ 16 ^ pass * 16) + pass * kSliceRowBytes);
       }
     });
   }
 
-  // Every quarter's warps know which keys are valid; one of them says so.
+  // Which of the warp's keys are valid.
   __device__ __forceinline__ void publish_valid(int slot) {
-    const uint32_t valid = __ballot_sync(~0u, row_ != kZeroRow);
-    if (quarter_ == 0 && lane_ == 0) {
-      storage_.valid[slot][warp_ % 2] = valid;
+    const uint32_t lanes = __ballot_sync(~0u, row_ != kZeroRow);
+    const uint32_t own = __ballot_sync(~0u, lane_ < kPasses && (lanes >> (4 * lane_ & 31) & 1));
+    if (lane_ == 0) {
+      storage_.valid[slot][warp_] = static_cast<unsigned char>(own);
     }
   }
 
-  __device__ __forceinline__ void wait_for_slot(int slot, int group) const {
-    mbarrier_wait(shared_address(&storage_.k_empty[slot][group]), phases_.parity(slot) ^ 1);
-  }
-
-  // Sixteen keys of the 64 RoPE columns, by the warps of the quarters that come free last.
-  __device__ __forceinline__ bool copies_rope() const { return quarter_ % 2 == 1; }
-
-  __device__ __forceinline__ void copy_rope(int slot) const {
-    wait_for_slot(slot, kRope);
-    constexpr int kOffset = C::kCopied ? 2 * kHeadDimV : layout_of(C::kFormat).rope_offset();
-    const uint32_t slice =
-        shared_address(storage_.k[0]) + slot * C::kTileBytes + C::kRopeSlice * C::kSliceBytes;
-    const int lane = Lanes(lane_).lane;
+  // What is not converted goes straight to its place.
+  __device__ __forceinline__ void copy_columns(int slot) const {
+    const int lane = opaque_lane();
+    const uint32_t tile = shared_address(storage_.k[0]) + slot * C::kTileBytes + warp_ * kPasses * kSliceRowBytes;
+    const auto bits = reinterpret_cast<uintptr_t>(row_);
+    if constexpr (C::kHasRope) {
+      constexpr int kOffset = C::kCopied ? 2 * kHeadDimV : layout_of(C::kFormat).rope_offset();
 #pragma unroll
-    for (int i = 0; i < kRopeKeys / 4; ++i) {
-      const int from = quarter_ / 2 * kRopeKeys + i * 4 + lane / 8, key = first_key_ + from, part = lane % 8;
-      const auto source =
-          reinterpret_cast<const unsigned char*>(__shfl_sync(~0u, reinterpret_cast<uintptr_t>(row_), from));
-      async_copy16(slice + key * kSliceRowBytes + ((part ^ (key & 7)) * 16), source + kOffset + part * 16);
+      for (int i = 0; i < 2; ++i) {
+        const int key = i * 4 + lane / 8, part = lane % 8;
+        const auto source = reinterpret_cast<const unsigned char*>(__shfl_sync(~0u, bits, 4 * key));
+        async_copy16(tile + C::kRopeSlice * C::kSliceBytes + key * kSliceRowBytes + ((part ^ key) * 16),
+                     source + kOffset + part * 16);
+      }
+      async_copy_arrive(shared_address(&storage_.k_full[slot][kRope]));
     }
-    async_copy_arrive(shared_address(&storage_.k_full[slot][kRope]));
-  }
-
-  // Rows of bfloat16 as they are.
-  __device__ __forceinline__ void copy_quarter(int slot) const {
-    const uint32_t slice =
-        shared_address(storage_.k[0]) + slot * C::kTileBytes + 2 * quarter_ * C::kSliceBytes;
-#pragma unroll 4
-    for (int i = 0; i < kWarpKeys / 2; ++i) {
-      const int from = 2 * i + lane_ / 16, key = first_key_ + from, part = lane_ % 16;
-      const auto source =
-          reinterpret_cast<const unsigned char*>(__shfl_sync(~0u, reinterpret_cast<uintptr_t>(row_), from));
-      async_copy16(slice + part / 8 * C::kSliceBytes + key * kSliceRowBytes + ((part % 8 ^ (key & 7)) * 16),
-                   source + quarter_ * 256 + part * 16);
+    if constexpr (C::kCopied) {
+#pragma unroll 2
+      for (int key = 0; key < kPasses; ++key) {
+        const auto source = reinterpret_cast<const unsigned char*>(__shfl_sync(~0u, bits, 4 * key)) + lane * 16;
+        const uint32_t place = tile + lane / 8 * C::kSliceBytes + key * kSliceRowBytes + ((lane % 8 ^ key) * 16);
+        async_copy16(place, source);
+        async_copy16(place + 4 * C::kSliceBytes, source + 512);
+      }
+      async_copy_arrive(shared_address(&storage_.k_full[slot][kValues]));
     }
-    async_copy_arrive(shared_address(&storage_.k_full[slot][quarter_]));
   }
 
   // Hands the facts and Q of a piece over, once the math warps have done with those of the piece before.
@@ -325,7 +269,7 @@ class ProducerWarp {
 
   // A warp loads eight rows of Q, zeros where there is no row.
   __device__ __forceinline__ void load_q(const PieceFacts& facts) const {
-    const int lane = Lanes(lane_).lane, tile_row = warp_ * 8 + lane / 4;
+    const int lane = opaque_lane(), tile_row = warp_ * 8 + lane / 4;
     const int row = facts.row_tile * C::kRows + tile_row;
     const bool valid = row < params_.unit_rows;
     const auto* source = static_cast<const unsigned char*>(params_.q);
@@ -360,7 +304,7 @@ class ProducerWarp {
   const SparseAttentionParams& params_;
   Storage<C>& storage_;
   Walk& walk_;
-  const int warp_, lane_, quarter_, first_key_;
+  const int warp_, lane_;
   SlotPhases phases_;
   Entry ahead_;     // of the indices that have been fetched
   int index_;

@@ -42,11 +42,11 @@ struct Storage {
   alignas(1024) unsigned char probabilities[kProbabilityTiles][C::kSliceBytes];
   float row_max[C::kRows];        // the reference maximum that both math warpgroups scale by, base 2
   float row_sum[2][2][C::kRows];  // by parity of the piece, by warpgroup
-  uint32_t valid[2][2];           // of a slot, by half of its keys: a bit for each key that counts
+  alignas(8) unsigned char valid[2][kProducerWarps];  // of a slot: a bit for each key that counts
   PieceFacts pieces[2];           // by parity of the piece
   Walk walks[kProducerWarps];
-  uint64_t k_full[2][kNumGroups];
-  uint64_t k_empty[2][kNumGroups];
+  uint64_t k_full[2][kNumParts];
+  uint64_t k_empty[2];
   uint64_t q_full, q_empty;
   uint64_t probabilities_full[2];  // of a slot, and the reference maximum they are relative to
   uint64_t row_sums_full;
