@@ -35,7 +35,9 @@ struct Config {
   static constexpr int kProducerRegisters = 64;
 
   static constexpr int first_slice(int part) { return part == kRope ? kRopeSlice : 0; }
-  static constexpr int num_slices(int part) { return part == kRope ? (kHasRope ? 1 : 0) : kSlices - (kHasRope ? 1 : 0); }
+  static constexpr int num_slices(int part) {
+    return part == kRope ? (kHasRope ? 1 : 0) : kSlices - (kHasRope ? 1 : 0);
+  }
 };
 
 constexpr int kProducerWarps = 8;

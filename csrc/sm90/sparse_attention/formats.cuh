@@ -43,7 +43,9 @@ struct RowFormat {
       asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(pair) : "l"(scales + 2 * quarter));
       found.low = pair;
     } else if constexpr (kWideScales) {
-      asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(found.low), "=r"(found.high) : "l"(scales + 8 * quarter));
+      asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];"
+                   : "=r"(found.low), "=r"(found.high)
+                   : "l"(scales + 8 * quarter));
     } else {
       asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(found.low) : "l"(scales + 4 * quarter));
     }

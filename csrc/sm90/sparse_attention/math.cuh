@@ -1,5 +1,6 @@
-// The two math warpgroups, as in dense decode. Warpgroup 0 scores the tile in slot 0 and keeps output columns 0 to 255, warpgroup 1 scores
-// slot 1 and keeps columns 256 to 511; each multiplies both tiles' probabilities with its half of the values.
+// The two math warpgroups, as in dense decode. Warpgroup 0 scores the tile in slot 0 and keeps output columns 0 to 255,
+// warpgroup 1 scores slot 1 and keeps columns 256 to 511; each multiplies both tiles' probabilities with its half of
+// the values.
 #pragma once
 
 #include "device/sm90/wgmma.cuh"

@@ -1,6 +1,6 @@
-// The eight producer warps. Each fetches, converts and stores eight keys of a tile, one in each of eight passes. The raw
-// bytes of the next tile are on their way, in registers, while a slot is waited for. Key indices are fetched two tiles
-// ahead.
+// The eight producer warps. Each fetches, converts and stores eight keys of a tile, one in each of eight passes. The
+// raw bytes of the next tile are on their way, in registers, while a slot is waited for. Key indices are fetched two
+// tiles ahead.
 #pragma once
 
 #include "device/sm90/barrier.cuh"
@@ -25,11 +25,7 @@ class ProducerWarp {
 
  public:
   __device__ __forceinline__ ProducerWarp(const SparseAttentionParams& params, Storage<C>& storage, int warp, int lane)
-      : params_(params),
-        storage_(storage),
-        walk_(storage.walks[warp]),
-        warp_(warp),
-        lane_(lane) {}
+      : params_(params), storage_(storage), walk_(storage.walks[warp]), warp_(warp), lane_(lane) {}
 
   __device__ __forceinline__ void run() {
     if (lane_ == 0) {
@@ -122,7 +118,8 @@ class ProducerWarp {
   }
 
   static __device__ __forceinline__ int page_of(const KeySource& keys, int slot) {
-    return keys.page_shift >= 0 ? slot >> keys.page_shift : static_cast<int>(static_cast<unsigned>(slot) / static_cast<unsigned>(keys.page));
+    return keys.page_shift >= 0 ? slot >> keys.page_shift
+                                : static_cast<int>(static_cast<unsigned>(slot) / static_cast<unsigned>(keys.page));
   }
 
   // The lane's row of the tile whose indices have been fetched.
@@ -144,7 +141,8 @@ class ProducerWarp {
       next_row_in_page_ = index_ - page * keys.page;
     }
     const unsigned char* base = static_cast<const unsigned char*>(keys.cache) + page * keys.stride_page;
-    return base + next_row_in_page_ * (C::kFormat == KVFormat::kModel1 ? layout_of(C::kFormat).row_stride() : keys.stride_row);
+    return base +
+           next_row_in_page_ * (C::kFormat == KVFormat::kModel1 ? layout_of(C::kFormat).row_stride() : keys.stride_row);
   }
 
   static constexpr bool kTwoFormats = C::kExtraFormat != KVFormat::kNone && C::kExtraFormat != C::kFormat;
@@ -277,11 +275,11 @@ class ProducerWarp {
       const int unit_row = facts.unit * params_.unit_rows + row;
       const int batch = facts.request / params_.tokens_per_batch,
                 token = facts.request % params_.tokens_per_batch + unit_row / params_.h_q;
-      source += 2 * (batch * params_.stride_q_b + token * params_.stride_q_s + unit_row % params_.h_q * params_.stride_q_h);
+      source +=
+          2 * (batch * params_.stride_q_b + token * params_.stride_q_s + unit_row % params_.h_q * params_.stride_q_h);
     }
     source += lane % 4 * 16;
-    uint32_t destination =
-        shared_address(storage_.q) + tile_row * kSliceRowBytes + ((lane % 4 ^ tile_row % 8) * 16);
+    uint32_t destination = shared_address(storage_.q) + tile_row * kSliceRowBytes + ((lane % 4 ^ tile_row % 8) * 16);
 #pragma unroll 1
     for (int slice = 0; slice < C::kSlices; ++slice) {
       async_copy16(destination, source, valid);
@@ -306,7 +304,7 @@ class ProducerWarp {
   Walk& walk_;
   const int warp_, lane_;
   SlotPhases phases_;
-  Entry ahead_;     // of the indices that have been fetched
+  Entry ahead_;  // of the indices that have been fetched
   int index_;
   const unsigned char* row_;  // the lane's, of the tile whose bytes have been fetched
   int row_in_page_, next_row_in_page_;

@@ -1,5 +1,5 @@
-// Shared-memory map of the sparse attention kernels. Slices are 64 rows x 64 columns of bfloat16, 128 bytes a row, whose
-// 16-byte units are permuted by the row.
+// Shared-memory map of the sparse attention kernels. Slices are 64 rows x 64 columns of bfloat16, 128 bytes a row,
+// whose 16-byte units are permuted by the row.
 #pragma once
 
 #include "sm90/sparse_attention/config.h"
@@ -10,8 +10,8 @@ namespace flash_mla::sm90::sparse_attention {
 struct PieceFacts {
   int num_tiles;  // 0: nothing to read, but the output still has to be written; -1: no more pieces
   int request, unit, row_tile;
-  int partial;          // index of the partial result, -1: the piece is the whole list
-  int limit;            // causal: the keys of the piece from its beginning that the request's first token sees
+  int partial;  // index of the partial result, -1: the piece is the whole list
+  int limit;    // causal: the keys of the piece from its beginning that the request's first token sees
 };
 
 // A run of key tiles from one source, as a producer warp walks it.
@@ -22,14 +22,14 @@ struct alignas(16) Run {
   uint32_t bits;         // class ProducerWarp::Entry of the next tile
 };
 
-// Where a producer warp stands in the sequence of pieces. It walks it two tiles ahead, once a tile, and has no registers
-// to keep this in between.
+// Where a producer warp stands in the sequence of pieces. It walks it two tiles ahead, once a tile, and has no
+// registers to keep this in between.
 struct Walk {
   Run run;
-  int item, request, end_request, next_length[2];  // of the piece behind this one
+  int item, request, end_request, next_length[2];    // of the piece behind this one
   int second_tiles, second_position, second_length;  // the run over the second source that follows this one
-  int num_pieces;                                  // begun so far
-  PieceFacts pending[4];                           // the last ones, by number
+  int num_pieces;                                    // begun so far
+  PieceFacts pending[4];                             // the last ones, by number
 };
 
 template <class C>
@@ -43,7 +43,7 @@ struct Storage {
   float row_max[C::kRows];        // the reference maximum that both math warpgroups scale by, base 2
   float row_sum[2][2][C::kRows];  // by parity of the piece, by warpgroup
   alignas(8) unsigned char valid[2][kProducerWarps];  // of a slot: a bit for each key that counts
-  PieceFacts pieces[2];           // by parity of the piece
+  PieceFacts pieces[2];                               // by parity of the piece
   Walk walks[kProducerWarps];
   uint64_t k_full[2][kNumParts];
   uint64_t k_empty[2];
