@@ -14,7 +14,9 @@ __device__ __forceinline__ int clamped_length(const SparseAttentionParams& param
   if (source.lengths == nullptr) {
     return source.topk;
   }
-  const int batch = request / params.tokens_per_batch, token = request % params.tokens_per_batch + unit;
+  const bool flat = params.tokens_per_batch > 1;
+  const int batch = flat ? request / params.tokens_per_batch : request,
+            token = flat ? request % params.tokens_per_batch : unit;
   const int length = source.lengths[batch * source.stride_lengths_b + token * source.stride_lengths_s];
   return min(max(length, 0), source.topk);
 }

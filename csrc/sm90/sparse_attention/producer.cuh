@@ -32,15 +32,16 @@ class ProducerWarp {
       begin_walk(params_, walk_);
     }
     __syncwarp();
-    fetch_indices();
-    Entry entry = ahead_;
-    row_ = locate(entry);
-    row_in_page_ = next_row_in_page_;
+    // In the first two rounds there is nothing to convert: the indices, then the bytes of the first tile are fetched.
+    // So there is one copy of all this in the code, whose fetching costs small calls much of their time.
+    Entry entry{0};
+    ahead_ = {0};
+    index_ = -1;
+    row_ = kZeroRow;
     uint4 raw[kPasses];
-    fetch_rows(entry, raw);
-    fetch_indices();
+    int round = 0;
 #pragma unroll 1
-    while (entry.exists()) {
+    do {
       // All that has been fetched comes to be known complete here, at once: loads share the few counters that the
       // hardware has for them, so that a wait for one would be a wait for any that follow it.
       const Entry next = ahead_;
@@ -67,8 +68,10 @@ class ProducerWarp {
       row_ = next_row;
       row_in_page_ = next_row_in_page_;
       entry = next;
-      fetch_rows(entry, raw);
-    }
+      if (entry.exists()) {
+        fetch_rows(entry, raw);
+      }
+    } while (++round < 2 || entry.exists());
     end();
   }
 
