@@ -4,6 +4,7 @@
 
 #include "device/sm90/barrier.cuh"
 #include "device/sm90/copy.cuh"
+#include "device/sm90/slots.cuh"
 #include "sm90/dense_decode/pieces.cuh"
 #include "sm90/dense_decode/storage.h"
 
@@ -16,14 +17,6 @@ constexpr int kFullArrivals = kNumRowWarps;
 __device__ __forceinline__ bool by_tma(const DenseDecodeParams& params, const Piece& piece, int tile) {
   return params.box_rows > 0 && (tile + 1) * kScheduleBlock <= piece.seqlen;
 }
-
-// The key slots in the order of use. A step takes slot 0, then slot 1; a piece begins with slot 0, so slots advance on
-// their own.
-struct SlotPhases {
-  uint32_t bits = 0;
-  __device__ __forceinline__ uint32_t parity(int slot) const { return bits >> slot & 1; }
-  __device__ __forceinline__ void advance(int slot) { bits ^= 1u << slot; }
-};
 
 // Runs on one thread. What it does between a slot's release and the next load is time that the slot is empty, so all
 // that can be known before is computed before.

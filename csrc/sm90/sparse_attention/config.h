@@ -1,4 +1,4 @@
-// Compile-time facts of the sparse attention kernels: tile shapes, roles, groups of columns.
+// Compile-time facts of the sparse attention kernels: tile shapes, roles, parts of a tile.
 #pragma once
 
 #include <cstdint>
@@ -30,7 +30,7 @@ struct Config {
   static constexpr int kMathThreads = 256;
   static constexpr int kProducerThreads = 256;
   static constexpr int kThreads = kMathThreads + kProducerThreads;
-  // Registers per thread after the roles part: 2 * 128 * 200 + 2 * 128 * 56 = 64 K.
+  // Registers per thread after the roles part: 2 * 128 * 192 + 2 * 128 * 64 = 64 K.
   static constexpr int kMathRegisters = 192;
   static constexpr int kProducerRegisters = 64;
 

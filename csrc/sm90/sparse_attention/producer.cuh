@@ -5,19 +5,12 @@
 
 #include "device/sm90/barrier.cuh"
 #include "device/sm90/copy.cuh"
+#include "device/sm90/slots.cuh"
 #include "device/sm90/wgmma.cuh"
 #include "sm90/sparse_attention/formats.cuh"
 #include "sm90/sparse_attention/pieces.cuh"
 
 namespace flash_mla::sm90::sparse_attention {
-
-// The key slots in the order of use. A step takes slot 0, then slot 1; a piece begins with slot 0, so slots advance on
-// their own.
-struct SlotPhases {
-  uint32_t bits = 0;
-  __device__ __forceinline__ uint32_t parity(int slot) const { return bits >> slot & 1; }
-  __device__ __forceinline__ void advance(int slot) { bits ^= 1u << slot; }
-};
 
 template <class C>
 class ProducerWarp {
@@ -79,6 +72,7 @@ class ProducerWarp {
   // Steps to the next tile and fetches the lane's index; -1 where its list has ended.
   __device__ __forceinline__ void fetch_indices() {
     if (walk_.run.num_tiles == 0) {
+      __syncwarp();
       int found = 1;
       if (lane_ == 0) {
         if (walk_.second_tiles > 0) {
@@ -133,7 +127,7 @@ class ProducerWarp {
       const int position = walk_.run.position - C::kKeys + key_of_lane();  // its fetching was the last step
       page = index_;
       next_row_in_page_ = position - page_of(keys, position) * keys.page;
-      if (index_ < 0 || index_ >= static_cast<int>(keys.num_slots / static_cast<uint32_t>(keys.page))) {
+      if (static_cast<uint32_t>(index_) >= keys.num_slots / static_cast<uint32_t>(keys.page)) {
         return kZeroRow;
       }
     } else {
