@@ -2,37 +2,31 @@
 // slot 1 and keeps columns 256 to 511; each multiplies both tiles' probabilities with its half of the values.
 #pragma once
 
-#include "device/sm90/wgmma.cuh"
-#include "device/softmax.cuh"
 #include "sm90/dense_decode/epilogue.cuh"
 #include "sm90/dense_decode/producer.cuh"
+#include "sm90/seesaw.cuh"
 
 namespace flash_mla::sm90::dense_decode {
 
 template <class C>
-class MathWarpgroup {
+class MathWarpgroup : SeesawWarpgroup<typename C::Element, Storage<C>> {
   using T = typename C::Element;
-  using Atoms = WgmmaAtoms<T>;
+  using Base = SeesawWarpgroup<T, Storage<C>>;
+  using Base::lane_, Base::output_, Base::phases_, Base::reference_, Base::row_, Base::side_, Base::storage_,
+      Base::sum_;
+  using typename Base::Atoms;
 
  public:
   __device__ __forceinline__ MathWarpgroup(const DenseDecodeParams& params, Storage<C>& storage, const Place& place,
                                            int side)
-      : params_(params),
-        storage_(storage),
-        place_(place),
-        side_(side),
-        thread_(threadIdx.x % 128),
-        lane_(threadIdx.x % 32),
-        row_(thread_ / 32 * 16 + lane_ / 4) {}
+      : Base(storage, side), params_(params), place_(place) {}
 
   __device__ __forceinline__ void run() {
     Pieces<false> pieces(params_, place_.part, place_.causal_cut);
     int piece_parity = 0;
     uint32_t q_parity = 0;
     for (Piece piece; pieces.next(piece); piece_parity ^= 1) {
-      reference_[0] = reference_[1] = kNoMax;
-      sum_[0] = sum_[1] = 0;
-      clear_output();
+      this->begin_rows();
       unmasked_tiles_ = least_limit(piece) / C::kKeys - piece.begin_tile;
       if (piece.num_tiles > 0) {
         mbarrier_wait(shared_address(&storage_.q_full), q_parity);
@@ -64,12 +58,13 @@ class MathWarpgroup {
       }
       wgmma_wait<0>();
       if (tile + 2 >= piece.num_tiles) {
-        release_q();
+        this->release_q();
       }
       uint32_t probabilities[16];
       softmax(scores, probabilities, piece, tile, [] {});
-      store_probabilities(probabilities0(), probabilities);
-      hand_over(storage_.probabilities_full[0]);
+      this->template store_probabilities<0, 4>(probabilities0(), probabilities);
+      fence_async_proxy();
+      this->hand_over(storage_.probabilities_full[0]);
 
       wgmma_fence();
       multiply_registers<0>(0, probabilities);
@@ -81,10 +76,10 @@ class MathWarpgroup {
 
       if (pair) {
         mbarrier_wait(shared_address(&storage_.probabilities_full[1]), phases_.parity(1));
-        adopt_reference();
+        this->adopt_reference();
         wait_for_values(1, kCols0);
         wgmma_fence();
-        multiply_shared<0>(1, shared_address(storage_.probabilities[0]));
+        this->template multiply_shared<0>(1, shared_address(storage_.probabilities[0]));
         wgmma_wait<1>();
         release(1, kCols0);
         wgmma_wait<0>();
@@ -107,13 +102,13 @@ class MathWarpgroup {
         release(1, kRope);
       }
       if (tile + 2 >= piece.num_tiles) {
-        release_q();
+        this->release_q();
       }
       mbarrier_wait(shared_address(&storage_.probabilities_full[0]), phases_.parity(0));
-      adopt_reference();
+      this->adopt_reference();
       wait_for_values(0, kCols256);
       wgmma_fence();
-      multiply_shared<1>(0, probabilities0());
+      this->template multiply_shared<1>(0, probabilities0());
       auto finish_slot0 = [this] {
         wgmma_wait<0>();
         release(0, kCols256);
@@ -123,8 +118,9 @@ class MathWarpgroup {
       if (pair) {
         uint32_t probabilities[16];
         softmax(scores, probabilities, piece, tile + 1, finish_slot0);
-        store_probabilities(shared_address(storage_.probabilities[0]), probabilities);
-        hand_over(storage_.probabilities_full[1]);
+        this->template store_probabilities<0, 4>(shared_address(storage_.probabilities[0]), probabilities);
+        fence_async_proxy();
+        this->hand_over(storage_.probabilities_full[1]);
         wgmma_fence();
         multiply_registers<1>(1, probabilities);
         wgmma_wait<1>();
@@ -179,25 +175,7 @@ class MathWarpgroup {
       }
       mask_scores(scores, limit, lane_);
     }
-    float largest[2];
-    row_maximum(scores, largest);
-    bool outgrown = false;
-    float next[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float scaled = largest[r] * params_.scale_log2;
-      const bool grows = scaled > reference_[r] + kSlack;
-      next[r] = grows ? scaled : reference_[r];
-      outgrown |= grows;
-    }
-    before_exponentials();
-    if (__any_sync(~0u, outgrown)) {
-      rescale(next);
-    }
-    if (lane_ % 4 == 0) {
-      storage_.row_max[row_] = reference_[0];
-      storage_.row_max[row_ + 8] = reference_[1];
-    }
+    this->move_reference(scores, params_.scale_log2, before_exponentials);
     exponentiate<T, 0, 4>(scores, params_.scale_log2, reference_, sum_, probabilities);
   }
 
@@ -210,30 +188,6 @@ class MathWarpgroup {
   // What every row of the tile sees: only the last tiles of a request need a mask.
   __device__ __forceinline__ int least_limit(const Piece& piece) const { return max(row_limit(piece, 0), 0); }
 
-  __device__ __forceinline__ void rescale(const float (&next)[2]) {
-    const float factor[2] = {exp2_approx(reference_[0] - next[0]), exp2_approx(reference_[1] - next[1])};
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      sum_[r] *= factor[r];
-      reference_[r] = next[r];
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int i = 0; i < 64; ++i) {
-        output_[half][i] *= factor[(i / 2) % 2];
-      }
-    }
-  }
-
-  // The other warpgroup may have moved the reference; the products into this one's output have ended.
-  __device__ __forceinline__ void adopt_reference() {
-    const float next[2] = {storage_.row_max[row_], storage_.row_max[row_ + 8]};
-    if (__any_sync(~0u, next[0] != reference_[0] || next[1] != reference_[1])) {
-      rescale(next);
-    }
-  }
-
   // d_qk 576: the probabilities of slot 0 lie in its RoPE slice, which is dead once it is scored. Else in two tiles by
   // turns, since the other warpgroup may still read those of the step before.
   __device__ __forceinline__ uint32_t probabilities0() const {
@@ -242,16 +196,6 @@ class MathWarpgroup {
     } else {
       return shared_address(storage_.probabilities[1 + phases_.parity(0)]);
     }
-  }
-
-  __device__ __forceinline__ void store_probabilities(uint32_t tile, const uint32_t (&probabilities)[16]) {
-    const int row = thread_ / 32 * 16 + lane_ % 16;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int unit = 2 * j + lane_ / 16;
-      store_matrix_x4(tile + row * kSliceRowBytes + ((unit ^ (row & 7)) * 16), &probabilities[4 * j]);
-    }
-    fence_async_proxy();
   }
 
   // output += probabilities (registers) x one side's value columns of a slot; one commit for each half of the columns.
@@ -263,28 +207,10 @@ class MathWarpgroup {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         wgmma_rs<typename Atoms::OutputRS>(output_[half], &probabilities[4 * j],
-                                           values.at(values_offset(kSide, half, j)), true);
+                                           values.at(Base::values_offset(kSide, half, j)), true);
       }
       wgmma_commit();
     }
-  }
-
-  template <int kSide>
-  __device__ __forceinline__ void multiply_shared(int slot, uint32_t probabilities) {
-    const Descriptor values(shared_address(storage_.k[slot]), C::kSliceBytes), p(probabilities, 16);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        wgmma_ss<typename Atoms::OutputSS>(output_[half], p.at(j * 32), values.at(values_offset(kSide, half, j)), true);
-      }
-      wgmma_commit();
-    }
-  }
-
-  // Where in a slot 16 keys x 128 columns of the values lie, which are the first 512 columns of the keys.
-  static constexpr uint32_t values_offset(int side, int half, int j) {
-    return (side * 4 + half * 2) * C::kSliceBytes + j * 16 * kSliceRowBytes;
   }
 
   // The other warpgroup has seen these tiles arrive; the async proxy wants every reader to.
@@ -293,47 +219,15 @@ class MathWarpgroup {
     mbarrier_wait(shared_address(&storage_.k_full[slot][first_group + 1]), phases_.parity(slot));
   }
 
-  // What the warp has stored is there for the threads that wait.
-  __device__ __forceinline__ void hand_over(uint64_t& barrier) {
-    __syncwarp();
-    if (lane_ == 0) {
-      mbarrier_arrive(shared_address(&barrier));
-    }
-  }
-
   __device__ __forceinline__ void release(int slot, int group) {
     if (lane_ == 0) {
       mbarrier_arrive(shared_address(&storage_.k_empty[slot][group]));
     }
   }
 
-  __device__ __forceinline__ void release_q() {
-    if (lane_ == 0) {
-      mbarrier_arrive(shared_address(&storage_.q_empty));
-    }
-  }
-
-  __device__ __forceinline__ void clear_output() {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int i = 0; i < 64; ++i) {
-        output_[half][i] = 0;
-      }
-    }
-  }
-
   __device__ __forceinline__ void finish_piece(const Piece& piece, int piece_parity) {
-    float* sums = storage_.row_sum[piece_parity][side_];
-    const float own[2] = {quad_sum(sum_[0]), quad_sum(sum_[1])};
-    if (lane_ % 4 == 0) {
-      sums[row_] = own[0];
-      sums[row_ + 8] = own[1];
-    }
-    hand_over(storage_.row_sums_full);
-    mbarrier_wait(shared_address(&storage_.row_sums_full), piece_parity);
-    const float* others = storage_.row_sum[piece_parity][1 - side_];
-    const float total[2] = {own[0] + others[row_], own[1] + others[row_ + 8]};
+    float total[2];
+    this->join_sums(piece_parity, total);
     int row = row_;
     asm volatile("" : "+r"(row));  // keeps the epilogue's addresses out of the loop over pieces
     if (piece.partial >= 0) {
@@ -344,14 +238,8 @@ class MathWarpgroup {
   }
 
   const DenseDecodeParams& params_;
-  Storage<C>& storage_;
   const Place place_;
-  const int side_;
-  const int thread_, lane_, row_;  // row_: the first of the thread's two rows, the other is 8 further
-  SlotPhases phases_;
   int unmasked_tiles_ = 0;  // of the piece
-  float output_[2][64];
-  float reference_[2], sum_[2];
 };
 
 }  // namespace flash_mla::sm90::dense_decode

@@ -5,6 +5,7 @@
 #include "device/sm90/barrier.cuh"
 #include "device/sm90/copy.cuh"
 #include "device/sm90/slots.cuh"
+#include "device/sm90/wgmma.cuh"
 #include "sm90/dense_decode/pieces.cuh"
 #include "sm90/dense_decode/storage.h"
 

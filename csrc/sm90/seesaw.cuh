@@ -1,0 +1,156 @@
+// What the two math warpgroups of the decode kernels have in common: 64 query rows, of which each keeps one half of the
+// output columns, and a reference maximum that they share through `row_max`.
+#pragma once
+
+#include "device/sm90/barrier.cuh"
+#include "device/sm90/copy.cuh"
+#include "device/sm90/slots.cuh"
+#include "device/sm90/wgmma.cuh"
+#include "device/softmax.cuh"
+
+namespace flash_mla::sm90 {
+
+// `Storage` has: k[2], row_max, row_sum, row_sums_full, q_empty.
+template <class T, class Storage>
+class SeesawWarpgroup {
+ protected:
+  using Atoms = WgmmaAtoms<T>;
+  static constexpr int kSliceBytes = 64 * kSliceRowBytes;
+
+  __device__ __forceinline__ SeesawWarpgroup(Storage& storage, int side)
+      : storage_(storage),
+        side_(side),
+        thread_(threadIdx.x % 128),
+        lane_(threadIdx.x % 32),
+        row_(thread_ / 32 * 16 + lane_ / 4) {}
+
+  __device__ __forceinline__ void begin_rows() {
+    reference_[0] = reference_[1] = kNoMax;
+    sum_[0] = sum_[1] = 0;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int i = 0; i < 64; ++i) {
+        output_[half][i] = 0;
+      }
+    }
+  }
+
+  // Moves the reference maximum where a score of the tile outgrows it, and tells the other warpgroup.
+  // `before_rescaling` ends the products that still write the output; about then they are done anyway.
+  template <class BeforeRescaling>
+  __device__ __forceinline__ void move_reference(const float (&scores)[32], float scale_log2,
+                                                 BeforeRescaling&& before_rescaling) {
+    float largest[2];
+    row_maximum(scores, largest);
+    bool outgrown = false;
+    float next[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float scaled = largest[r] * scale_log2;
+      const bool grows = scaled > reference_[r] + kSlack;
+      next[r] = grows ? scaled : reference_[r];
+      outgrown |= grows;
+    }
+    before_rescaling();
+    if (__any_sync(~0u, outgrown)) {
+      rescale(next);
+    }
+    if (lane_ % 4 == 0) {
+      storage_.row_max[row_] = reference_[0];
+      storage_.row_max[row_ + 8] = reference_[1];
+    }
+  }
+
+  __device__ __forceinline__ void rescale(const float (&next)[2]) {
+    const float factor[2] = {exp2_approx(reference_[0] - next[0]), exp2_approx(reference_[1] - next[1])};
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      sum_[r] *= factor[r];
+      reference_[r] = next[r];
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int i = 0; i < 64; ++i) {
+        output_[half][i] *= factor[(i / 2) % 2];
+      }
+    }
+  }
+
+  // The other warpgroup may have moved the reference; the products into this one's output have ended.
+  __device__ __forceinline__ void adopt_reference() {
+    const float next[2] = {storage_.row_max[row_], storage_.row_max[row_ + 8]};
+    if (__any_sync(~0u, next[0] != reference_[0] || next[1] != reference_[1])) {
+      rescale(next);
+    }
+  }
+
+  // Probabilities of 16 kFirst columns on, stored as the A operand of the other warpgroup's products.
+  template <int kFirst, int kCount>
+  __device__ __forceinline__ void store_probabilities(uint32_t tile, const uint32_t (&probabilities)[4 * kCount]) {
+    const int row = thread_ / 32 * 16 + lane_ % 16;
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      const int unit = 2 * (kFirst + j) + lane_ / 16;
+      store_matrix_x4(tile + row * kSliceRowBytes + ((unit ^ (row & 7)) * 16), &probabilities[4 * j]);
+    }
+  }
+
+  // output += probabilities x one side's value columns of a slot; one commit for each half of the columns.
+  template <int kSide>
+  __device__ __forceinline__ void multiply_shared(int slot, uint32_t probabilities) {
+    const Descriptor values(shared_address(storage_.k[slot]), kSliceBytes), p(probabilities, 16);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        wgmma_ss<typename Atoms::OutputSS>(output_[half], p.at(j * 32), values.at(values_offset(kSide, half, j)), true);
+      }
+      wgmma_commit();
+    }
+  }
+
+  // Where in a slot 16 keys x 128 columns of the values lie, which are the first 512 columns of the keys.
+  static constexpr uint32_t values_offset(int side, int half, int j) {
+    return (side * 4 + half * 2) * kSliceBytes + j * 16 * kSliceRowBytes;
+  }
+
+  // What the warp has stored is there for the threads that wait.
+  __device__ __forceinline__ void hand_over(uint64_t& barrier) {
+    __syncwarp();
+    if (lane_ == 0) {
+      mbarrier_arrive(shared_address(&barrier));
+    }
+  }
+
+  __device__ __forceinline__ void release_q() {
+    if (lane_ == 0) {
+      mbarrier_arrive(shared_address(&storage_.q_empty));
+    }
+  }
+
+  // The rows' sums over both warpgroups' tiles.
+  __device__ __forceinline__ void join_sums(int piece_parity, float (&total)[2]) {
+    float* sums = storage_.row_sum[piece_parity][side_];
+    const float own[2] = {quad_sum(sum_[0]), quad_sum(sum_[1])};
+    if (lane_ % 4 == 0) {
+      sums[row_] = own[0];
+      sums[row_ + 8] = own[1];
+    }
+    hand_over(storage_.row_sums_full);
+    mbarrier_wait(shared_address(&storage_.row_sums_full), piece_parity);
+    const float* others = storage_.row_sum[piece_parity][1 - side_];
+    total[0] = own[0] + others[row_];
+    total[1] = own[1] + others[row_ + 8];
+  }
+
+  Storage& storage_;
+  const int side_;
+  const int thread_, lane_, row_;  // row_: the first of the thread's two rows, the other is 8 further
+  SlotPhases phases_;
+  float output_[2][64];
+  float reference_[2], sum_[2];
+};
+
+}  // namespace flash_mla::sm90
