@@ -2,6 +2,7 @@
 
 #include "any/kernels.h"
 #include "api/device.h"
+#include "api/kv_format.h"
 
 namespace flash_mla::api {
 namespace {
@@ -75,25 +76,10 @@ void check_beside_kv(const View& view, const View& kv) {
 
 }  // namespace
 
-KVFormat parse_kv_format(std::string_view name) {
-  constexpr std::pair<std::string_view, KVFormat> kNames[] = {
-      {"V32", KVFormat::kV32},       {"V32_NO_ROPE", KVFormat::kV32NoRope},
-      {"MODEL1", KVFormat::kModel1}, {"V4", KVFormat::kModel1},
-      {"V41", KVFormat::kV41},       {"V41_FP4", KVFormat::kV41Fp4},
-      {"BF16", KVFormat::kBf16},
-  };
-  for (const auto& [known, format] : kNames) {
-    if (known == name) {
-      return format;
-    }
-  }
-  fail(ErrorKind::kValue, "kv_format must be V32, V32_NO_ROPE, MODEL1, V4, V41, V41_FP4 or BF16, got ", name);
-}
-
-void append_kv_cache(const Tensor& kv, const Tensor& cache, const Tensor& slot_mapping, const std::string& kv_format,
+void append_kv_cache(const Tensor& kv, const Tensor& cache, const Tensor& slot_mapping, const Name& kv_format,
                      bool exact_scale) {
   const View rows("kv", kv), cache_view("cache", cache), slots("slot_mapping", slot_mapping);
-  KVCacheParams params = params_of(cache_view, parse_kv_format(kv_format));
+  KVCacheParams params = params_of(cache_view, format_of("kv_format", kv_format));
   check_dim(rows, 2, "[tokens, d_qk]");
   check_size(rows, 1, params.d_qk, "[tokens, d_qk]");
   check_dtype(rows, ScalarType::BFloat16);
@@ -105,7 +91,7 @@ void append_kv_cache(const Tensor& kv, const Tensor& cache, const Tensor& slot_m
         "slot_mapping must have dtype Int or Long, got ", dtype_text(slots.dtype));
   check_beside_kv(slots, rows);
   check(!exact_scale || (params.format == KVFormat::kV32 || params.format == KVFormat::kV32NoRope), ErrorKind::kValue,
-        "exact_scale must be False for ", kv_format, ", which has no float32 scales");
+        "exact_scale must be False for ", kv_format.view(), ", which has no float32 scales");
   check_built_for("append_kv_cache", rows.device);
   params.rows = static_cast<uint16_t*>(rows.data);
   params.num_rows = rows.size(0);
@@ -119,9 +105,9 @@ void append_kv_cache(const Tensor& kv, const Tensor& cache, const Tensor& slot_m
   launch_append_kv_cache(params, current_stream(rows.device));
 }
 
-Tensor dequantize_kv_cache(const Tensor& cache, const std::string& kv_format) {
+Tensor dequantize_kv_cache(const Tensor& cache, const Name& kv_format) {
   const View view("cache", cache);
-  KVCacheParams params = params_of(view, parse_kv_format(kv_format));
+  KVCacheParams params = params_of(view, format_of("kv_format", kv_format));
   check_built_for("dequantize_kv_cache", view.device);
   const torch::stable::accelerator::DeviceGuard guard(view.device);
   Tensor values = empty(view.device, ScalarType::BFloat16, {view.size(0), params.page, 1, params.d_qk});

@@ -2,20 +2,16 @@
 #pragma once
 
 #include <string>
-#include <string_view>
 
 #include "api/tensor.h"
-#include "core/kv_format.h"
+#include "api/text.h"
 
 namespace flash_mla::api {
 
-// The format of this name: those of flash_mla/kv_format.py.
-KVFormat parse_kv_format(std::string_view name);
-
-void append_kv_cache(const Tensor& kv, const Tensor& cache, const Tensor& slot_mapping, const std::string& kv_format,
+void append_kv_cache(const Tensor& kv, const Tensor& cache, const Tensor& slot_mapping, const Name& kv_format,
                      bool exact_scale);
 
-Tensor dequantize_kv_cache(const Tensor& cache, const std::string& kv_format);
+Tensor dequantize_kv_cache(const Tensor& cache, const Name& kv_format);
 
 // "", or why this build does not serve the ops on GPUs of a compute capability (90 for 9.0).
 std::string kv_cache_why_not(int64_t compute_capability);

@@ -2,11 +2,11 @@
 #include "api/sparse_decode.h"
 
 #include <algorithm>
-#include <utility>
 
 #include "any/kernels.h"
 #include "api/decode.h"
 #include "api/device.h"
+#include "api/kv_format.h"
 #include "sm90/kernels.h"
 
 namespace flash_mla::api {
@@ -16,21 +16,6 @@ using SparseKernel = Kernel<SparseAttentionProblem, SparseAttentionParams>;
 
 constexpr int64_t kMostKeys = INT32_MAX - kScheduleBlock;
 constexpr int64_t kMostSlots = int64_t{1} << 31;
-
-constexpr std::pair<std::string_view, KVFormat> kFormatNames[] = {
-    {"V32", KVFormat::kV32},   {"MODEL1", KVFormat::kModel1},         {"V41", KVFormat::kV41},
-    {"BF16", KVFormat::kBf16}, {"V32_NO_ROPE", KVFormat::kV32NoRope}, {"V41_FP4", KVFormat::kV41Fp4},
-    {"V4", KVFormat::kModel1},
-};
-
-KVFormat format_of(const char* argument, const Name& name) {
-  for (const auto& [known, format] : kFormatNames) {
-    if (known == name.view()) {
-      return format;
-    }
-  }
-  fail(ErrorKind::kValue, argument, " must be the name of a KVFormat, got ", name.view());
-}
 
 void check_query(const View& q) {
   check(q.device >= 0, ErrorKind::kValue, "q must be on CUDA");

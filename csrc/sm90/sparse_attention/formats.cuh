@@ -65,7 +65,7 @@ struct RowFormat {
     }
   }
 
-  // Sixteen values into the 16-byte units at `first` and, `second`; the second eight first where `swapped`.
+  // Sixteen values into the 16-byte units at `first` and `second`; the second eight first where `swapped`.
   static __device__ __forceinline__ void convert(const uint4& raw, float scale, bool swapped, uint32_t first,
                                                  uint32_t second) {
     if constexpr (kLayout.value_bits == 8) {

@@ -116,7 +116,7 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>> {
   }
 
   // ---- the parts of a step
-  // Scores of a slot, groups of slices in the order in which they arrive.
+  // Scores of a slot, its parts in the order in which they arrive.
   template <int kSlot>
   __device__ __forceinline__ void issue_scores(float (&scores)[32]) {
     const Descriptor q(shared_address(storage_.q), 16), k(shared_address(storage_.k[kSlot]), 16);

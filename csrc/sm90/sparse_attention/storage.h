@@ -19,7 +19,7 @@ struct alignas(16) Run {
   const int32_t* list;
   int position, length;  // of the next tile, in entries (of a block table: keys)
   int num_tiles;         // still to come
-  uint32_t bits;         // class ProducerWarp::Entry of the next tile
+  uint32_t bits;         // struct Entry of the next tile
 };
 
 // Where a producer warp stands in the sequence of pieces. It walks it two tiles ahead, once a tile, and has no
