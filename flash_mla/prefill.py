@@ -71,7 +71,7 @@ def flash_mla_sparse_fwd(
     inputs = (*selected, *formats, d_v, sm_scale, return_lse_base)
 
     def problem_of(*_: Any) -> SparsePrefillProblem:
-        return SparsePrefillProblem.of(q, cache, indices, d_v, extra, extra_indices_in_kvcache, known)
+        return SparsePrefillProblem.of(q, cache, indices, d_v, extra, extra_indices_in_kvcache, known, sm_scale)
 
     if out is None:
         result, max_logits, lse = backends.serve(

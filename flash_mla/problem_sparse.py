@@ -83,6 +83,7 @@ class SparsePrefillProblem:
     d_v: int
     topk: int
     extra_topk: int
+    sm_scale: float
 
     @staticmethod
     def of(
@@ -93,13 +94,23 @@ class SparsePrefillProblem:
         extra_k_cache: Tensor | None = None,
         extra_indices_in_kvcache: Tensor | None = None,
         kv_format: KVFormat | str | None = None,
+        sm_scale: float | None = None,
     ) -> "SparsePrefillProblem":
         """The problem of a `flash_mla_sparse_fwd` call with these tensors."""
         s_q, h_q, d_qk = q.shape
         known, extra = resolve_formats("kv", as_cache(kv), as_cache(extra_k_cache), d_qk, kv_format)
         extra_topk = 0 if extra_indices_in_kvcache is None else extra_indices_in_kvcache.shape[-1]
         return SparsePrefillProblem(
-            *problem.device_of(q), known, extra, s_q, h_q, d_qk, d_v, indices.shape[-1], extra_topk
+            *problem.device_of(q),
+            known,
+            extra,
+            s_q,
+            h_q,
+            d_qk,
+            d_v,
+            indices.shape[-1],
+            extra_topk,
+            problem.default_softmax_scale(d_qk) if sm_scale is None else sm_scale,
         )
 
 

@@ -569,12 +569,11 @@ def test_capability_queries() -> None:
         flash_mla.why_not("decode")
     with pytest.raises(TypeError, match="why_not: wanted a DenseDecodeProblem, or the tensors q= and k_cache="):
         flash_mla.why_not("dense_decode", q=torch.zeros(1))
-    for op in ("sparse_prefill", "dense_prefill"):
-        cuda_reason = f"cuda: no CUDA kernel for {op} is built yet in this version of flash_mla"
-        declined = backends.triton.NOT_SERVED | backends.triton.BY_NAME_ONLY
-        assert flash_mla.why_not(op) == f"{cuda_reason}; triton: {declined[op]}"
-        with backends.use("cuda"):
-            assert flash_mla.why_not(op) == cuda_reason
+    cuda_reason = "cuda: no CUDA kernel for dense_prefill is built yet in this version of flash_mla"
+    declined = backends.triton.NOT_SERVED | backends.triton.BY_NAME_ONLY
+    assert flash_mla.why_not("dense_prefill") == f"{cuda_reason}; triton: {declined['dense_prefill']}"
+    with backends.use("cuda"):
+        assert flash_mla.why_not("dense_prefill") == cuda_reason
     inputs = make_dense_decode_inputs([70])
     reason = flash_mla.why_not("dense_decode", **inputs.call())
     assert reason is not None
@@ -589,11 +588,11 @@ def test_capability_queries() -> None:
 
 @pytest.mark.skipif(backends.cuda_missing is not None, reason=str(backends.cuda_missing))
 def test_problems_without_kernels() -> None:
-    inputs = make_sparse_prefill_inputs(2, h_q=2)
-    problem = flash_mla.SparsePrefillProblem.of(inputs.q, inputs.primary.cache, inputs.primary.indices)
+    inputs = make_dense_prefill_inputs([(3, 5)])
+    problem = flash_mla.DensePrefillProblem.of(inputs.q, inputs.k, inputs.v, inputs.cu_seqlens_qo)
     on_gpu = replace(problem, device_type="cuda", compute_capability=90)
     text = "cuda: no CUDA kernel for .* is built yet .*; triton: (no kernel|its kernels) for .* yet"
-    assert re.fullmatch(text, str(flash_mla.why_not("sparse_prefill", on_gpu)))
+    assert re.fullmatch(text, str(flash_mla.why_not("dense_prefill", on_gpu)))
     assert backends.select(on_gpu) is backends.REFERENCE
     for name, reason in (("cuda", "cuda: no CUDA"), ("triton", "triton: ")):
         match = f"no backend takes the problem; {reason}"

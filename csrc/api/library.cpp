@@ -5,6 +5,7 @@
 #include "api/kv_cache.h"
 #include "api/merge.h"
 #include "api/sparse_decode.h"
+#include "api/sparse_prefill.h"
 
 #ifndef FLASH_MLA_VERSION
 #define FLASH_MLA_VERSION "unknown"
@@ -64,6 +65,16 @@ STABLE_TORCH_LIBRARY(flash_mla, m) {
       "plan_sparse_decode(Tensor requests, Tensor? topk_length, Tensor? extra_topk_length, int s_q, int h_q, int topk, "
       "int extra_topk) -> (Tensor, Tensor)");
   m.def(
+      "sparse_prefill(Tensor q, Tensor kv, Tensor indices, Tensor? topk_length, Tensor? extra_k_cache, Tensor? "
+      "extra_indices, Tensor? extra_topk_length, Tensor? attn_sink, str kv_format, str? extra_kv_format, int d_v, "
+      "float "
+      "sm_scale, str lse_base) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "sparse_prefill_out(Tensor q, Tensor kv, Tensor indices, Tensor? topk_length, Tensor? extra_k_cache, Tensor? "
+      "extra_indices, Tensor? extra_topk_length, Tensor? attn_sink, str kv_format, str? extra_kv_format, int d_v, "
+      "float "
+      "sm_scale, str lse_base, Tensor(a!) out, Tensor(b!) max_logits, Tensor(c!) lse) -> ()");
+  m.def(
       "sparse_decode_why_not(int compute_capability, int scalar_type, int kv_format, int extra_kv_format, "
       "bool from_table, int b, int s_q, int h_q, int d_qk, int d_v, int page_block_size, int extra_page_block_size, "
       "int topk, int extra_topk, float softmax_scale) -> str");
@@ -83,6 +94,8 @@ STABLE_TORCH_LIBRARY_IMPL(flash_mla, CUDA, m) {
   m.impl("sparse_decode", TORCH_BOX(&sparse_decode));
   m.impl("sparse_decode_out", TORCH_BOX(&sparse_decode_out));
   m.impl("plan_sparse_decode", TORCH_BOX(&plan_sparse_decode));
+  m.impl("sparse_prefill", TORCH_BOX(&sparse_prefill));
+  m.impl("sparse_prefill_out", TORCH_BOX(&sparse_prefill_out));
   m.impl("append_kv_cache", TORCH_BOX(&append_kv_cache));
   m.impl("dequantize_kv_cache", TORCH_BOX(&dequantize_kv_cache));
 }

@@ -7,15 +7,11 @@
 #include "api/decode.h"
 #include "api/device.h"
 #include "api/kv_format.h"
+#include "api/sparse_keys.h"
 #include "sm90/kernels.h"
 
 namespace flash_mla::api {
 namespace {
-
-using SparseKernel = Kernel<SparseAttentionProblem, SparseAttentionParams>;
-
-constexpr int64_t kMostKeys = INT32_MAX - kScheduleBlock;
-constexpr int64_t kMostSlots = int64_t{1} << 31;
 
 void check_query(const View& q) {
   check(q.device >= 0, ErrorKind::kValue, "q must be on CUDA");
@@ -24,35 +20,6 @@ void check_query(const View& q) {
   check(q.size(1) > 0 && q.size(2) > 0, ErrorKind::kValue, "q must have at least one query token and head, got ",
         ShapeText{q});
   check_contiguous_last(q);
-}
-
-void check_cache(const View& cache, KVFormat format, const View& q) {
-  check_dim(cache, 4, "[num_blocks, page, 1, d_qk or bytes per token]");
-  check(cache.size(0) > 0 && cache.size(1) > 0 && cache.size(1) <= kMostKeys, ErrorKind::kValue, cache.name,
-        " must have pages of at least one row and fewer than 2^31, got ", ShapeText{cache});
-  check_size(cache, 2, 1, "[num_blocks, page, 1, d_qk or bytes per token]");
-  check_device(cache, q.device);
-  check_contiguous_last(cache);
-  if (format == KVFormat::kBf16) {
-    check_dtype(cache, ScalarType::BFloat16);
-    check_size(cache, 3, q.size(3), "[num_blocks, page, 1, d_qk]");
-    check_aligned(cache, 2);
-    return;
-  }
-  const KVLayout layout = layout_of(format);
-  check(cache.dtype == ScalarType::Float8_e4m3fn || cache.dtype == ScalarType::Char || cache.dtype == ScalarType::Byte,
-        ErrorKind::kType, cache.name, " must have dtype Float8_e4m3fn, Char or Byte, got ", dtype_text(cache.dtype));
-  check(layout.d_qk == q.size(3), ErrorKind::kValue, "q must have d_qk ", layout.d_qk, ", like the format of ",
-        cache.name, ", got ", ShapeText{q});
-  check_size(cache, 3, layout.row_bytes, "[num_blocks, page, 1, bytes per token]");
-  if (layout.scales_behind_page) {
-    check(cache.size(1) == 1 || cache.stride(1) == layout.row_bytes, ErrorKind::kValue, cache.name,
-          " must have stride(1) ", layout.row_bytes, ", got ", cache.stride(1));
-    check(reinterpret_cast<uintptr_t>(cache.data) % 16 == 0 && (cache.size(0) == 1 || cache.stride(0) % 16 == 0),
-          ErrorKind::kUnsupported, cache.name, " must have an address and a stride(0) that are multiples of 16 bytes");
-  } else {
-    check_aligned(cache, 1);
-  }
 }
 
 // int32 [b] or [b, s_q].
@@ -71,7 +38,7 @@ struct Selection {
   KVFormat format;
 
   void check_for(const View& q) const {
-    check_cache(cache, format, q);
+    check_rows(cache, format, q);
     check_dim(indices, 3, "[b, s_q, topk]");
     check_size(indices, 0, q.size(0), "[b, s_q, topk]");
     check_size(indices, 1, q.size(1), "[b, s_q, topk]");
@@ -85,18 +52,6 @@ struct Selection {
     }
   }
 };
-
-KeySource source_of_cache(const View& cache) {
-  KeySource source{};
-  const int64_t element_bytes = cache.dtype == ScalarType::BFloat16 ? 2 : 1, pages = cache.size(0),
-                page = cache.size(1);
-  source.cache = cache.data;
-  source.stride_page = cache.stride(0) * element_bytes, source.stride_row = cache.stride(1) * element_bytes;
-  source.page = static_cast<int>(page);
-  source.page_shift = page_shift_of(page);
-  source.num_slots = static_cast<uint32_t>(std::min(std::min(pages, kMostSlots) * page, kMostSlots));
-  return source;
-}
 
 KeySource source_of(const Selection& selection) {
   KeySource source = source_of_cache(selection.cache);
@@ -327,7 +282,7 @@ struct TableCall {
     // Before the checks of the cache: those are for the formats that kernels know.
     const SparseKernel& kernel = select("dense_decode_fp8", sm90::sparse_attention_kernels(), problem);
     check_aligned(q, 2);
-    check_cache(cache, format, q);
+    check_rows(cache, format, q);
     if (problem.b == 0) {
       return;
     }

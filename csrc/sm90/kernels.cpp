@@ -2,6 +2,7 @@
 
 #include "sm90/dense_decode/launch.h"
 #include "sm90/sparse_attention/launch.h"
+#include "sm90/sparse_attention_bf16/launch.h"
 
 namespace flash_mla::sm90 {
 namespace {
@@ -85,9 +86,9 @@ constexpr Kernel<SparseAttentionProblem, SparseAttentionParams> kSparseAttention
     {"sm90_sparse_attention_v32_no_rope", why_not_sparse_attention<KVFormat::kV32NoRope, 512>,
      sparse_attention::launch_v32_no_rope},
     {"sm90_sparse_attention_bf16_576", why_not_sparse_attention<KVFormat::kBf16, 576>,
-     sparse_attention::launch_bf16_576},
+     sparse_attention_bf16::launch_576},
     {"sm90_sparse_attention_bf16_512", why_not_sparse_attention<KVFormat::kBf16, 512>,
-     sparse_attention::launch_bf16_512},
+     sparse_attention_bf16::launch_512},
 };
 
 }  // namespace

@@ -10,8 +10,12 @@
 
 namespace flash_mla::sm90 {
 
-// `Storage` has: k[2], row_max, row_sum, row_sums_full, q_empty.
-template <class T, class Storage>
+// The named barrier that orders the two warpgroups' scores; no data goes with it.
+constexpr int kScores0Issued = 1;
+
+// `Storage` has: k[2], row_max, row_sum, row_sums_full, q_empty. `kKeepsMaximum`: the largest score of each row is kept
+// besides, which the reference may be below or above.
+template <class T, class Storage, bool kKeepsMaximum = false>
 class SeesawWarpgroup {
  protected:
   using Atoms = WgmmaAtoms<T>;
@@ -27,6 +31,9 @@ class SeesawWarpgroup {
   __device__ __forceinline__ void begin_rows() {
     reference_[0] = reference_[1] = kNoMax;
     sum_[0] = sum_[1] = 0;
+    if constexpr (kKeepsMaximum) {
+      maximum_[0] = maximum_[1] = -INFINITY;
+    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
@@ -48,6 +55,9 @@ class SeesawWarpgroup {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float scaled = largest[r] * scale_log2;
+      if constexpr (kKeepsMaximum) {
+        maximum_[r] = fmaxf(maximum_[r], scaled);
+      }
       const bool grows = scaled > reference_[r] + kSlack;
       next[r] = grows ? scaled : reference_[r];
       outgrown |= grows;
@@ -111,6 +121,21 @@ class SeesawWarpgroup {
     }
   }
 
+  // The same with the probabilities of a whole tile in registers.
+  template <int kSide>
+  __device__ __forceinline__ void multiply_registers(int slot, const uint32_t (&probabilities)[16]) {
+    const Descriptor values(shared_address(storage_.k[slot]), kSliceBytes);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        wgmma_rs<typename Atoms::OutputRS>(output_[half], &probabilities[4 * j],
+                                           values.at(values_offset(kSide, half, j)), true);
+      }
+      wgmma_commit();
+    }
+  }
+
   // Where in a slot 16 keys x 128 columns of the values lie, which are the first 512 columns of the keys.
   static constexpr uint32_t values_offset(int side, int half, int j) {
     return (side * 4 + half * 2) * kSliceBytes + j * 16 * kSliceRowBytes;
@@ -151,6 +176,7 @@ class SeesawWarpgroup {
   SlotPhases phases_;
   float output_[2][64];
   float reference_[2], sum_[2];
+  float maximum_[2];  // of this warpgroup's tiles, base 2
 };
 
 }  // namespace flash_mla::sm90

@@ -22,7 +22,7 @@ _OPTIONS = ("head_dim_v", "softmax_scale")
 _OPERATIONS: dict[str, tuple[Any, tuple[str, ...], tuple[str, ...]]] = {
     "dense_decode": (DenseDecodeProblem, ("q", "k_cache"), (*_OPTIONS, "kv_format")),
     "sparse_decode": (SparseDecodeProblem, ("q", "k_cache", "indices"), (*_OPTIONS, *_EXTRA)),
-    "sparse_prefill": (SparsePrefillProblem, ("q", "kv", "indices"), ("d_v", *_EXTRA)),
+    "sparse_prefill": (SparsePrefillProblem, ("q", "kv", "indices"), ("d_v", "sm_scale", *_EXTRA)),
     "dense_prefill": (DensePrefillProblem, ("q", "k", "v", "cu_seqlens_qo"), ("causal", "deterministic")),
     "kv_cache": (KVCacheProblem, ("cache",), ("format",)),
 }
@@ -107,12 +107,12 @@ class _Question:
 
 
 def kernels() -> list[KernelSupport]:
-    """What each decode kernel of the native library takes, by asking its tables over a grid of features.
+    """What each attention kernel of the native library takes, by asking its tables over a grid of features.
 
     A value is listed when the kernel takes it together with some values of the other features. Needs no GPU; empty
     without the library.
     """
-    questions = (_dense_questions, _fp8_questions, _sparse_questions)
+    questions = (_dense_questions, _fp8_questions, _sparse_questions, _prefill_questions)
     return [
         support for ask in questions for capability in ARCHITECTURES for support in _supported(list(ask(capability)))
     ]
@@ -134,6 +134,25 @@ def _fp8_questions(capability: int) -> Iterator[_Question]:
 
 
 def _sparse_questions(capability: int) -> Iterator[_Question]:
+    for known, extra, d_qk, page in _sparse_sources():
+        extra_page, extra_topk = (None, 0) if extra is None else (page, 512)
+        shape = (8, 1, 48, d_qk, page, extra_page, 2048, extra_topk, 512, 576**-0.5)
+        yield _Question(
+            SparseDecodeProblem("cuda", capability, known, extra, *shape), _pair(known, extra), d_qk, page, 1
+        )
+
+
+def _prefill_questions(capability: int) -> Iterator[_Question]:
+    for known, extra, d_qk, page in _sparse_sources():
+        extra_topk = 0 if extra is None else 512
+        problem = SparsePrefillProblem(
+            "cuda", capability, known, extra, 4096, 48, d_qk, 512, 2048, extra_topk, 576**-0.5
+        )
+        yield _Question(problem, _pair(known, extra), d_qk, page, 1)
+
+
+def _sparse_sources() -> Iterator[tuple[KVFormat, KVFormat | None, int, int]]:
+    """Formats of both caches, d_qk, page."""
     pairs: list[tuple[KVFormat, KVFormat | None, tuple[int, ...]]] = [
         *((known, None, (known.layout.d_qk,)) for known in _FORMATS),
         (KVFormat.V41, KVFormat.V41_FP4, (512,)),
@@ -141,10 +160,11 @@ def _sparse_questions(capability: int) -> Iterator[_Question]:
     ]
     for (known, extra, sizes), page in product(pairs, _PAGES):
         for d_qk in sizes:
-            extras = (None, 2048, 0) if extra is None else (page, 2048, 512)
-            shape = (8, 1, 48, d_qk, page, *extras, 512, 576**-0.5)
-            name = known.value if extra is None else f"{known.value} + {extra.value}"
-            yield _Question(SparseDecodeProblem("cuda", capability, known, extra, *shape), name, d_qk, page, 1)
+            yield known, extra, d_qk, page
+
+
+def _pair(known: KVFormat, extra: KVFormat | None) -> str:
+    return known.value if extra is None else f"{known.value} + {extra.value}"
 
 
 def _supported(questions: list[_Question]) -> Iterator[KernelSupport]:

@@ -10,9 +10,9 @@ import torch
 
 from flash_mla import _ops
 from flash_mla.kv_format import KVFormat
-from flash_mla.problem import DenseDecodeProblem, Problem
+from flash_mla.problem import HEAD_DIM_V, DenseDecodeProblem, Problem
 from flash_mla.problem_kv_cache import KVCacheProblem
-from flash_mla.problem_sparse import SparseDecodeProblem
+from flash_mla.problem_sparse import SparseDecodeProblem, SparsePrefillProblem
 
 _SCALAR_TYPES = {torch.bfloat16: 0, torch.float16: 1}
 _OTHER_SCALAR_TYPE = 2
@@ -26,7 +26,7 @@ _FORMATS = {
 }
 _NO_FORMAT = len(_FORMATS)
 
-WITHOUT_KERNELS = ("sparse_prefill", "dense_prefill")
+WITHOUT_KERNELS = ("dense_prefill",)
 """Operations that no architecture has kernels for so far."""
 
 
@@ -42,6 +42,8 @@ def kernel_table(problem: Problem) -> dict[str, str]:
         return {}
     if isinstance(problem, SparseDecodeProblem):
         return _parsed(torch.ops.flash_mla.sparse_decode_why_not(*_sparse_arguments(problem)))
+    if isinstance(problem, SparsePrefillProblem):
+        return _parsed(torch.ops.flash_mla.sparse_decode_why_not(*_prefill_arguments(problem)))
     if not isinstance(problem, DenseDecodeProblem):
         return {}
     if problem.fp8_cache is not None:
@@ -110,6 +112,27 @@ def _sparse_arguments(problem: SparseDecodeProblem) -> tuple[Any, ...]:
         problem.topk,
         problem.extra_topk,
         problem.softmax_scale,
+    )
+
+
+def _prefill_arguments(problem: SparsePrefillProblem) -> tuple[Any, ...]:
+    """Sparse prefill is served by the kernels of sparse decode, which compute 512 columns of V or none."""
+    return (
+        problem.compute_capability or 0,
+        _SCALAR_TYPES[torch.bfloat16],
+        _FORMATS[problem.kv_format],
+        _NO_FORMAT if problem.extra_kv_format is None else _FORMATS[problem.extra_kv_format],
+        False,
+        1,
+        problem.s_q,
+        problem.h_q,
+        problem.d_qk,
+        max(problem.d_v, HEAD_DIM_V),
+        1,
+        0 if problem.extra_kv_format is None else 1,
+        problem.topk,
+        problem.extra_topk,
+        problem.sm_scale,
     )
 
 

@@ -8,14 +8,13 @@
 namespace flash_mla::sm90::sparse_attention {
 
 // A key tile arrives in two parts: the columns that are converted, and those that are copied as they are (the 64 RoPE
-// columns, the last slice of a tile; everything where the cache is bfloat16).
+// columns, the last slice of a tile).
 enum Part : int { kValues = 0, kRope = 1, kNumParts = 2 };
 
 template <KVFormat kFormat_, KVFormat kExtraFormat_, int kHeadDim_>
 struct Config {
   static constexpr KVFormat kFormat = kFormat_, kExtraFormat = kExtraFormat_;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr bool kCopied = kFormat == KVFormat::kBf16;  // no conversion
   static constexpr bool kRopeBehindValues = kHeadDim > kHeadDimV;
   static constexpr bool kRopeInValues = kFormat == KVFormat::kModel1;
   static constexpr bool kHasRope = kRopeBehindValues || kRopeInValues;
@@ -28,7 +27,8 @@ struct Config {
   static constexpr int kRopeSlice = kSlices - 1;
 
   static constexpr int kMathThreads = 256;
-  static constexpr int kProducerThreads = 256;
+  static constexpr int kProducerWarps = 8;
+  static constexpr int kProducerThreads = 32 * kProducerWarps;
   static constexpr int kThreads = kMathThreads + kProducerThreads;
   // Registers per thread after the roles part: 2 * 128 * 192 + 2 * 128 * 64 = 64 K.
   static constexpr int kMathRegisters = 192;
@@ -39,10 +39,5 @@ struct Config {
     return part == kRope ? (kHasRope ? 1 : 0) : kSlices - (kHasRope ? 1 : 0);
   }
 };
-
-constexpr int kProducerWarps = 8;
-
-// Orders the two math warpgroups' scores; no data goes with it.
-constexpr int kScores0Issued = 1;
 
 }  // namespace flash_mla::sm90::sparse_attention

@@ -34,19 +34,48 @@ __device__ __forceinline__ void write_partial(const SparseAttentionParams& param
   }
 }
 
-__device__ __forceinline__ void write_final(const SparseAttentionParams& params, const PieceFacts& piece, int side,
-                                            int row, int lane, const float (&output)[2][64],
-                                            const float (&reference)[2], const float (&sum)[2]) {
-  const int batch = piece.request / params.tokens_per_batch;
+// Where a row of a tile belongs.
+struct RowPlace {
+  int batch, token, head;
+  bool exists;
+  __device__ __forceinline__ RowPlace(const SparseAttentionParams& params, const PieceFacts& piece, int row) {
+    const int tile_row = piece.row_tile * kRowTile + row, unit_row = piece.unit * params.unit_rows + tile_row;
+    batch = piece.request / params.tokens_per_batch;
+    token = piece.request % params.tokens_per_batch + unit_row / params.h_q;
+    head = unit_row % params.h_q;
+    exists = tile_row < params.unit_rows;
+  }
+  // In lse and max_logits.
+  __device__ __forceinline__ int64_t offset(const SparseAttentionParams& params) const {
+    return batch * params.stride_lse_b + head * params.stride_lse_h + token * params.stride_lse_s;
+  }
+};
+
+// The second warpgroup's maxima, base 2, for the first to finish: it reads them once the sums have been handed over.
+__device__ __forceinline__ void write_maximum(const SparseAttentionParams& params, const PieceFacts& piece, int row,
+                                              int lane, const float (&maximum)[2]) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int tile_row = piece.row_tile * kRowTile + row + 8 * r, unit_row = piece.unit * params.unit_rows + tile_row;
-    const bool exists = tile_row < params.unit_rows, any_key = sum[r] != 0;
-    const int token = piece.request % params.tokens_per_batch + unit_row / params.h_q, head = unit_row % params.h_q;
-    const float sink = params.attn_sink && exists ? exp2f(params.attn_sink[head] * kLog2E - reference[r]) : 0.0f;
+    const RowPlace place(params, piece, row + 8 * r);
+    if (place.exists && lane % 4 == 0) {
+      params.max_logits[place.offset(params)] = maximum[r];
+    }
+  }
+}
+
+__device__ __forceinline__ void write_final(const SparseAttentionParams& params, const PieceFacts& piece, int side,
+                                            int row, int lane, const float (&output)[2][64],
+                                            const float (&reference)[2], const float (&sum)[2],
+                                            const float (&maximum)[2]) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const RowPlace place(params, piece, row + 8 * r);
+    const bool any_key = sum[r] != 0;
+    const float sink =
+        params.attn_sink && place.exists ? exp2f(params.attn_sink[place.head] * kLog2E - reference[r]) : 0.0f;
     const float scale = any_key ? 1.0f / (sum[r] + sink) : 0.0f;
-    __nv_bfloat16* out = static_cast<__nv_bfloat16*>(params.out) + batch * params.stride_out_b +
-                         token * params.stride_out_s + head * params.stride_out_h + side * 256;
+    __nv_bfloat16* out = static_cast<__nv_bfloat16*>(params.out) + place.batch * params.stride_out_b +
+                         place.token * params.stride_out_s + place.head * params.stride_out_h + side * 256;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {  // 32 columns: a quad's four words become four runs of 8 columns
       uint32_t words[4];
@@ -56,14 +85,17 @@ __device__ __forceinline__ void write_final(const SparseAttentionParams& params,
         words[j] = pack2<__nv_bfloat16>(output[i / 4][at] * scale, output[i / 4][at + 1] * scale);
       }
       transpose_quad(words, lane);
-      if (exists) {
+      if (place.exists) {
         *reinterpret_cast<uint4*>(out + i * 32 + lane % 4 * 8) = make_uint4(words[0], words[1], words[2], words[3]);
       }
     }
-    if (side == 0 && exists && lane % 4 == 0) {
+    if (side == 0 && place.exists && lane % 4 == 0) {
       const float lse = reference[r] + log2f(sum[r]);
-      params.lse[batch * params.stride_lse_b + head * params.stride_lse_h + token * params.stride_lse_s] =
-          any_key ? (params.lse_base2 ? lse : lse * kLn2) : INFINITY;
+      const int64_t offset = place.offset(params);
+      params.lse[offset] = any_key ? (params.lse_base2 ? lse : lse * kLn2) : INFINITY;
+      if (params.max_logits != nullptr) {
+        params.max_logits[offset] = fmaxf(maximum[r], params.max_logits[offset]) * kLn2;
+      }
     }
   }
 }

@@ -3,12 +3,9 @@
 #pragma once
 
 #include "device/dequantize.cuh"
-#include "sm90/sparse_attention/storage.h"
+#include "sm90/sparse_attention/config.h"
 
 namespace flash_mla::sm90::sparse_attention {
-
-// What unreachable keys are read from: all zeros, scales too.
-__device__ __align__(16) const unsigned char kZeroRow[1152] = {};
 
 // The scales of a quarter of a row, as they are in memory.
 struct QuarterScales {

@@ -10,7 +10,7 @@ __device__ __forceinline__ void init_barriers(Storage<C>& storage) {
   constexpr int kWarpsOfAWarpgroup = 4;
   for (int slot = 0; slot < 2; ++slot) {
     // Converted columns are handed over by warps, copied ones by threads.
-    mbarrier_init(shared_address(&storage.k_full[slot][kValues]), C::kCopied ? C::kProducerThreads : kProducerWarps);
+    mbarrier_init(shared_address(&storage.k_full[slot][kValues]), C::kProducerWarps);
     mbarrier_init(shared_address(&storage.k_full[slot][kRope]), C::kProducerThreads);
     mbarrier_init(shared_address(&storage.k_empty[slot]), 2 * kWarpsOfAWarpgroup);
   }

@@ -5,8 +5,6 @@
 
 namespace flash_mla::sm90::sparse_attention {
 
-void launch_bf16_576(const SparseAttentionParams& params, void* stream);
-void launch_bf16_512(const SparseAttentionParams& params, void* stream);
 void launch_v32(const SparseAttentionParams& params, void* stream);
 void launch_v32_no_rope(const SparseAttentionParams& params, void* stream);
 void launch_model1(const SparseAttentionParams& params, void* stream);

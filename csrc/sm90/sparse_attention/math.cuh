@@ -10,11 +10,11 @@
 namespace flash_mla::sm90::sparse_attention {
 
 template <class C>
-class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>> {
+class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>, true> {
   using T = __nv_bfloat16;
-  using Base = SeesawWarpgroup<T, Storage<C>>;
-  using Base::lane_, Base::output_, Base::phases_, Base::reference_, Base::row_, Base::side_, Base::storage_,
-      Base::sum_;
+  using Base = SeesawWarpgroup<T, Storage<C>, true>;
+  using Base::lane_, Base::maximum_, Base::output_, Base::phases_, Base::reference_, Base::row_, Base::side_,
+      Base::storage_, Base::sum_;
   using typename Base::Atoms;
 
  public:
@@ -209,15 +209,18 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>> {
   }
 
   __device__ __forceinline__ void finish_piece(int piece) {
-    float total[2];
-    this->join_sums(piece, total);
     int row = row_;
     asm volatile("" : "+r"(row));  // keeps the epilogue's addresses out of the loop over pieces
     const PieceFacts& facts = storage_.pieces[piece];
+    if (params_.max_logits != nullptr && side_ == 1) {
+      write_maximum(params_, facts, row, lane_, maximum_);
+    }
+    float total[2];
+    this->join_sums(piece, total);
     if (facts.partial >= 0) {
       write_partial(params_, facts, side_, row, lane_, output_, reference_, total);
     } else {
-      write_final(params_, facts, side_, row, lane_, output_, reference_, total);
+      write_final(params_, facts, side_, row, lane_, output_, reference_, total, maximum_);
     }
   }
 

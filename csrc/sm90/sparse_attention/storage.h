@@ -15,7 +15,7 @@ struct PieceFacts {
 };
 
 // A run of key tiles from one source, as a producer warp walks it.
-struct alignas(16) Run {
+struct Run {
   const int32_t* list;
   int position, length;  // of the next tile, in entries (of a block table: keys)
   int num_tiles;         // still to come
@@ -24,7 +24,7 @@ struct alignas(16) Run {
 
 // Where a producer warp stands in the sequence of pieces. It walks it two tiles ahead, once a tile, and has no
 // registers to keep this in between.
-struct Walk {
+struct alignas(16) Walk {
   Run run;
   int item, request, end_request, next_length[2];    // of the piece behind this one
   int second_tiles, second_position, second_length;  // the run over the second source that follows this one
@@ -42,9 +42,9 @@ struct Storage {
   alignas(1024) unsigned char probabilities[kProbabilityTiles][C::kSliceBytes];
   float row_max[C::kRows];        // the reference maximum that both math warpgroups scale by, base 2
   float row_sum[2][2][C::kRows];  // by parity of the piece, by warpgroup
-  alignas(8) unsigned char valid[2][kProducerWarps];  // of a slot: a bit for each key that counts
-  PieceFacts pieces[2];                               // by parity of the piece
-  Walk walks[kProducerWarps];
+  alignas(8) unsigned char valid[2][C::kProducerWarps];  // of a slot: a bit for each key that counts
+  PieceFacts pieces[2];                                  // by parity of the piece
+  Walk walks[C::kProducerWarps];
   uint64_t k_full[2][kNumParts];
   uint64_t k_empty[2];
   uint64_t q_full, q_empty;

@@ -1,0 +1,215 @@
+// The seesaw over key tiles that arrive and are released in groups of slices. Warpgroup 0 scores the tile in slot 0 and
+// keeps output columns 0 to 255, warpgroup 1 scores slot 1 and keeps columns 256 to 511; each multiplies both tiles'
+// probabilities with its half of the values: its own tile's from registers, the other's from shared memory.
+#pragma once
+
+#include "sm90/key_groups.h"
+#include "sm90/seesaw.cuh"
+
+namespace flash_mla::sm90 {
+
+// `C` has: Element, kHasRope, kKeys, kMathThreads, kSliceBytes, and is KeyGroups. `Storage` has besides: q, k_full,
+// k_empty, probabilities, probabilities_full. `Derived` has:
+//   kCopiedKeys                 the slices come by copies of threads and not by TMA: every reader has to order them
+//                               before its products, by one fence for all slices (a fence for each costs 6 %)
+//   mask(scores, facts, tile)   keys that do not count become -inf; `facts` are what `run_steps` was given
+template <class Derived, class C, class Storage, bool kKeepsMaximum = false>
+class GroupedSeesaw : protected SeesawWarpgroup<typename C::Element, Storage, kKeepsMaximum> {
+ protected:
+  using T = typename C::Element;
+  using Base = SeesawWarpgroup<T, Storage, kKeepsMaximum>;
+  using Base::lane_, Base::phases_, Base::reference_, Base::side_, Base::storage_, Base::sum_;
+  using typename Base::Atoms;
+
+  __device__ __forceinline__ GroupedSeesaw(Storage& storage, int side, float scale_log2)
+      : Base(storage, side), scale_log2_(scale_log2) {}
+
+  // The tiles of a piece, at least one.
+  template <class Facts>
+  __device__ __forceinline__ void run_steps(int num_tiles, const Facts& facts) {
+    if (side_ == 0) {
+      run_left(num_tiles, facts);
+    } else {
+      run_right(num_tiles, facts);
+    }
+  }
+
+ private:
+  // A step takes the tiles in both slots, or, at the end of a piece of odd length, the one in slot 0. No product is in
+  // flight at a loop's back edge, where the compiler would have to merge accumulators: it serialises all products then.
+  // There is one copy of each step in the code, since small calls spend much of their time fetching instructions.
+
+  // ---- warpgroup 0: scores of slot 0; both products into columns 0 to 255
+  template <class Facts>
+  __device__ __forceinline__ void run_left(int num_tiles, const Facts& facts) {
+#pragma unroll 1
+    for (int tile = 0; tile < num_tiles; tile += 2) {
+      const bool pair = tile + 1 < num_tiles;
+      float scores[32];
+      issue_scores<0>(scores);
+      if (pair) {
+        named_barrier_arrive(kScores0Issued, C::kMathThreads);
+      }
+      wgmma_wait<0>();
+      if (tile + 2 >= num_tiles) {
+        this->release_q();
+      }
+      uint32_t probabilities[16];
+      softmax(scores, probabilities, facts, tile, [] {});
+      this->template store_probabilities<0, 4>(probabilities0(), probabilities);
+      fence_async_proxy();
+      this->hand_over(storage_.probabilities_full[0]);
+
+      wgmma_fence();
+      this->template multiply_registers<0>(0, probabilities);
+      wgmma_wait<1>();
+      release(0, kCols0);
+      wgmma_wait<0>();
+      release(0, kCols128);
+      phases_.advance(0);
+
+      if (pair) {
+        mbarrier_wait(shared_address(&storage_.probabilities_full[1]), phases_.parity(1));
+        this->adopt_reference();
+        wait_for_values(1, kCols0);
+        wgmma_fence();
+        this->template multiply_shared<0>(1, shared_address(storage_.probabilities[0]));
+        wgmma_wait<1>();
+        release(1, kCols0);
+        wgmma_wait<0>();
+        release(1, kCols128);
+        phases_.advance(1);
+      }
+    }
+  }
+
+  // ---- warpgroup 1: scores of slot 1; both products into columns 256 to 511
+  template <class Facts>
+  __device__ __forceinline__ void run_right(int num_tiles, const Facts& facts) {
+#pragma unroll 1
+    for (int tile = 0; tile < num_tiles; tile += 2) {
+      const bool pair = tile + 1 < num_tiles;
+      float scores[32];
+      if (pair) {
+        named_barrier_sync(kScores0Issued, C::kMathThreads);
+        issue_scores<1>(scores);
+        wgmma_wait<0>();
+        release(1, kRope);
+      }
+      if (tile + 2 >= num_tiles) {
+        this->release_q();
+      }
+      mbarrier_wait(shared_address(&storage_.probabilities_full[0]), phases_.parity(0));
+      this->adopt_reference();
+      wait_for_values(0, kCols256);
+      wgmma_fence();
+      this->template multiply_shared<1>(0, probabilities0());
+      auto finish_slot0 = [this] {
+        wgmma_wait<0>();
+        release(0, kCols256);
+        release(0, kCols384);
+        release(0, kRope);
+      };
+      if (pair) {
+        uint32_t probabilities[16];
+        softmax(scores, probabilities, facts, tile + 1, finish_slot0);
+        this->template store_probabilities<0, 4>(shared_address(storage_.probabilities[0]), probabilities);
+        fence_async_proxy();
+        this->hand_over(storage_.probabilities_full[1]);
+        wgmma_fence();
+        this->template multiply_registers<1>(1, probabilities);
+        wgmma_wait<1>();
+        release(1, kCols256);
+        wgmma_wait<0>();
+        release(1, kCols384);
+        phases_.advance(1);
+      } else {
+        finish_slot0();
+      }
+      phases_.advance(0);
+    }
+  }
+
+  // ---- the parts of a step
+  // Scores of a slot, groups of slices in the order in which they arrive.
+  template <int kSlot>
+  __device__ __forceinline__ void issue_scores(float (&scores)[32]) {
+    const Descriptor q(shared_address(storage_.q), 16), k(shared_address(storage_.k[kSlot]), 16);
+    bool accumulate = false;
+    if constexpr (Derived::kCopiedKeys) {
+#pragma unroll
+      for (int order = 0; order < kNumGroups; ++order) {
+        if (C::num_slices(C::load_order(kSlot, order)) > 0) {
+          wait_for_keys(kSlot, C::load_order(kSlot, order));
+        }
+      }
+      fence_async_proxy();
+    }
+#pragma unroll
+    for (int order = 0; order < kNumGroups; ++order) {
+      const int group = C::load_order(kSlot, order);
+      if (C::num_slices(group) == 0) {
+        continue;
+      }
+      if constexpr (!Derived::kCopiedKeys) {
+        wait_for_keys(kSlot, group);
+      }
+      wgmma_fence();
+#pragma unroll
+      for (int s = C::first_slice(group); s < C::first_slice(group) + C::num_slices(group); ++s) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          wgmma_ss<typename Atoms::Scores>(scores, q.at(s * C::kSliceBytes + j * 32), k.at(s * C::kSliceBytes + j * 32),
+                                           accumulate);
+          accumulate = true;
+        }
+      }
+    }
+    wgmma_commit();
+  }
+
+  // Scores -> probabilities of one tile. `before_exponentials` ends the products that still write the output; about
+  // then they are done anyway.
+  template <class Facts, class BeforeExponentials>
+  __device__ __forceinline__ void softmax(float (&scores)[32], uint32_t (&probabilities)[16], const Facts& facts,
+                                          int tile, BeforeExponentials&& before_exponentials) {
+    derived().mask(scores, facts, tile);
+    this->move_reference(scores, scale_log2_, before_exponentials);
+    exponentiate<T, 0, 4>(scores, scale_log2_, reference_, sum_, probabilities);
+  }
+
+  // d_qk 576: the probabilities of slot 0 lie in its RoPE slice, which is dead once it is scored. Else in two tiles by
+  // turns, since the other warpgroup may still read those of the step before.
+  __device__ __forceinline__ uint32_t probabilities0() const {
+    if constexpr (C::kHasRope) {
+      return shared_address(storage_.k[0]) + 8 * C::kSliceBytes;
+    } else {
+      return shared_address(storage_.probabilities[1 + phases_.parity(0)]);
+    }
+  }
+
+  // The other warpgroup has seen these tiles arrive; the async proxy wants every reader to.
+  __device__ __forceinline__ void wait_for_values(int slot, int first_group) {
+    wait_for_keys(slot, first_group);
+    wait_for_keys(slot, first_group + 1);
+    if constexpr (Derived::kCopiedKeys) {
+      fence_async_proxy();
+    }
+  }
+
+  __device__ __forceinline__ void wait_for_keys(int slot, int group) {
+    mbarrier_wait(shared_address(&storage_.k_full[slot][group]), phases_.parity(slot));
+  }
+
+  __device__ __forceinline__ void release(int slot, int group) {
+    if (lane_ == 0) {
+      mbarrier_arrive(shared_address(&storage_.k_empty[slot][group]));
+    }
+  }
+
+  __device__ __forceinline__ Derived& derived() { return static_cast<Derived&>(*this); }
+
+  const float scale_log2_;
+};
+
+}  // namespace flash_mla::sm90

@@ -1,6 +1,0 @@
-#include "sm90/sparse_attention/launch.cuh"
-#include "sm90/sparse_attention/launch.h"
-
-void flash_mla::sm90::sparse_attention::launch_bf16_576(const SparseAttentionParams& params, void* stream) {
-  launch<KVFormat::kBf16, KVFormat::kNone, 576>("sm90_sparse_bf16_576", params, stream);
-}

@@ -1,0 +1,177 @@
+// What a producer warp knows of the keys: it walks the lists of the pieces a tile at a time, fetches the indices of its
+// keys, and finds their rows. It also hands over the facts and Q of each piece.
+#pragma once
+
+#include "device/sm90/barrier.cuh"
+#include "device/sm90/copy.cuh"
+#include "device/sm90/slots.cuh"
+#include "device/sm90/wgmma.cuh"
+#include "sm90/sparse_attention/pieces.cuh"
+
+namespace flash_mla::sm90::sparse_attention {
+
+// What unreachable keys are read from: all zeros, scales too.
+__device__ __align__(16) const unsigned char kZeroRow[1152] = {};
+
+template <class C, class Storage>
+class KeyLists {
+ protected:
+  // Keys of a tile per warp, each of which `kLanes` lanes know: where its row is.
+  static constexpr int kWarpKeys = C::kKeys / C::kProducerWarps;
+  static constexpr int kLanes = 32 / kWarpKeys;
+
+  __device__ __forceinline__ KeyLists(const SparseAttentionParams& params, Storage& storage, Walk& walk, int warp,
+                                      int lane)
+      : params_(params), storage_(storage), walk_(walk), warp_(warp), lane_(lane) {
+    if (lane_ == 0) {
+      begin_walk(params_, walk_);
+    }
+    __syncwarp();
+  }
+
+  // Steps to the next tile and fetches the lane's index; -1 where its list has ended.
+  __device__ __forceinline__ void fetch_indices() {
+    if (walk_.run.num_tiles == 0) {
+      __syncwarp();
+      int found = 1;
+      if (lane_ == 0) {
+        if (walk_.second_tiles > 0) {
+          begin_second_run(params_, walk_);
+        } else {
+          found = next_piece(params_, walk_);
+        }
+      }
+      found = __shfl_sync(~0u, found, 0);
+      __syncwarp();
+      ahead_ = {found ? walk_.run.bits : 0};
+      index_ = -1;
+      if (!ahead_.has_tile()) {
+        return;
+      }
+    }
+    const Run run = walk_.run;
+    ahead_ = {run.bits};
+    const int position = run.position + key_of_lane();
+    index_ = -1;
+    if (position < run.length) {
+      index_ = load_index(run.list + (params_.from_table ? page_of(params_.keys[0], position) : position));
+    }
+    __syncwarp();
+    if (lane_ == 0) {
+      walk_.run.position = run.position + C::kKeys;
+      walk_.run.num_tiles = run.num_tiles - 1;
+      walk_.run.bits = (run.bits ^ Entry::kSlot) & ~Entry::kBeginsPiece;
+    }
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ int key_of_lane() const { return warp_ * kWarpKeys + lane_ / kLanes; }
+
+  static __device__ __forceinline__ int load_index(const int32_t* address) {
+    int index;
+    asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(index) : "l"(address));
+    return index;
+  }
+
+  static __device__ __forceinline__ int page_of(const KeySource& keys, int slot) {
+    return keys.page_shift >= 0 ? slot >> keys.page_shift
+                                : static_cast<int>(static_cast<unsigned>(slot) / static_cast<unsigned>(keys.page));
+  }
+
+  // The lane's row of the tile whose indices have been fetched.
+  __device__ __forceinline__ const unsigned char* locate(const Entry& entry) {
+    const KeySource& keys = params_.keys[entry.source()];
+    int page;
+    if (params_.from_table) {
+      const int position = walk_.run.position - C::kKeys + key_of_lane();  // its fetching was the last step
+      page = index_;
+      next_row_in_page_ = position - page_of(keys, position) * keys.page;
+      if (static_cast<uint32_t>(index_) >= keys.num_slots / static_cast<uint32_t>(keys.page)) {
+        return kZeroRow;
+      }
+    } else {
+      if (static_cast<uint32_t>(index_) >= keys.num_slots) {
+        return kZeroRow;
+      }
+      page = page_of(keys, index_);
+      next_row_in_page_ = index_ - page * keys.page;
+    }
+    const unsigned char* base = static_cast<const unsigned char*>(keys.cache) + page * keys.stride_page;
+    return base +
+           next_row_in_page_ * (C::kFormat == KVFormat::kModel1 ? layout_of(C::kFormat).row_stride() : keys.stride_row);
+  }
+
+  // The compiler is to compute what follows from the lane for each tile anew: kept, it would be spilled.
+  __device__ __forceinline__ int opaque_lane() const {
+    int lane = lane_;
+    asm volatile("" : "+r"(lane));
+    return lane;
+  }
+
+  // Bit k: the warp's key k counts.
+  __device__ __forceinline__ uint32_t valid_keys(const unsigned char* row) const {
+    const uint32_t lanes = __ballot_sync(~0u, row != kZeroRow);
+    return __ballot_sync(~0u, lane_ < kWarpKeys && (lanes >> (kLanes * lane_ & 31) & 1));
+  }
+
+  // Hands the facts and Q of a piece over, once the math warps have done with those of the piece before.
+  __device__ __forceinline__ void begin_piece(int piece) {
+    const PieceFacts& facts = walk_.pending[piece];
+    mbarrier_wait(shared_address(&storage_.q_empty), (piece & 1) ^ 1);
+    if (warp_ == 0 && lane_ == 0) {
+      storage_.pieces[piece & 1] = facts;
+    }
+    if (facts.num_tiles > 0) {
+      load_q(facts);
+    }
+    async_copy_arrive(shared_address(&storage_.q_full));
+  }
+
+  // A warp loads as many rows of Q as keys, eight at a time; zeros where there is no row.
+  __device__ __forceinline__ void load_q(const PieceFacts& facts) const {
+    const int lane = opaque_lane();
+#pragma unroll 1
+    for (int tile_row = warp_ * kWarpKeys + lane / 4; tile_row < (warp_ + 1) * kWarpKeys; tile_row += 8) {
+      const int row = facts.row_tile * C::kRows + tile_row;
+      const bool valid = row < params_.unit_rows;
+      const auto* source = static_cast<const unsigned char*>(params_.q);
+      if (valid) {
+        const int unit_row = facts.unit * params_.unit_rows + row;
+        const int batch = facts.request / params_.tokens_per_batch,
+                  token = facts.request % params_.tokens_per_batch + unit_row / params_.h_q;
+        source +=
+            2 * (batch * params_.stride_q_b + token * params_.stride_q_s + unit_row % params_.h_q * params_.stride_q_h);
+      }
+      source += lane % 4 * 16;
+      uint32_t destination = shared_address(storage_.q) + tile_row * kSliceRowBytes + ((lane % 4 ^ tile_row % 8) * 16);
+#pragma unroll 1
+      for (int slice = 0; slice < C::kSlices; ++slice) {
+        async_copy16(destination, source, valid);
+        async_copy16(destination ^ 64, source + 64, valid);
+        destination += C::kSliceBytes;
+        source += kSliceRowBytes;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void end() {
+    const int piece = walk_.num_pieces;
+    mbarrier_wait(shared_address(&storage_.q_empty), (piece & 1) ^ 1);
+    if (warp_ == 0 && lane_ == 0) {
+      storage_.pieces[piece & 1].num_tiles = -1;
+    }
+    async_copy_arrive(shared_address(&storage_.q_full));
+    async_copy_wait<0>();
+  }
+
+  const SparseAttentionParams& params_;
+  Storage& storage_;
+  Walk& walk_;
+  const int warp_, lane_;
+  SlotPhases phases_;
+  Entry ahead_{0};  // of the indices that have been fetched
+  int index_ = -1;
+  int next_row_in_page_;
+};
+
+}  // namespace flash_mla::sm90::sparse_attention
