@@ -569,7 +569,7 @@ def test_capability_queries() -> None:
         flash_mla.why_not("decode")
     with pytest.raises(TypeError, match="why_not: wanted a DenseDecodeProblem, or the tensors q= and k_cache="):
         flash_mla.why_not("dense_decode", q=torch.zeros(1))
-    for op in ("sparse_prefill", "dense_prefill"):
+    for op in backends.cuda.WITHOUT_KERNELS:
         cuda_reason = f"cuda: no CUDA kernel for {op} is built yet in this version of flash_mla"
         declined = backends.triton.NOT_SERVED | backends.triton.BY_NAME_ONLY
         assert flash_mla.why_not(op) == f"{cuda_reason}; triton: {declined[op]}"

@@ -13,17 +13,18 @@ from flash_mla.errors import wanted
 from flash_mla.kv_format import KVFormat
 from flash_mla.problem import DenseDecodeProblem, Problem
 from flash_mla.problem_kv_cache import KVCacheProblem
-from flash_mla.problem_prefill import DensePrefillProblem
+from flash_mla.problem_prefill import HEAD_DIM_V, HEAD_DIMS_QK, DensePrefillProblem
 from flash_mla.problem_sparse import SparseDecodeProblem, SparsePrefillProblem
 
 # By operation: its problem, the tensors of a call that it is made from, and the other arguments that matter.
 _EXTRA = ("extra_k_cache", "extra_indices_in_kvcache", "kv_format")
 _OPTIONS = ("head_dim_v", "softmax_scale")
+_PREFILL_OPTIONS = ("causal", "deterministic", "softmax_scale")
 _OPERATIONS: dict[str, tuple[Any, tuple[str, ...], tuple[str, ...]]] = {
     "dense_decode": (DenseDecodeProblem, ("q", "k_cache"), (*_OPTIONS, "kv_format")),
     "sparse_decode": (SparseDecodeProblem, ("q", "k_cache", "indices"), (*_OPTIONS, *_EXTRA)),
     "sparse_prefill": (SparsePrefillProblem, ("q", "kv", "indices"), ("d_v", *_EXTRA)),
-    "dense_prefill": (DensePrefillProblem, ("q", "k", "v", "cu_seqlens_qo"), ("causal", "deterministic")),
+    "dense_prefill": (DensePrefillProblem, ("q", "k", "v", "cu_seqlens_qo"), _PREFILL_OPTIONS),
     "kv_cache": (KVCacheProblem, ("cache",), ("format",)),
 }
 OPERATIONS = tuple(_OPERATIONS)
@@ -79,12 +80,14 @@ class KernelSupport:
     """Of q and the cache; or formats of the cache, "V41 + V41_FP4" where the second is of another one."""
     d_qk: tuple[int, ...]
     page_block_sizes: tuple[int, ...]
+    """Of the cache; (0,) where there is none."""
     h_kv: tuple[int, ...]
     reason: str
     """Why it takes nothing at all, else ""."""
 
 
 ARCHITECTURES = (80, 90, 100)
+_NO_PAGE = 0
 _PAGES = (1, 3, 16, 32, 64, 128, 256, 1000)
 _GRID: dict[str, tuple[Any, ...]] = {
     "dtype": (torch.bfloat16, torch.float16),
@@ -107,12 +110,12 @@ class _Question:
 
 
 def kernels() -> list[KernelSupport]:
-    """What each decode kernel of the native library takes, by asking its tables over a grid of features.
+    """What each kernel of the native library takes, by asking its tables over a grid of features.
 
     A value is listed when the kernel takes it together with some values of the other features. Needs no GPU; empty
     without the library.
     """
-    questions = (_dense_questions, _fp8_questions, _sparse_questions)
+    questions = (_dense_questions, _fp8_questions, _sparse_questions, _dense_prefill_questions)
     return [
         support for ask in questions for capability in ARCHITECTURES for support in _supported(list(ask(capability)))
     ]
@@ -145,6 +148,13 @@ def _sparse_questions(capability: int) -> Iterator[_Question]:
             shape = (8, 1, 48, d_qk, page, *extras, 512, 576**-0.5)
             name = known.value if extra is None else f"{known.value} + {extra.value}"
             yield _Question(SparseDecodeProblem("cuda", capability, known, extra, *shape), name, d_qk, page, 1)
+
+
+def _dense_prefill_questions(capability: int) -> Iterator[_Question]:
+    for dtype, d_qk, h_kv in product((torch.bfloat16, torch.float16), HEAD_DIMS_QK, (1, 2, 3, 8)):
+        shape = (4, 48, h_kv, d_qk, HEAD_DIM_V, True, False, False, d_qk**-0.5)
+        problem = DensePrefillProblem("cuda", capability, dtype, *shape)
+        yield _Question(problem, str(dtype).removeprefix("torch."), d_qk, _NO_PAGE, h_kv)
 
 
 def _supported(questions: list[_Question]) -> Iterator[KernelSupport]:

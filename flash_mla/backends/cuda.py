@@ -12,6 +12,7 @@ from flash_mla import _ops
 from flash_mla.kv_format import KVFormat
 from flash_mla.problem import DenseDecodeProblem, Problem
 from flash_mla.problem_kv_cache import KVCacheProblem
+from flash_mla.problem_prefill import DensePrefillProblem
 from flash_mla.problem_sparse import SparseDecodeProblem
 
 _SCALAR_TYPES = {torch.bfloat16: 0, torch.float16: 1}
@@ -26,7 +27,7 @@ _FORMATS = {
 }
 _NO_FORMAT = len(_FORMATS)
 
-WITHOUT_KERNELS = ("sparse_prefill", "dense_prefill")
+WITHOUT_KERNELS = ("sparse_prefill",)
 """Operations that no architecture has kernels for so far."""
 
 
@@ -42,6 +43,8 @@ def kernel_table(problem: Problem) -> dict[str, str]:
         return {}
     if isinstance(problem, SparseDecodeProblem):
         return _parsed(torch.ops.flash_mla.sparse_decode_why_not(*_sparse_arguments(problem)))
+    if isinstance(problem, DensePrefillProblem):
+        return _parsed(torch.ops.flash_mla.dense_prefill_why_not(*_prefill_arguments(problem)))
     if not isinstance(problem, DenseDecodeProblem):
         return {}
     if problem.fp8_cache is not None:
@@ -68,6 +71,18 @@ def _dense_arguments(problem: DenseDecodeProblem) -> tuple[Any, ...]:
         problem.d_qk,
         problem.d_v,
         problem.page_block_size,
+        problem.softmax_scale,
+    )
+
+
+def _prefill_arguments(problem: DensePrefillProblem) -> tuple[Any, ...]:
+    return (
+        problem.compute_capability or 0,
+        _SCALAR_TYPES.get(problem.dtype, _OTHER_SCALAR_TYPE),
+        problem.h_q,
+        problem.h_kv,
+        problem.d_qk,
+        problem.d_v,
         problem.softmax_scale,
     )
 
