@@ -16,6 +16,7 @@ from flash_mla.backends.capability import OPERATIONS
 from flash_mla.kv_format import KVFormat
 from flash_mla.problem import DenseDecodeProblem, Problem
 from flash_mla.problem_kv_cache import KVCacheProblem
+from flash_mla.problem_prefill import DensePrefillProblem
 from flash_mla.problem_sparse import SparseDecodeProblem
 from flash_mla.testing import (
     Answer,
@@ -186,6 +187,9 @@ def _problem(op: str, device: torch.device) -> Problem | None:
     nothing but the reference has the operation."""
     if op == "kv_cache":
         return KVCacheProblem.of(torch.empty(1, 64, 1, 656, device=device, dtype=torch.uint8), KVFormat.V32)
+    if op == "dense_prefill":
+        rows = torch.empty(1, 128, 192, device=device, dtype=torch.bfloat16)
+        return DensePrefillProblem.of(rows, rows, rows[..., :128], torch.zeros(2, device=device, dtype=torch.int32))
     q = torch.empty(1, 1, 128, 576, device=device, dtype=torch.bfloat16)
     if op == "dense_decode":
         return DenseDecodeProblem.of(q, torch.empty(1, 64, 1, 576, device=device, dtype=torch.bfloat16))

@@ -689,7 +689,8 @@ def test_kernels_of_kv_caches_without_a_gpu() -> None:
 
 @pytest.mark.skipif(backends.cuda_missing is not None, reason=str(backends.cuda_missing))
 def test_the_kernel_table_without_a_gpu() -> None:
-    kernels = {support.kernel for support in flash_mla.kernels() if "float16" in "".join(support.dtypes)}
+    kernels = {support.kernel for support in flash_mla.kernels() if support.op == PROBLEM.op}
+    kernels = {kernel for kernel in kernels if "dense_decode" in kernel}
     for change in ({"dtype": torch.float32}, {"d_qk": 128}, {"d_v": 256}, {"compute_capability": 80}):
         problem = replace(PROBLEM, **change)
         with backends.use("cuda"):
@@ -706,7 +707,7 @@ def test_the_kernel_table_without_a_gpu() -> None:
     assert backends.select(PROBLEM) is backends.CUDA
 
 
-OPS_WITH_KERNELS = ("dense_decode", "sparse_decode")
+OPS_WITH_KERNELS = ("dense_decode", "sparse_decode", "dense_prefill")
 
 
 @pytest.mark.skipif(backends.cuda_missing is not None, reason=str(backends.cuda_missing))
@@ -720,8 +721,15 @@ def test_the_support_matrix_says_what_the_table_says() -> None:
     formats = {"V32", "V32_NO_ROPE", "MODEL1", "V41"}
     assert taken["dense_decode"] == {"bfloat16", "float16", *formats}
     assert taken["sparse_decode"] == {"BF16", "V41 + V41_FP4", *formats}
-    assert {d_qk for entry in hopper for d_qk in entry.d_qk} == {576, 512}
-    for entry in hopper:
+    assert taken["dense_prefill"] == {"bfloat16", "float16"}
+    prefill = [entry for entry in hopper if entry.op == "dense_prefill"]
+    assert {d_qk for entry in prefill for d_qk in entry.d_qk} == {192, 128}
+    for entry in prefill:
+        assert entry.page_block_sizes == (0,)
+        assert entry.h_kv == (1, 2, 3, 8)
+    paged = [entry for entry in hopper if entry not in prefill]
+    assert {d_qk for entry in paged for d_qk in entry.d_qk} == {576, 512}
+    for entry in paged:
         assert entry.page_block_sizes == (1, 3, 16, 32, 64, 128, 256, 1000)
         assert entry.h_kv == ((1, 2, 3, 8) if "float16" in "".join(entry.dtypes) else (1,))
 

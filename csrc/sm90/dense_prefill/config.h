@@ -38,6 +38,8 @@ struct Config {
   using Scores = std::conditional_t<std::is_same_v<T, __nv_bfloat16>,
                                     cute::SM90::GMMA::MMA_64x128x16_F32BF16BF16_SS<Major::K, Major::K>,
                                     cute::SM90::GMMA::MMA_64x128x16_F32F16F16_SS<Major::K, Major::K>>;
+  // The first half of the keys only.
+  using HalfScores = typename WgmmaAtoms<T>::Scores;
   using Output = typename WgmmaAtoms<T>::OutputRS;
 };
 
@@ -45,8 +47,5 @@ struct Config {
 constexpr int kTmaWarp = 0;
 constexpr int kSchedulerWarp = 1;
 constexpr int kCleanerWarp = 2;
-
-// Named barriers: the warpgroups issue their products by turns, kTurn + warpgroup.
-constexpr int kTurn = 1;
 
 }  // namespace flash_mla::sm90::dense_prefill

@@ -20,12 +20,13 @@ class MathWarpgroup {
         row_(warpgroup * C::kWarpgroupRows + threadIdx.x / 32 % 4 * 16 + lane_ / 4) {}
 
   __device__ __forceinline__ void run() {
-    if (warpgroup_ == C::kWarpgroups - 1) {
-      pass_turn();
-    }
     ItemReader<C> items(storage_);
     for (Item item; items.next(item, lane_ == 0, true);) {
       begin_rows();
+      if (warpgroup_ * C::kWarpgroupRows >= item.num_rows) {
+        pass_tiles(item);
+        continue;
+      }
       if (item.num_tiles > 0) {
         run_tiles(item);
       }
@@ -46,46 +47,78 @@ class MathWarpgroup {
     const int first_row = warpgroup_ * C::kWarpgroupRows;
     const int unmasked = max(params_.causal ? item.limit + first_row : item.limit, 0) / C::kKeys;
     int tile = item.num_tiles - 1;
-    float scores[C::kKeys / 2];
-    mbarrier_wait(shared_address(&storage_.k_full[k_.stage]), k_.parity);
-    wait_for_turn();
-    issue_scores(scores);
-    pass_turn();
-    wgmma_wait<0>();
-    release_keys(tile == 0);
-    if (tile >= unmasked) {
-      mask(scores, item, tile);
-    }
-    float factor[2];
-    softmax(scores, factor);
+    // At a diagonal half of the warpgroups see nothing of the first tile's second half, which is then left out.
+    const int end = params_.causal ? item.limit + first_row + C::kWarpgroupRows - 1 : item.limit;
     uint32_t probabilities[C::kKeys / 4];
-    pack_tile<T>(scores, probabilities);
+    if (end - tile * C::kKeys > C::kKeys / 2) {
+      first_tile<2>(item, tile, tile >= unmasked, probabilities);
+      --tile;
+    } else {
+      first_tile<1>(item, tile, true, probabilities);
+      if (--tile >= 0) {
+        step<true, 1>(item, tile, probabilities);
+        --tile;
+      }
+    }
 #pragma unroll 1
-    for (--tile; tile >= unmasked; --tile) {
-      step<true>(item, tile, probabilities);
+    for (; tile >= unmasked; --tile) {
+      step<true, 2>(item, tile, probabilities);
     }
 #pragma unroll 1
     for (; tile >= 0; --tile) {
-      step<false>(item, tile, probabilities);
+      step<false, 2>(item, tile, probabilities);
     }
     mbarrier_wait(shared_address(&storage_.v_full[v_.stage]), v_.parity);
-    wait_for_turn();
     wgmma_fence();
-    issue_output(probabilities);
-    pass_turn();
+    issue_output<2>(probabilities);
     wgmma_wait<0>();
     release_values();
   }
 
-  template <bool kMasked>
+  // For a warpgroup without rows, at a sequence's end.
+  __device__ __forceinline__ void pass_tiles(const Item& item) {
+    if (item.num_tiles > 0) {
+      mbarrier_wait(shared_address(&storage_.q_full[warpgroup_]), q_parity_);
+      q_parity_ ^= 1;
+    }
+#pragma unroll 1
+    for (int tile = item.num_tiles - 1; tile >= 0; --tile) {
+      mbarrier_wait(shared_address(&storage_.k_full[k_.stage]), k_.parity);
+      release_keys(tile == 0);
+      mbarrier_wait(shared_address(&storage_.v_full[v_.stage]), v_.parity);
+      release_values();
+    }
+  }
+
+  // `kHalves`: of the tile, those that a row sees some of.
+  template <int kHalves>
+  __device__ __forceinline__ void first_tile(const Item& item, int tile, bool masked,
+                                             uint32_t (&probabilities)[C::kKeys / 4]) {
+    float scores[kHalves * C::kKeys / 4];
+    mbarrier_wait(shared_address(&storage_.k_full[k_.stage]), k_.parity);
+    issue_scores(scores);
+    wgmma_wait<0>();
+    release_keys(tile == 0);
+    if (masked) {
+      mask(scores, item, tile);
+    }
+    float factor[2];
+    softmax(scores, factor);
+    pack_tile<T>(scores, probabilities);
+#pragma unroll
+    for (int i = kHalves * C::kKeys / 8; i < C::kKeys / 4; ++i) {
+      probabilities[i] = 0;
+    }
+  }
+
+  // `kHalves`: of the tile before, as above.
+  template <bool kMasked, int kHalves>
   __device__ __forceinline__ void step(const Item& item, int tile, uint32_t (&probabilities)[C::kKeys / 4]) {
     float scores[C::kKeys / 2];
     mbarrier_wait(shared_address(&storage_.k_full[k_.stage]), k_.parity);
     mbarrier_wait(shared_address(&storage_.v_full[v_.stage]), v_.parity);
-    wait_for_turn();
     issue_scores(scores);
-    issue_output(probabilities);
-    pass_turn();
+    issue_output<kHalves>(probabilities);
     wgmma_wait<1>();
     release_keys(tile == 0);
     if constexpr (kMasked) {
@@ -122,7 +155,8 @@ class MathWarpgroup {
     }
   }
 
-  __device__ __forceinline__ void mask(float (&scores)[C::kKeys / 2], const Item& item, int tile) const {
+  template <int kScores>
+  __device__ __forceinline__ void mask(float (&scores)[kScores], const Item& item, int tile) const {
     int limit[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -133,7 +167,8 @@ class MathWarpgroup {
 
   // Scores become probabilities relative to a reference that moves where a score outgrows it; then the result is true
   // for the warp, and the output is due to be multiplied by `factor`.
-  __device__ __forceinline__ bool softmax(float (&scores)[C::kKeys / 2], float (&factor)[2]) {
+  template <int kScores>
+  __device__ __forceinline__ bool softmax(float (&scores)[kScores], float (&factor)[2]) {
     float largest[2];
     tile_maximum(scores, largest);
     bool outgrown = false;
@@ -158,24 +193,26 @@ class MathWarpgroup {
     }
   }
 
-  __device__ __forceinline__ void issue_scores(float (&scores)[C::kKeys / 2]) {
+  template <int kScores>
+  __device__ __forceinline__ void issue_scores(float (&scores)[kScores]) {
+    using Atom = std::conditional_t<kScores == C::kKeys / 2, typename C::Scores, typename C::HalfScores>;
     const Descriptor q(shared_address(storage_.q[warpgroup_]), 16), k(shared_address(storage_.k[k_.stage]), 16);
     wgmma_fence();
 #pragma unroll
     for (int s = 0; s < C::kSlices; ++s) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        wgmma_ss<typename C::Scores>(scores, q.at(s * C::kQSliceBytes + j * 32), k.at(s * C::kKeySliceBytes + j * 32),
-                                     s + j > 0);
+        wgmma_ss<Atom>(scores, q.at(s * C::kQSliceBytes + j * 32), k.at(s * C::kKeySliceBytes + j * 32), s + j > 0);
       }
     }
     wgmma_commit();
   }
 
+  template <int kHalves>
   __device__ __forceinline__ void issue_output(const uint32_t (&probabilities)[C::kKeys / 4]) {
     const Descriptor values(shared_address(storage_.v[v_.stage]), C::kKeySliceBytes);
 #pragma unroll
-    for (int j = 0; j < C::kKeys / 16; ++j) {
+    for (int j = 0; j < kHalves * C::kKeys / 32; ++j) {
       wgmma_rs<typename C::Output>(output_, &probabilities[4 * j], values.at(j * 16 * kSliceRowBytes), true);
     }
     wgmma_commit();
@@ -200,9 +237,6 @@ class MathWarpgroup {
         "r"(static_cast<uint32_t>(arrives))
         : "memory");
   }
-
-  __device__ __forceinline__ void wait_for_turn() { named_barrier_sync(kTurn + warpgroup_, 256); }
-  __device__ __forceinline__ void pass_turn() { named_barrier_arrive(kTurn + (warpgroup_ + 1) % C::kWarpgroups, 256); }
 
   static constexpr int kOutputs = kPrefillHeadDimV / 2;
 

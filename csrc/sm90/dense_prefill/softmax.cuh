@@ -48,7 +48,7 @@ __device__ __forceinline__ void exponentiate_tile(float (&scores)[kScores], floa
 
 // As A operands of the next product, four words for 16 columns.
 template <class T, int kScores>
-__device__ __forceinline__ void pack_tile(const float (&scores)[kScores], uint32_t (&packed)[kScores / 2]) {
+__device__ __forceinline__ void pack_tile(const float (&scores)[kScores], uint32_t* packed) {
 #pragma unroll
   for (int i = 0; i < kScores; i += 2) {
     packed[i / 2] = pack2<T>(scores[i], scores[i + 1]);
