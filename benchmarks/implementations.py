@@ -15,12 +15,14 @@ from typing import Any
 import torch
 
 from benchmarks.inputs import Inputs, contiguous_inputs, paged_inputs
-from benchmarks.shapes import AnyShape, SparseShape
+from benchmarks.prefill_inputs import PrefillInputs, prefill_inputs
+from benchmarks.shapes import AnyShape, PrefillShape, SparseShape
 from benchmarks.sparse_inputs import SparseInputs, sparse_inputs
 
-AnyInputs = Inputs | SparseInputs
+AnyInputs = Inputs | SparseInputs | PrefillInputs
 
-# One call: out [b, s_q, h_q, d_v] and lse [b, h_q, s_q] (None where the implementation does not return it).
+# One call: out [b, s_q, h_q, d_v] and lse [b, h_q, s_q] (None where the implementation does not return it); of prefill
+# [tokens, h_q, d_v] and [tokens, h_q].
 Call = Callable[[], tuple[torch.Tensor, "torch.Tensor | None"]]
 
 
@@ -74,11 +76,15 @@ class Ours(Implementation):
     def inputs(self, shape: AnyShape, device: torch.device, sets: int) -> AnyInputs:
         if isinstance(shape, SparseShape):
             return sparse_inputs(shape, device, sets)
+        if isinstance(shape, PrefillShape):
+            return prefill_inputs(shape, device, sets)
         return paged_inputs(shape, device, sets)
 
     def variants(self, inputs: AnyInputs) -> list[Callable[[], Variant]]:
         if isinstance(inputs, SparseInputs):
             return [lambda: Variant("default", self._sparse_calls(inputs))]
+        if isinstance(inputs, PrefillInputs):
+            return [lambda: Variant("default", self._prefill_calls(inputs))]
         return [lambda: Variant("default", self._calls(inputs))]
 
     def _calls(self, inputs: Inputs) -> list[Call]:
@@ -104,6 +110,18 @@ class Ours(Implementation):
         def call(index: int) -> Call:
             arguments = inputs.arguments(index)
             return lambda: decode(tile_scheduler_metadata=schedule, **arguments)
+
+        return [call(index) for index in range(inputs.sets)]
+
+    def _prefill_calls(self, inputs: PrefillInputs) -> list[Call]:
+        attend = self._module.flash_attn_varlen_func
+        longest, running = max(inputs.lengths), inputs.cu_seqlens
+        first = {"q": inputs.q[0], "k": inputs.k[0], "v": inputs.v[0], "cu_seqlens_qo": running}
+        self._require_kernel("dense_prefill", **first)
+
+        def call(index: int) -> Call:
+            q, k, v = inputs.q[index], inputs.k[index], inputs.v[index]
+            return lambda: attend(q, k, v, running, running, longest, longest, causal=inputs.shape.causal)
 
         return [call(index) for index in range(inputs.sets)]
 
@@ -133,6 +151,8 @@ class FlashMLA(Implementation):
     def inputs(self, shape: AnyShape, device: torch.device, sets: int) -> AnyInputs:
         if isinstance(shape, SparseShape):
             return sparse_inputs(shape, device, sets)
+        if isinstance(shape, PrefillShape):
+            raise NotServed("has dense prefill for Blackwell only")
         if shape.page != 64:
             raise NotServed("takes pages of 64 tokens only")
         return paged_inputs(shape, device, sets)
@@ -140,6 +160,7 @@ class FlashMLA(Implementation):
     def variants(self, inputs: AnyInputs) -> list[Callable[[], Variant]]:
         if isinstance(inputs, SparseInputs):
             return self._sparse_variants(inputs)
+        assert isinstance(inputs, Inputs)
         return [lambda: Variant("use_legacy", self._calls(inputs))]
 
     def _calls(self, inputs: Inputs) -> list[Call]:
@@ -203,7 +224,7 @@ class FlashMLA(Implementation):
 
 
 class FlashAttention3(Implementation):
-    """The wheel fa3-fwd (module fa3_fwd_interface): the absorbed form over a contiguous cache, schedule reused."""
+    """The wheel fa3-fwd (module fa3_fwd_interface): the absorbed form over a contiguous cache, with its schedule."""
 
     def __init__(self) -> None:
         import fa3_fwd_interface
@@ -216,11 +237,15 @@ class FlashAttention3(Implementation):
     def inputs(self, shape: AnyShape, device: torch.device, sets: int) -> AnyInputs:
         if isinstance(shape, SparseShape):
             raise NotServed("reads no indices and no such cache formats")
+        if isinstance(shape, PrefillShape):
+            return prefill_inputs(shape, device, sets)
         if shape.d_qk == shape.d_v:
             raise NotServed("wants the RoPE dims as its query and key")
         return contiguous_inputs(shape, device, sets)
 
     def variants(self, inputs: AnyInputs) -> list[Callable[[], Variant]]:
+        if isinstance(inputs, PrefillInputs):
+            return [lambda: Variant("default", self._prefill_calls(inputs))]
         assert isinstance(inputs, Inputs)
         # Parts of their own, contiguous: the peer's best case.
         rope = inputs.k_cache[..., inputs.shape.d_v :].contiguous()
@@ -233,6 +258,30 @@ class FlashAttention3(Implementation):
             lambda: Variant("splits by heuristic, schedule reused", self._calls(inputs, parts, 0, True)),
             lambda: Variant("one split", self._calls(inputs, parts, 1, False)),
         ]
+
+    def _prefill_calls(self, inputs: PrefillInputs) -> list[Call]:
+        attend = self._module.flash_attn_varlen_func
+        longest, running = max(inputs.lengths), inputs.cu_seqlens
+
+        def call(index: int) -> Call:
+            q, k, v = inputs.q[index], inputs.k[index], inputs.v[index]
+
+            def run() -> tuple[torch.Tensor, torch.Tensor | None]:
+                out = attend(
+                    q,
+                    k,
+                    v,
+                    cu_seqlens_q=running,
+                    cu_seqlens_k=running,
+                    max_seqlen_q=longest,
+                    max_seqlen_k=longest,
+                    causal=inputs.shape.causal,
+                )
+                return (out[0] if isinstance(out, tuple) else out), None
+
+            return run
+
+        return [call(index) for index in range(inputs.sets)]
 
     def _calls(self, inputs: Inputs, parts: tuple[torch.Tensor, ...], num_splits: int, planned: bool) -> list[Call]:
         decode = self._module.flash_attn_with_kvcache

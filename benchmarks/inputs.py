@@ -27,13 +27,29 @@ class Checked(Protocol):
     lengths: list[int]
     """Of each request; the longer, the more keys."""
 
+    def answer(
+        self, out: torch.Tensor, lse: torch.Tensor | None, request: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The part of a call's results that `expected` is for."""
+        ...
+
     def expected(self, index: int, request: int) -> tuple[torch.Tensor, torch.Tensor]:
         """out `[s_q, h_q, d_v]` and lse `[h_q, s_q]` of one request of one set, float32."""
         ...
 
 
+class ByRequest:
+    """Results of decoding: out `[b, s_q, h_q, d_v]` and lse `[b, h_q, s_q]`."""
+
+    def answer(
+        self, out: torch.Tensor, lse: torch.Tensor | None, request: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Those of one request."""
+        return out[request], None if lse is None else lse[request]
+
+
 @dataclass
-class Inputs:
+class Inputs(ByRequest):
     """`sets` independent inputs of one shape, with the same lengths.
 
     q `[sets, b, s_q, h_q, d_qk]`. Paged: one pool k_cache `[blocks, page, h_kv, d_qk]` whose blocks are dealt out at
@@ -118,7 +134,7 @@ def reference(
 
 
 def check(inputs: Checked, index: int, out: torch.Tensor, lse: torch.Tensor | None) -> tuple[float, float | None]:
-    """Largest relative error of `out` `[b, s_q, h_q, d_v]` and largest error of `lse` over three requests of a set.
+    """Largest relative error of `out` and largest error of `lse`, as calls return them, over three requests of a set.
 
     The shortest, the longest and the last request are looked at. NaN counts as infinite.
     """
@@ -127,9 +143,10 @@ def check(inputs: Checked, index: int, out: torch.Tensor, lse: torch.Tensor | No
     worst, worst_lse = 0.0, 0.0
     for request in {by_length[0], by_length[-1], b - 1}:
         wanted, wanted_lse = inputs.expected(index, request)
-        worst = max(worst, _finite((out[request].float() - wanted).norm() / wanted.norm()))
-        if lse is not None:
-            worst_lse = max(worst_lse, _finite((lse[request].float() - wanted_lse).abs().max()))
+        given, given_lse = inputs.answer(out, lse, request)
+        worst = max(worst, _finite((given.float() - wanted).norm() / wanted.norm()))
+        if given_lse is not None:
+            worst_lse = max(worst_lse, _finite((given_lse.float() - wanted_lse).abs().max()))
     return worst, None if lse is None else worst_lse
 
 

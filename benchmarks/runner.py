@@ -18,9 +18,10 @@ from typing import IO, Any
 
 from benchmarks.clock import Clock, query
 from benchmarks.measuring import ROOT, progress, roofline
-from benchmarks.shapes import ITEM_SIZE, AnyShape, Shape, SparseShape
+from benchmarks.shapes import ITEM_SIZE, AnyShape, PrefillShape, Shape, SparseShape
 
 HOST_SHAPE = Shape("host_h16_b1_64", 1, 1, 16, 64, varied=False)
+PREFILL_HOST_SHAPE = PrefillShape("host_prefill_h4_b1", 1, 64, 4, causal=True)
 SPARSE_HOST_SHAPE = SparseShape("host_sparse_v32_h64_b1", 1, 1, 64, "V32", 64, context=64)
 
 
@@ -283,6 +284,16 @@ def _work(shape: AnyShape) -> Any:
             bytes_per_token=shape.format.bytes_per_token,
             row_bytes=shape.format.row_bytes,
         )
+    if isinstance(shape, PrefillShape):
+        return roofline.dense_prefill_work(
+            shape.lengths(),
+            h_q=shape.h_q,
+            h_kv=shape.h_kv,
+            d_qk=shape.d_qk,
+            d_v=shape.d_v,
+            causal=shape.causal,
+            itemsize=ITEM_SIZE[shape.dtype],
+        )
     return roofline.dense_decode_work(
         shape.lengths(),
         s_q=shape.s_q,
@@ -359,9 +370,9 @@ def run(
     session = Session(contenders, options)
     records: list[dict[str, Any]] = []
     sparse = [shape for shape in shapes if isinstance(shape, SparseShape)]
-    hosts = [SPARSE_HOST_SHAPE] if sparse else []
-    hosts = [HOST_SHAPE, *hosts] if len(sparse) < len(shapes) or not shapes else hosts
-    hosts = hosts if host_calls else []
+    ops = {shape.op for shape in shapes} or {HOST_SHAPE.op}
+    every_host: tuple[AnyShape, ...] = (HOST_SHAPE, SPARSE_HOST_SHAPE, PREFILL_HOST_SHAPE)
+    hosts = [shape for shape in every_host if shape.op in ops and host_calls]
     try:
         with progress.Progress(len(shapes) + len(hosts), "benchmarks") as bar:
             bar.note("starting, measuring the ceilings")

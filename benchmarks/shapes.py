@@ -121,12 +121,56 @@ class SparseShape:
         return dataclasses.asdict(self)
 
 
-AnyShape = Shape | SparseShape
+@dataclass(frozen=True)
+class PrefillShape:
+    """One dense prefill call over `b` sequences of as many queries as keys. `varied` draws each length uniformly from
+    `shortest` to `length` with a fixed seed."""
+
+    name: str
+    b: int
+    length: int
+    h_q: int
+    causal: bool
+    varied: bool = False
+    shortest: int = 100
+    d_qk: int = 192
+    d_v: int = 128
+    dtype: str = "bf16"
+    seed: int = SEED
+    goals: dict[str, float] = field(default_factory=dict, hash=False)
+    op: str = "dense_prefill"
+
+    @property
+    def h_kv(self) -> int:
+        return self.h_q
+
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence."""
+        if not self.varied:
+            return [self.length] * self.b
+        draw = random.Random(self.seed)
+        return [draw.randint(self.shortest, self.length) for _ in range(self.b)]
+
+    def keys(self) -> int:
+        """Tokens of one call."""
+        return sum(self.lengths())
+
+    def kv_bytes(self) -> int:
+        """Bytes of K and V."""
+        return self.keys() * self.h_kv * (self.d_qk + self.d_v) * ITEM_SIZE[self.dtype]
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+AnyShape = Shape | SparseShape | PrefillShape
+_KINDS: dict[str, Any] = {"sparse_decode": SparseShape, "dense_prefill": PrefillShape}
 
 
 def from_json(values: dict[str, Any]) -> AnyShape:
     """The shape that ``to_json`` made `values` of."""
-    return (SparseShape if values.get("op") == "sparse_decode" else Shape)(**values)
+    shape: AnyShape = _KINDS.get(values.get("op", ""), Shape)(**values)
+    return shape
 
 
 def _both(goal: float) -> dict[str, float]:
@@ -209,6 +253,19 @@ SPARSE = [
     ),
 ]
 
+
+def _prefill(b: int, length: int, name: str, h_q: int, causal: bool, goal: float, varied: bool = False) -> PrefillShape:
+    mask = "causal" if causal else "full"
+    return PrefillShape(f"prefill_{mask}_h{h_q}_{name}", b, length, h_q, causal, varied, goals=_both(goal))
+
+
+DENSE_PREFILL = [
+    _prefill(b, length, name, h_q, causal, 1.0)
+    for h_q in (128, 16)
+    for causal in (True, False)
+    for b, length, name in ((1, 8192, "1x8k"), (1, 16384, "1x16k"), (4, 4096, "4x4k"), (32, 1024, "32x1k"))
+] + [_prefill(64, 8192, "varied", 16, causal, 1.1, varied=True) for causal in (True, False)]
+
 # Small enough for a CPU: for trying the tool itself.
 SMOKE = [
     Shape("smoke_h4_b2_100", 2, 1, 4, 100),
@@ -217,6 +274,7 @@ SMOKE = [
     SparseShape(
         "smoke_sparse_model1_h4_sq2_b2", 2, 2, 4, "MODEL1", 64, 128, 2, True, context=100, extra_context=150, sink=True
     ),
+    PrefillShape("smoke_prefill_h2_b3", 3, 60, 2, True, varied=True, shortest=1),
 ]
 
 GROUPS: dict[str, list[AnyShape]] = {
@@ -225,6 +283,7 @@ GROUPS: dict[str, list[AnyShape]] = {
     "pages": PAGES,
     "variants": VARIANTS,
     "sparse": SPARSE,
+    "dense_prefill": DENSE_PREFILL,
     "smoke": SMOKE,
 }
 _NAMED: dict[str, AnyShape] = {}

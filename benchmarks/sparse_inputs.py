@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.inputs import make_generator, normal, reference
+from benchmarks.inputs import ByRequest, make_generator, normal, reference
 from benchmarks.shapes import SparseShape
 
 _PAGE_ALIGNMENT = 576  # MODEL1: engines pad pages to multiples of it
@@ -59,7 +59,7 @@ def _values(stored: torch.Tensor, scales: torch.Tensor, rope: torch.Tensor) -> t
 
 
 @dataclass
-class SparseInputs:
+class SparseInputs(ByRequest):
     """`sets` independent inputs of one shape, with the same lengths: q `[sets, b, s_q, h_q, d_qk]`, sink `[h_q]`."""
 
     shape: SparseShape

@@ -16,7 +16,8 @@ from flash_mla.backends.capability import OPERATIONS
 from flash_mla.kv_format import KVFormat
 from flash_mla.problem import DenseDecodeProblem, Problem
 from flash_mla.problem_kv_cache import KVCacheProblem
-from flash_mla.problem_sparse import SparseDecodeProblem
+from flash_mla.problem_prefill import DensePrefillProblem
+from flash_mla.problem_sparse import SparseDecodeProblem, SparsePrefillProblem
 from flash_mla.testing import (
     Answer,
     Comparison,
@@ -170,8 +171,6 @@ def _device(device: torch.device) -> dict[str, Any]:
 
 def _operation(op: str, device: torch.device) -> dict[str, Any]:
     problem = _problem(op, device)
-    if problem is None:
-        return {"backend": REFERENCE.name, "kernel": None, "why_not": {op: flash_mla.why_not(op)}}
     table = cuda.kernel_table(problem)
     backend = select(problem).name
     kernel = next((name for name, reason in table.items() if reason == ""), None) if backend == "cuda" else None
@@ -181,18 +180,21 @@ def _operation(op: str, device: torch.device) -> dict[str, Any]:
     return {"backend": backend, "kernel": kernel, "why_not": against}
 
 
-def _problem(op: str, device: torch.device) -> Problem | None:
-    """A usual call, as the kernel tables see it: those of the demonstration. None where
-    nothing but the reference has the operation."""
+def _problem(op: str, device: torch.device) -> Problem:
+    """A usual call, as the kernel tables see it: those of the demonstration."""
     if op == "kv_cache":
         return KVCacheProblem.of(torch.empty(1, 64, 1, 656, device=device, dtype=torch.uint8), KVFormat.V32)
+    if op == "dense_prefill":
+        rows = torch.empty(1, 128, 192, device=device, dtype=torch.bfloat16)
+        return DensePrefillProblem.of(rows, rows, rows[..., :128], torch.zeros(2, device=device, dtype=torch.int32))
     q = torch.empty(1, 1, 128, 576, device=device, dtype=torch.bfloat16)
-    if op == "dense_decode":
-        return DenseDecodeProblem.of(q, torch.empty(1, 64, 1, 576, device=device, dtype=torch.bfloat16))
+    rows, indices = q[:, :, :1], torch.zeros(1, 1, 2048, device=device, dtype=torch.int32)
+    if op == "sparse_prefill":
+        return SparsePrefillProblem.of(q[0], rows, indices)
     if op == "sparse_decode":
         k_cache = torch.empty(1, 64, 1, _ROW_BYTES, device=device, dtype=torch.uint8)
-        return SparseDecodeProblem.of(q, k_cache, torch.zeros(1, 1, 2048, device=device, dtype=torch.int32))
-    return None
+        return SparseDecodeProblem.of(q, k_cache, indices)
+    return DenseDecodeProblem.of(q, rows)
 
 
 def _describe_machine(result: dict[str, Any]) -> str:
@@ -209,8 +211,7 @@ def _describe_machine(result: dict[str, Any]) -> str:
     for op, answer in result["operations"].items():
         server = answer["kernel"] or (f"{answer['backend']} backend" if answer["backend"] else "nothing")
         lines.append(f"{op:16s} {server}")
-        lines += [f"{'':16s} - not {name}: {reason}" for name, reason in answer["why_not"].items() if name != op]
-        lines += [f"{'':16s} - {reason}" for name, reason in answer["why_not"].items() if name == op]
+        lines += [f"{'':16s} - not {name}: {reason}" for name, reason in answer["why_not"].items()]
     return "\n".join(lines)
 
 

@@ -146,7 +146,7 @@ def flash_attn_varlen_func(
     inputs = (q, k, v, *lengths, softmax_scale, causal, deterministic)
 
     def problem_of(*_: Any) -> DensePrefillProblem:
-        return DensePrefillProblem.of(q, k, v, cu_seqlens_qo, causal, deterministic)
+        return DensePrefillProblem.of(q, k, v, cu_seqlens_qo, causal, deterministic, softmax_scale)
 
     out, lse = backends.serve("dense_prefill", problem_prefill.check_dense_prefill, problem_of, *inputs)
     return out, lse

@@ -31,19 +31,26 @@ class DensePrefillProblem:
     causal: bool
     deterministic: bool
     needs_gradient: bool
+    softmax_scale: float
 
     @staticmethod
     def of(
-        q: Tensor, k: Tensor, v: Tensor, cu_seqlens_qo: Tensor, causal: bool = False, deterministic: bool = False
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_qo: Tensor,
+        causal: bool = False,
+        deterministic: bool = False,
+        softmax_scale: float | None = None,
     ) -> "DensePrefillProblem":
         """The problem of a `flash_attn_varlen_func` call with these tensors."""
         _, h_q, d_qk = q.shape
         gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
         where = problem.device_of(q)
         sequences = cu_seqlens_qo.shape[0] - 1
-        return DensePrefillProblem(
-            *where, q.dtype, sequences, h_q, k.shape[1], d_qk, v.shape[2], causal, deterministic, gradient
-        )
+        shape = (sequences, h_q, k.shape[1], d_qk, v.shape[2])
+        scale = problem.default_softmax_scale(d_qk) if softmax_scale is None else softmax_scale
+        return DensePrefillProblem(*where, q.dtype, *shape, causal, deterministic, gradient, scale)
 
 
 def check_dense_prefill(

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import flash_mla
-from benchmarks import inputs, report, runner, shapes, sparse_inputs
+from benchmarks import inputs, prefill_inputs, report, runner, shapes, sparse_inputs
 from benchmarks.__main__ import main
 from flash_mla.testing import roofline, timing
 
@@ -104,6 +104,18 @@ class TestShapes:
         assert set(goals) <= {shape.name for shape in shapes.GROUPS["all"]}
         assert all(shape.context >= shape.topk for shape in goals.values())
         assert all(shape.extra_context >= shape.extra_topk for shape in goals.values())
+
+    def test_dense_prefill_goals(self):
+        goals = shapes.GROUPS["dense_prefill"]
+        assert len(goals) == 18
+        assert all(set(shape.goals) == {"h100", "h200"} for shape in goals)
+        varied = [shape for shape in goals if shape.varied]
+        assert len(varied) == 2
+        for shape in varied:
+            assert shape.lengths() == shape.lengths()
+            assert min(shape.lengths()) >= 100
+            assert max(shape.lengths()) <= 8192
+        assert sum(goals[0].lengths()) == 8192
 
     def test_sparse_counts(self):
         shape = shapes.SparseShape("x", 200, 2, 64, "MODEL1", 128, 512)
@@ -202,6 +214,13 @@ class TestRoofline:
         # FlashMLA's 365 us for this shape are known as 400 TFLOPS.
         work = roofline.sparse_decode_work(128 * 2 * 2048, h_q=128)
         assert work.tflops(365.0) == pytest.approx(400.1, abs=0.1)
+
+    def test_dense_prefill_work_by_hand(self):
+        work = roofline.dense_prefill_work([3, 1], h_q=4, h_kv=2, d_qk=5, d_v=7, causal=True)
+        assert work.flop == 2 * 4 * (1 + 2 + 3 + 1) * (5 + 7)
+        assert work.bytes == 4 * (4 + 2) * (5 + 7) * 2
+        full = roofline.dense_prefill_work([3], h_q=1, h_kv=1, causal=False)
+        assert full.flop == 2 * 9 * 320
 
     def test_rows_at_random_places_have_their_own_ceiling(self):
         ceilings = roofline.Ceilings(800.0, 3000.0, {656: 2000.0})
@@ -343,6 +362,23 @@ class TestSparseInputs:
                 assert torch.equal(value.view(torch.uint8), other.view(torch.uint8))
             elif isinstance(value, torch.Tensor):
                 assert torch.equal(value, other)
+
+
+class TestPrefillInputs:
+    @pytest.mark.parametrize("causal", [True, False])
+    def test_check_tells_right_from_wrong(self, causal):
+        shape = shapes.PrefillShape("x", 4, 150, 2, causal, varied=True, shortest=1)
+        made = prefill_inputs.prefill_inputs(shape, CPU, 2)
+        longest, running = max(made.lengths), made.cu_seqlens
+        tensors = (made.q[1], made.k[1], made.v[1], running, running, longest, longest)
+        out, lse = flash_mla.flash_attn_varlen_func(*tensors, causal=causal)
+        error, lse_error = inputs.check(made, 1, out, lse)
+        assert error < 5e-3
+        assert lse_error < 1e-3
+        assert inputs.check(made, 1, out, None)[1] is None
+        assert inputs.check(made, 0, out, lse)[0] > 0.5
+        out[-1] = math.nan
+        assert inputs.check(made, 1, out, lse + 1) == (math.inf, pytest.approx(1.0, abs=1e-3))
 
 
 class TestReport:

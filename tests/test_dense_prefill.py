@@ -139,6 +139,123 @@ def test_scale(backend: Target, scale: float) -> None:
     check_dense_prefill(inputs)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_neighbours_do_not_leak(backend: Target, causal: bool) -> None:
+    """Values of other sequences, in the same tile of a kernel, are no number."""
+    lengths = [(70, 100), (200, 131), (64, 190), (3, 1)]
+    inputs = make_dense_prefill_inputs(lengths, causal=causal, device=backend.device)
+    wanted = flash_attn_varlen_func(**inputs.call())
+    starts_q, starts_k = inputs.cu_seqlens_qo.tolist(), inputs.cu_seqlens_kv.tolist()
+    for sequence in range(len(lengths)):
+        own_q = slice(starts_q[sequence], starts_q[sequence + 1])
+        own_k = slice(starts_k[sequence], starts_k[sequence + 1])
+        call = inputs.call()
+        for name, own in (("q", own_q), ("k", own_k), ("v", own_k)):
+            call[name] = torch.full_like(call[name], math.nan)
+            call[name][own] = getattr(inputs, name)[own]
+        for one, other in zip(flash_attn_varlen_func(**call), wanted, strict=True):
+            assert torch.equal(bits(one[own_q]), bits(other[own_q]))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("d_qk", [192, 128])
+def test_many_tiles(backend: Target, d_qk: int, causal: bool) -> None:
+    lengths = [(257, 400), (129, 64), (64, 129)]
+    if backend.on_gpu:
+        lengths += [(1000, 3000), (3000, 1000), (2049, 2048), (128, 128), (1, 5000)] + [(127, 129)] * 30
+    check_dense_prefill(
+        make_dense_prefill_inputs(lengths, h_q=4, h_kv=2, d_qk=d_qk, causal=causal, device=backend.device)
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("values", [[5, -7, 10**9, 3, 200], [0, 300, 0, 300, 0], [-(2**31), 2**31 - 1, 9, 0, -1]])
+@pytest.mark.parametrize("which", ["q", "kv", "both"])
+def test_nonsense_running_lengths_reach_nothing_outside(cuda: Target, which: str, values: list[int]) -> None:
+    """What comes out means nothing, but it is written, and made of the tensors' own values."""
+    inputs = make_dense_prefill_inputs([(60, 90), (70, 10), (80, 50), (90, 150)], spare=0, causal=True, device="cuda")
+    nonsense = torch.tensor(values, dtype=torch.int32, device="cuda")
+    if which != "kv":
+        inputs.cu_seqlens_qo = nonsense
+    if which != "q":
+        inputs.cu_seqlens_kv = nonsense
+    out, lse = flash_attn_varlen_func(**inputs.call())
+    assert bool(out.isfinite().all())
+    assert bool((lse.isfinite() | (lse == math.inf)).all())
+    assert float(out.abs().max()) <= float(inputs.v.abs().max()) * 1.01
+
+
+@pytest.mark.gpu
+def test_a_graph_is_right_for_other_lengths(cuda: Target) -> None:
+    inputs = make_dense_prefill_inputs([(300, 300), (500, 700), (30, 1)], spare=0, causal=True, device="cuda")
+    flash_attn_varlen_func(**inputs.call())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = flash_attn_varlen_func(**inputs.call())
+    for queries, keys in (
+        ([0, 300, 800, 830], [0, 300, 1000, 1001]),
+        ([0, 1, 2, 830], [0, 0, 5, 1001]),
+        ([0, 10, 10, 20], [0, 1001, 1001, 1001]),
+        ([0, 0, 0, 0], [0, 0, 0, 0]),
+    ):
+        inputs.cu_seqlens_qo.copy_(torch.tensor(queries, dtype=torch.int32))
+        inputs.cu_seqlens_kv.copy_(torch.tensor(keys, dtype=torch.int32))
+        for tensor in captured:
+            tensor.fill_(math.nan)
+        graph.replay()
+        inputs.max_seqlen_qo, inputs.max_seqlen_kv = 1000, 1001
+        check_dense_prefill(inputs, result=captured)
+        for one, other in zip(captured, flash_attn_varlen_func(**inputs.call()), strict=True):
+            assert torch.equal(bits(one), bits(other))
+
+
+@pytest.mark.gpu
+def test_many_short_sequences(cuda: Target) -> None:
+    lengths = [(n % 5, n % 7) for n in range(20_000)]
+    inputs = make_dense_prefill_inputs(lengths, h_q=1, h_kv=1, d_qk=128, causal=True, device="cuda")
+    out, lse = flash_attn_varlen_func(**inputs.call())
+    # Every 35 sequences the lengths repeat: each part alone gives the same bits.
+    for first in (0, 35 * 100, 35 * 571 - 35):
+        part_q, part_k = (
+            running[first : first + 36].tolist() for running in (inputs.cu_seqlens_qo, inputs.cu_seqlens_kv)
+        )
+        rows_q, rows_k = slice(part_q[0], part_q[-1]), slice(part_k[0], part_k[-1])
+        running_q, running_k = (
+            torch.tensor([end - part[0] for end in part], dtype=torch.int32, device="cuda") for part in (part_q, part_k)
+        )
+        part = flash_attn_varlen_func(
+            inputs.q[rows_q], inputs.k[rows_k], inputs.v[rows_k], running_q, running_k, 4, 6, causal=True
+        )
+        assert torch.equal(bits(part[0]), bits(out[rows_q]))
+        assert torch.equal(bits(part[1]), bits(lse[rows_q]))
+
+
+@pytest.mark.gpu
+def test_tensors_beyond_4_gib(cuda: Target) -> None:
+    if torch.cuda.mem_get_info()[0] < 24 << 30:
+        pytest.skip("needs 24 GiB of free device memory")
+    heads, length, sequences = 128, 1000, 90
+    tokens = length * sequences
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def rows(width: int) -> Tensor:
+        values = torch.empty((tokens, heads, width), dtype=torch.bfloat16, device="cuda")
+        return values.normal_(generator=generator)
+
+    q, k, v = rows(192), rows(192), rows(128)
+    assert q.numel() > 2**31
+    running = torch.arange(0, tokens + 1, length, dtype=torch.int32, device="cuda")
+    out, lse = flash_attn_varlen_func(q, k, v, running, running, length, length, causal=True)
+    alone = int32(0, length).cuda()
+    for sequence in (0, sequences // 2, sequences - 1):
+        own = slice(sequence * length, (sequence + 1) * length)
+        part = flash_attn_varlen_func(q[own], k[own], v[own], alone, alone, length, length, causal=True)
+        assert torch.equal(bits(part[0]), bits(out[own]))
+        assert torch.equal(bits(part[1]), bits(lse[own]))
+    inputs = DensePrefillInputs(q[own][:, :2], k[own][:, :2], v[own][:, :2], alone, alone, length, length, causal=True)
+    check_dense_prefill(inputs, result=(out[own][:, :2], lse[own][:, :2]))
+
+
 def test_peaked_scores(backend: Target) -> None:
     check_dense_prefill(make_dense_prefill_inputs([(30, 200)], spread=8.0, device=backend.device))
 
@@ -275,8 +392,10 @@ def test_opcheck(backend: Target) -> None:
 def test_compiled_without_graph_breaks(backend: Target) -> None:
     inputs = make_dense_prefill_inputs(MIXED, spare=0, causal=True, device=backend.device)
 
+    call = inputs.call()
+
     def step(q: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse = flash_attn_varlen_func(**{**inputs.call(), "q": q})
+        out, lse = flash_attn_varlen_func(**{**call, "q": q})
         return out * 2, lse
 
     torch._dynamo.reset()

@@ -569,11 +569,6 @@ def test_capability_queries() -> None:
         flash_mla.why_not("decode")
     with pytest.raises(TypeError, match="why_not: wanted a DenseDecodeProblem, or the tensors q= and k_cache="):
         flash_mla.why_not("dense_decode", q=torch.zeros(1))
-    cuda_reason = "cuda: no CUDA kernel for dense_prefill is built yet in this version of flash_mla"
-    declined = backends.triton.NOT_SERVED | backends.triton.BY_NAME_ONLY
-    assert flash_mla.why_not("dense_prefill") == f"{cuda_reason}; triton: {declined['dense_prefill']}"
-    with backends.use("cuda"):
-        assert flash_mla.why_not("dense_prefill") == cuda_reason
     inputs = make_dense_decode_inputs([70])
     reason = flash_mla.why_not("dense_decode", **inputs.call())
     assert reason is not None
@@ -587,17 +582,22 @@ def test_capability_queries() -> None:
 
 
 @pytest.mark.skipif(backends.cuda_missing is not None, reason=str(backends.cuda_missing))
-def test_problems_without_kernels() -> None:
-    inputs = make_dense_prefill_inputs([(3, 5)])
-    problem = flash_mla.DensePrefillProblem.of(inputs.q, inputs.k, inputs.v, inputs.cu_seqlens_qo)
+def test_a_prefill_that_no_kernel_takes() -> None:
+    inputs = make_sparse_prefill_inputs(2, h_q=2)
+    problem = flash_mla.SparsePrefillProblem.of(inputs.q, inputs.primary.cache, inputs.primary.indices)
     on_gpu = replace(problem, device_type="cuda", compute_capability=90)
-    text = "cuda: no CUDA kernel for .* is built yet .*; triton: (no kernel|its kernels) for .* yet"
-    assert re.fullmatch(text, str(flash_mla.why_not("dense_prefill", on_gpu)))
-    assert backends.select(on_gpu) is backends.REFERENCE
-    for name, reason in (("cuda", "cuda: no CUDA"), ("triton", "triton: ")):
-        match = f"no backend takes the problem; {reason}"
+    for d_v in (512, 448, 1):  # the kernels compute 512 columns, of which fewer may be wanted
+        assert flash_mla.why_not("sparse_prefill", replace(on_gpu, d_v=d_v)) is None
+        assert backends.select(replace(on_gpu, d_v=d_v)) is backends.CUDA
+    wide = replace(on_gpu, d_v=576)
+    reason = str(flash_mla.why_not("sparse_prefill", wide))
+    assert "sm90_sparse_attention_bf16_576: head_dim_v must be 512" in reason
+    assert reason.endswith(f"triton: {backends.triton.NOT_SERVED['sparse_prefill']}")
+    assert backends.select(wide) is backends.REFERENCE
+    for name in ("cuda", "triton"):
+        match = f"no backend takes the problem; {name}: "
         with backends.use(name), pytest.raises(UnsupportedError, match=match):
-            backends.select(on_gpu)
+            backends.select(wide)
 
 
 SPARSE = flash_mla.SparseDecodeProblem(
@@ -688,7 +688,8 @@ def test_kernels_of_kv_caches_without_a_gpu() -> None:
 
 @pytest.mark.skipif(backends.cuda_missing is not None, reason=str(backends.cuda_missing))
 def test_the_kernel_table_without_a_gpu() -> None:
-    kernels = {support.kernel for support in flash_mla.kernels() if "float16" in "".join(support.dtypes)}
+    kernels = {support.kernel for support in flash_mla.kernels() if support.op == PROBLEM.op}
+    kernels = {kernel for kernel in kernels if "dense_decode" in kernel}
     for change in ({"dtype": torch.float32}, {"d_qk": 128}, {"d_v": 256}, {"compute_capability": 80}):
         problem = replace(PROBLEM, **change)
         with backends.use("cuda"):
@@ -705,7 +706,7 @@ def test_the_kernel_table_without_a_gpu() -> None:
     assert backends.select(PROBLEM) is backends.CUDA
 
 
-OPS_WITH_KERNELS = ("dense_decode", "sparse_decode")
+OPS_WITH_KERNELS = ("dense_decode", "sparse_decode", "dense_prefill")
 
 
 @pytest.mark.skipif(backends.cuda_missing is not None, reason=str(backends.cuda_missing))
@@ -719,8 +720,15 @@ def test_the_support_matrix_says_what_the_table_says() -> None:
     formats = {"V32", "V32_NO_ROPE", "MODEL1", "V41"}
     assert taken["dense_decode"] == {"bfloat16", "float16", *formats}
     assert taken["sparse_decode"] == {"BF16", "V41 + V41_FP4", *formats}
-    assert {d_qk for entry in hopper for d_qk in entry.d_qk} == {576, 512}
-    for entry in hopper:
+    assert taken["dense_prefill"] == {"bfloat16", "float16"}
+    prefill = [entry for entry in hopper if entry.op == "dense_prefill"]
+    assert {d_qk for entry in prefill for d_qk in entry.d_qk} == {192, 128}
+    for entry in prefill:
+        assert entry.page_block_sizes == (0,)
+        assert entry.h_kv == (1, 2, 3, 8)
+    paged = [entry for entry in hopper if entry not in prefill]
+    assert {d_qk for entry in paged for d_qk in entry.d_qk} == {576, 512}
+    for entry in paged:
         assert entry.page_block_sizes == (1, 3, 16, 32, 64, 128, 256, 1000)
         assert entry.h_kv == ((1, 2, 3, 8) if "float16" in "".join(entry.dtypes) else (1,))
 

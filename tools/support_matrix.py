@@ -65,6 +65,8 @@ def listed(values: Iterable[object]) -> str:
 
 def pages(kernel: KernelSupport) -> str:
     sizes = kernel.page_block_sizes
+    if sizes == (0,):
+        return "-"
     # The table is asked about powers of two and about sizes that no special case would cover.
     return "any" if {1, 3, 1000} <= set(sizes) else listed(sizes)
 

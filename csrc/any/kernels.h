@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "core/params/dense_decode.h"
+#include "core/params/dense_prefill.h"
 #include "core/params/kv_cache.h"
 #include "core/params/sparse_attention.h"
 
@@ -28,6 +29,9 @@ struct PlanParams {
 };
 
 void launch_plan(const PlanParams& params, void* stream);
+
+// Fills `params.plan` and `params.planned`.
+void launch_prefill_plan(const DensePrefillParams& params, void* stream);
 
 // Joins the partial results of split requests into `out` and `lse`.
 void launch_combine(const DenseDecodeParams& params, void* stream);

@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "api/dense_decode.h"
+#include "api/dense_prefill.h"
 #include "api/kv_cache.h"
 #include "api/merge.h"
 #include "api/sparse_decode.h"
@@ -78,6 +79,12 @@ STABLE_TORCH_LIBRARY(flash_mla, m) {
       "sparse_decode_why_not(int compute_capability, int scalar_type, int kv_format, int extra_kv_format, "
       "bool from_table, int b, int s_q, int h_q, int d_qk, int d_v, int page_block_size, int extra_page_block_size, "
       "int topk, int extra_topk, float softmax_scale) -> str");
+  m.def(
+      "dense_prefill(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_qo, Tensor cu_seqlens_kv, int max_seqlen_qo, int "
+      "max_seqlen_kv, float softmax_scale, bool causal, bool deterministic) -> (Tensor, Tensor)");
+  m.def(
+      "dense_prefill_why_not(int compute_capability, int scalar_type, int h_q, int h_kv, int d_qk, int d_v, "
+      "float softmax_scale) -> str");
   m.def("append_kv_cache(Tensor kv, Tensor(a!) cache, Tensor slot_mapping, str kv_format, bool exact_scale) -> ()");
   m.def("dequantize_kv_cache(Tensor cache, str kv_format) -> Tensor");
   m.def("kv_cache_why_not(int compute_capability) -> str");
@@ -96,6 +103,7 @@ STABLE_TORCH_LIBRARY_IMPL(flash_mla, CUDA, m) {
   m.impl("plan_sparse_decode", TORCH_BOX(&plan_sparse_decode));
   m.impl("sparse_prefill", TORCH_BOX(&sparse_prefill));
   m.impl("sparse_prefill_out", TORCH_BOX(&sparse_prefill_out));
+  m.impl("dense_prefill", TORCH_BOX(&dense_prefill));
   m.impl("append_kv_cache", TORCH_BOX(&append_kv_cache));
   m.impl("dequantize_kv_cache", TORCH_BOX(&dequantize_kv_cache));
 }
@@ -104,6 +112,7 @@ STABLE_TORCH_LIBRARY_IMPL(flash_mla, CompositeExplicitAutograd, m) {
   m.impl("num_sm_parts", TORCH_BOX(&num_sm_parts));
   m.impl("dense_decode_why_not", TORCH_BOX(&dense_decode_why_not));
   m.impl("sparse_decode_why_not", TORCH_BOX(&sparse_decode_why_not));
+  m.impl("dense_prefill_why_not", TORCH_BOX(&dense_prefill_why_not));
   m.impl("kv_cache_why_not", TORCH_BOX(&kv_cache_why_not));
   m.impl("build_info", TORCH_BOX(&build_info));
 }

@@ -1,6 +1,7 @@
 #include "sm90/kernels.h"
 
 #include "sm90/dense_decode/launch.h"
+#include "sm90/dense_prefill/launch.h"
 #include "sm90/sparse_attention/launch.h"
 #include "sm90/sparse_attention_bf16/launch.h"
 
@@ -91,6 +92,33 @@ constexpr Kernel<SparseAttentionProblem, SparseAttentionParams> kSparseAttention
      sparse_attention_bf16::launch_512},
 };
 
+template <Element kElement, int kHeadDim>
+const char* why_not_dense_prefill(const DensePrefillProblem& problem) {
+  if (problem.compute_capability != 90) {
+    return "runs on compute capability 9.0 only";
+  }
+  if (problem.element != kElement) {
+    return kElement == Element::kBFloat16 ? "q, k and v must be bfloat16" : "q, k and v must be float16";
+  }
+  if (problem.d_qk != kHeadDim) {
+    return kHeadDim == 192 ? "d_qk must be 192" : "d_qk must be 128";
+  }
+  if (problem.d_v != kPrefillHeadDimV) {
+    return "d_v must be 128";
+  }
+  if (!(problem.softmax_scale >= 0)) {
+    return "softmax_scale must not be negative";
+  }
+  return nullptr;
+}
+
+constexpr Kernel<DensePrefillProblem, DensePrefillParams> kDensePrefill[] = {
+    {"sm90_dense_prefill_bf16_192", why_not_dense_prefill<Element::kBFloat16, 192>, dense_prefill::launch_bf16_192},
+    {"sm90_dense_prefill_bf16_128", why_not_dense_prefill<Element::kBFloat16, 128>, dense_prefill::launch_bf16_128},
+    {"sm90_dense_prefill_fp16_192", why_not_dense_prefill<Element::kFloat16, 192>, dense_prefill::launch_fp16_192},
+    {"sm90_dense_prefill_fp16_128", why_not_dense_prefill<Element::kFloat16, 128>, dense_prefill::launch_fp16_128},
+};
+
 }  // namespace
 
 std::span<const Kernel<DenseDecodeProblem, DenseDecodeParams>> dense_decode_kernels() { return kDenseDecode; }
@@ -98,5 +126,7 @@ std::span<const Kernel<DenseDecodeProblem, DenseDecodeParams>> dense_decode_kern
 std::span<const Kernel<SparseAttentionProblem, SparseAttentionParams>> sparse_attention_kernels() {
   return kSparseAttention;
 }
+
+std::span<const Kernel<DensePrefillProblem, DensePrefillParams>> dense_prefill_kernels() { return kDensePrefill; }
 
 }  // namespace flash_mla::sm90

@@ -5,6 +5,7 @@
 
 #include "core/kernel_table.h"
 #include "core/params/dense_decode.h"
+#include "core/params/dense_prefill.h"
 #include "core/params/sparse_attention.h"
 
 namespace flash_mla::sm90 {
@@ -12,5 +13,7 @@ namespace flash_mla::sm90 {
 std::span<const Kernel<DenseDecodeProblem, DenseDecodeParams>> dense_decode_kernels();
 
 std::span<const Kernel<SparseAttentionProblem, SparseAttentionParams>> sparse_attention_kernels();
+
+std::span<const Kernel<DensePrefillProblem, DensePrefillParams>> dense_prefill_kernels();
 
 }  // namespace flash_mla::sm90

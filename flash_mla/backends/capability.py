@@ -7,23 +7,24 @@ from typing import Any
 
 import torch
 
-from flash_mla import _ops, backends
-from flash_mla.backends import cuda, triton
+from flash_mla import backends
+from flash_mla.backends import cuda
 from flash_mla.errors import wanted
 from flash_mla.kv_format import KVFormat
 from flash_mla.problem import DenseDecodeProblem, Problem
 from flash_mla.problem_kv_cache import KVCacheProblem
-from flash_mla.problem_prefill import DensePrefillProblem
+from flash_mla.problem_prefill import HEAD_DIM_V, HEAD_DIMS_QK, DensePrefillProblem
 from flash_mla.problem_sparse import SparseDecodeProblem, SparsePrefillProblem
 
 # By operation: its problem, the tensors of a call that it is made from, and the other arguments that matter.
 _EXTRA = ("extra_k_cache", "extra_indices_in_kvcache", "kv_format")
 _OPTIONS = ("head_dim_v", "softmax_scale")
+_PREFILL_OPTIONS = ("causal", "deterministic", "softmax_scale")
 _OPERATIONS: dict[str, tuple[Any, tuple[str, ...], tuple[str, ...]]] = {
     "dense_decode": (DenseDecodeProblem, ("q", "k_cache"), (*_OPTIONS, "kv_format")),
     "sparse_decode": (SparseDecodeProblem, ("q", "k_cache", "indices"), (*_OPTIONS, *_EXTRA)),
     "sparse_prefill": (SparsePrefillProblem, ("q", "kv", "indices"), ("d_v", "sm_scale", *_EXTRA)),
-    "dense_prefill": (DensePrefillProblem, ("q", "k", "v", "cu_seqlens_qo"), ("causal", "deterministic")),
+    "dense_prefill": (DensePrefillProblem, ("q", "k", "v", "cu_seqlens_qo"), _PREFILL_OPTIONS),
     "kv_cache": (KVCacheProblem, ("cache",), ("format",)),
 }
 OPERATIONS = tuple(_OPERATIONS)
@@ -57,10 +58,6 @@ def why_not(op: str, problem: Problem | None = None, **call: Any) -> str | None:
         if not isinstance(problem, kind):
             raise ValueError(wanted("problem", f"a {kind.__name__} for {op}", type(problem).__name__))
         return backends.why_no_kernel(problem)
-    declined = triton.NOT_SERVED if backends.override is backends.TRITON else triton.NOT_SERVED | triton.BY_NAME_ONLY
-    if not call and op in cuda.WITHOUT_KERNELS and op in declined:
-        reasons = {"cuda": _ops.no_kernels(op), "triton": declined[op]}
-        return backends.listed({backend.name: reasons[backend.name] for backend in backends.with_kernels()})
     if not all(isinstance(call.get(name), torch.Tensor) for name in tensors):
         names = " and ".join(f"{name}=" for name in tensors)
         raise TypeError(wanted("why_not", f"a {kind.__name__}, or the tensors {names}", sorted(call)))
@@ -79,12 +76,14 @@ class KernelSupport:
     """Of q and the cache; or formats of the cache, "V41 + V41_FP4" where the second is of another one."""
     d_qk: tuple[int, ...]
     page_block_sizes: tuple[int, ...]
+    """Of the cache; (0,) where there is none."""
     h_kv: tuple[int, ...]
     reason: str
     """Why it takes nothing at all, else ""."""
 
 
 ARCHITECTURES = (80, 90, 100)
+_NO_PAGE = 0
 _PAGES = (1, 3, 16, 32, 64, 128, 256, 1000)
 _GRID: dict[str, tuple[Any, ...]] = {
     "dtype": (torch.bfloat16, torch.float16),
@@ -107,12 +106,18 @@ class _Question:
 
 
 def kernels() -> list[KernelSupport]:
-    """What each attention kernel of the native library takes, by asking its tables over a grid of features.
+    """What each kernel of the native library takes, by asking its tables over a grid of features.
 
     A value is listed when the kernel takes it together with some values of the other features. Needs no GPU; empty
     without the library.
     """
-    questions = (_dense_questions, _fp8_questions, _sparse_questions, _prefill_questions)
+    questions = (
+        _dense_questions,
+        _fp8_questions,
+        _sparse_questions,
+        _sparse_prefill_questions,
+        _dense_prefill_questions,
+    )
     return [
         support for ask in questions for capability in ARCHITECTURES for support in _supported(list(ask(capability)))
     ]
@@ -142,7 +147,7 @@ def _sparse_questions(capability: int) -> Iterator[_Question]:
         )
 
 
-def _prefill_questions(capability: int) -> Iterator[_Question]:
+def _sparse_prefill_questions(capability: int) -> Iterator[_Question]:
     for known, extra, d_qk, page in _sparse_sources():
         extra_topk = 0 if extra is None else 512
         problem = SparsePrefillProblem(
@@ -165,6 +170,13 @@ def _sparse_sources() -> Iterator[tuple[KVFormat, KVFormat | None, int, int]]:
 
 def _pair(known: KVFormat, extra: KVFormat | None) -> str:
     return known.value if extra is None else f"{known.value} + {extra.value}"
+
+
+def _dense_prefill_questions(capability: int) -> Iterator[_Question]:
+    for dtype, d_qk, h_kv in product((torch.bfloat16, torch.float16), HEAD_DIMS_QK, (1, 2, 3, 8)):
+        shape = (4, 48, h_kv, d_qk, HEAD_DIM_V, True, False, False, d_qk**-0.5)
+        problem = DensePrefillProblem("cuda", capability, dtype, *shape)
+        yield _Question(problem, str(dtype).removeprefix("torch."), d_qk, _NO_PAGE, h_kv)
 
 
 def _supported(questions: list[_Question]) -> Iterator[KernelSupport]:

@@ -12,6 +12,7 @@ from flash_mla import _ops
 from flash_mla.kv_format import KVFormat
 from flash_mla.problem import HEAD_DIM_V, DenseDecodeProblem, Problem
 from flash_mla.problem_kv_cache import KVCacheProblem
+from flash_mla.problem_prefill import DensePrefillProblem
 from flash_mla.problem_sparse import SparseDecodeProblem, SparsePrefillProblem
 
 _SCALAR_TYPES = {torch.bfloat16: 0, torch.float16: 1}
@@ -25,9 +26,6 @@ _FORMATS = {
     )
 }
 _NO_FORMAT = len(_FORMATS)
-
-WITHOUT_KERNELS = ("dense_prefill",)
-"""Operations that no architecture has kernels for so far."""
 
 
 def missing() -> str | None:
@@ -43,7 +41,9 @@ def kernel_table(problem: Problem) -> dict[str, str]:
     if isinstance(problem, SparseDecodeProblem):
         return _parsed(torch.ops.flash_mla.sparse_decode_why_not(*_sparse_arguments(problem)))
     if isinstance(problem, SparsePrefillProblem):
-        return _parsed(torch.ops.flash_mla.sparse_decode_why_not(*_prefill_arguments(problem)))
+        return _parsed(torch.ops.flash_mla.sparse_decode_why_not(*_sparse_prefill_arguments(problem)))
+    if isinstance(problem, DensePrefillProblem):
+        return _parsed(torch.ops.flash_mla.dense_prefill_why_not(*_dense_prefill_arguments(problem)))
     if not isinstance(problem, DenseDecodeProblem):
         return {}
     if problem.fp8_cache is not None:
@@ -70,6 +70,18 @@ def _dense_arguments(problem: DenseDecodeProblem) -> tuple[Any, ...]:
         problem.d_qk,
         problem.d_v,
         problem.page_block_size,
+        problem.softmax_scale,
+    )
+
+
+def _dense_prefill_arguments(problem: DensePrefillProblem) -> tuple[Any, ...]:
+    return (
+        problem.compute_capability or 0,
+        _SCALAR_TYPES.get(problem.dtype, _OTHER_SCALAR_TYPE),
+        problem.h_q,
+        problem.h_kv,
+        problem.d_qk,
+        problem.d_v,
         problem.softmax_scale,
     )
 
@@ -115,7 +127,7 @@ def _sparse_arguments(problem: SparseDecodeProblem) -> tuple[Any, ...]:
     )
 
 
-def _prefill_arguments(problem: SparsePrefillProblem) -> tuple[Any, ...]:
+def _sparse_prefill_arguments(problem: SparsePrefillProblem) -> tuple[Any, ...]:
     """Sparse prefill is served by the kernels of sparse decode, which compute 512 columns of V or none."""
     return (
         problem.compute_capability or 0,
@@ -138,8 +150,6 @@ def _prefill_arguments(problem: SparsePrefillProblem) -> tuple[Any, ...]:
 
 def why_no_kernels(op: str) -> str | None:
     """None when the native library has kernels for an operation, or this variant of one, else the reason."""
-    if op in WITHOUT_KERNELS:
-        return _ops.no_kernels(op)
     return _ops.why_not_native("append_kv_cache" if op == "kv_cache" else op)
 
 

@@ -101,6 +101,26 @@ def dense_decode_work(
     return Work(flop=flop, bytes=kv_bytes + q_and_out)
 
 
+def dense_prefill_work(
+    lengths: Sequence[int],
+    *,
+    h_q: int,
+    h_kv: int,
+    d_qk: int = 192,
+    d_v: int = 128,
+    causal: bool = True,
+    itemsize: int = 2,
+) -> Work:
+    """FLOP and bytes of dense prefill over sequences of `lengths` queries and as many keys.
+
+    FLOP = 2 * heads * pairs * (d_qk + d_v), where pairs counts the keys that every query really sees. Bytes = q, k, v
+    and out, once each.
+    """
+    pairs = sum(keys_seen(length, length, causal) for length in lengths)
+    flop = 2 * h_q * pairs * (d_qk + d_v)
+    return Work(flop=flop, bytes=sum(lengths) * (h_q + h_kv) * (d_qk + d_v) * itemsize)
+
+
 def sparse_decode_work(
     keys: int, *, h_q: int, d_qk: int = 576, d_v: int = 512, bytes_per_token: int = 656, row_bytes: int = 0
 ) -> Work:

@@ -1,0 +1,147 @@
+// Dense prefill over sequences laid end to end: checks, problem and parameters, plan, choice of a kernel, launch.
+#include "api/dense_prefill.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "any/kernels.h"
+#include "api/decode.h"
+#include "api/device.h"
+#include "sm90/kernels.h"
+
+namespace flash_mla::api {
+namespace {
+
+constexpr char kOp[] = "dense_prefill";
+constexpr char kRunning[] = "[sequences + 1]";
+
+Element element_of(ScalarType dtype) {
+  return dtype == ScalarType::BFloat16 ? Element::kBFloat16
+         : dtype == ScalarType::Half   ? Element::kFloat16
+                                       : Element::kOther;
+}
+
+struct Shapes {
+  int64_t tokens_q, tokens_kv, sequences, h_q, h_kv, d_qk;
+};
+
+void check_running_lengths(const View& running, int device) {
+  check_dim(running, 1, kRunning);
+  check_dtype(running, ScalarType::Int);
+  check_device(running, device);
+  check(running.size(0) >= 1, ErrorKind::kValue, running.name, " must have shape ", kRunning, ", got ",
+        ShapeText{running});
+  check(running.size(0) <= 1 || running.stride(0) == 1, ErrorKind::kValue, running.name, " must be contiguous");
+}
+
+Shapes check_inputs(const View& q, const View& k, const View& v, const View& cu_q, const View& cu_kv,
+                    int64_t max_seqlen_qo, int64_t max_seqlen_kv, double softmax_scale) {
+  check(q.device >= 0, ErrorKind::kValue, "q must be on CUDA");
+  check_dim(q, 3, "[tokens_q, h_q, d_qk]");
+  check(element_of(q.dtype) != Element::kOther, ErrorKind::kType, "q must have dtype BFloat16 or Half, got ",
+        dtype_text(q.dtype));
+  check_dim(k, 3, "[tokens_kv, h_kv, d_qk]");
+  check_dim(v, 3, "[tokens_kv, h_kv, d_v]");
+  const Shapes s{q.size(0), k.size(0), cu_q.dim == 1 ? cu_q.size(0) - 1 : 0, q.size(1), k.size(1), q.size(2)};
+  check(s.d_qk == 192 || s.d_qk == 128, ErrorKind::kValue, "q must have d_qk 192 or 128, got ", ShapeText{q});
+  check(s.h_q > 0, ErrorKind::kValue, "q must have at least one head, got ", ShapeText{q});
+  for (const View* view : {&k, &v}) {
+    check_dtype(*view, q.dtype);
+    check_device(*view, q.device);
+    check_contiguous_last(*view);
+  }
+  check_contiguous_last(q);
+  check_size(k, 2, s.d_qk, "[tokens_kv, h_kv, d_qk]");
+  check_size(v, 0, s.tokens_kv, "[tokens_kv, h_kv, d_v]");
+  check_size(v, 1, s.h_kv, "[tokens_kv, h_kv, d_v]");
+  check_size(v, 2, kPrefillHeadDimV, "[tokens_kv, h_kv, d_v = 128]");
+  check(s.h_kv > 0 && s.h_q % s.h_kv == 0, ErrorKind::kValue, "q's heads must be a multiple of k's heads, got ", s.h_q,
+        " and ", s.h_kv);
+  check_running_lengths(cu_q, q.device);
+  check_running_lengths(cu_kv, q.device);
+  check_size(cu_kv, 0, cu_q.size(0), kRunning);
+  check(max_seqlen_qo >= 0 && max_seqlen_kv >= 0, ErrorKind::kValue,
+        "max_seqlen_qo and max_seqlen_kv must not be negative, got ", max_seqlen_qo, " and ", max_seqlen_kv);
+  check(std::isfinite(softmax_scale), ErrorKind::kValue, "softmax_scale must be finite, got ", softmax_scale);
+  check_aligned(q, 2);
+  check_aligned(k, 2);
+  check_aligned(v, 2);
+  // The plan numbers row tiles of heads, and the kernel tokens, in 32 bits.
+  const int64_t items = (ceil_div<int64_t>(s.tokens_q, kPrefillRowTile) + s.sequences + 1) * s.h_q;
+  check(std::max({s.tokens_q, s.tokens_kv, items}) < INT32_MAX / 2, ErrorKind::kUnsupported, kOp, " takes up to 2^30 ",
+        "tokens, and so many tiles of 128 query rows over all heads; q has shape ", ShapeText{q}, ", k ", ShapeText{k});
+  return s;
+}
+
+// [tokens, heads] float32, the tokens next to each other.
+Tensor empty_lse(int device, int64_t tokens, int64_t heads) {
+  const int64_t sizes[2] = {tokens, heads}, strides[2] = {1, std::max<int64_t>(tokens, 1)};
+  AtenTensorHandle handle = nullptr;
+  check(aoti_torch_empty_strided(2, sizes, strides, aoti_torch_dtype_float32(), aoti_torch_device_type_cuda(), device,
+                                 &handle) == 0,
+        ErrorKind::kCuda, "torch could not allocate a tensor of ", tokens * heads, " elements");
+  return Tensor(handle);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> dense_prefill(const Tensor& q_, const Tensor& k_, const Tensor& v_,
+                                         const Tensor& cu_seqlens_qo, const Tensor& cu_seqlens_kv,
+                                         int64_t max_seqlen_qo, int64_t max_seqlen_kv, double softmax_scale,
+                                         bool causal, bool /*deterministic*/) {
+  const View q("q", q_), k("k", k_), v("v", v_), cu_q("cu_seqlens_qo", cu_seqlens_qo),
+      cu_kv("cu_seqlens_kv", cu_seqlens_kv);
+  const Shapes s = check_inputs(q, k, v, cu_q, cu_kv, max_seqlen_qo, max_seqlen_kv, softmax_scale);
+  const torch::stable::accelerator::DeviceGuard guard(q.device);
+  const DeviceFacts& facts = device_facts(q.device);
+  const DensePrefillProblem problem{facts.compute_capability,         element_of(q.dtype),      static_cast<int>(s.h_q),
+                                    static_cast<int>(s.h_kv),         static_cast<int>(s.d_qk), kPrefillHeadDimV,
+                                    static_cast<float>(softmax_scale)};
+  const auto& kernel = select(kOp, sm90::dense_prefill_kernels(), problem);
+  Tensor out = empty(q.device, q.dtype, {s.tokens_q, s.h_q, kPrefillHeadDimV});
+  Tensor lse = empty_lse(q.device, s.tokens_q, s.h_q);
+  if (s.tokens_q == 0) {
+    return {out, lse};
+  }
+  constexpr int64_t kWords = sizeof(PrefillSequence) / sizeof(int32_t);
+  static_assert(sizeof(PrefillPlan) == sizeof(PrefillSequence));
+  Tensor plan = empty(q.device, ScalarType::Int, {s.sequences + 2, kWords});  // with the tokens of no sequence
+  DensePrefillParams params{};
+  params.q = q.data, params.k = k.data, params.v = v.data;
+  params.cu_seqlens_qo = static_cast<const int32_t*>(cu_q.data);
+  params.cu_seqlens_kv = static_cast<const int32_t*>(cu_kv.data);
+  params.out = out.data_ptr();
+  params.lse = static_cast<float*>(lse.data_ptr());
+  params.plan = static_cast<PrefillPlan*>(plan.data_ptr());
+  params.planned = reinterpret_cast<PrefillSequence*>(params.plan + 1);
+  params.stride_q_t = q.stride(0), params.stride_q_h = q.stride(1);
+  params.stride_k_t = k.stride(0), params.stride_k_h = k.stride(1);
+  params.stride_v_t = v.stride(0), params.stride_v_h = v.stride(1);
+  params.tokens_q = static_cast<int>(s.tokens_q), params.tokens_kv = static_cast<int>(s.tokens_kv);
+  params.num_sequences = static_cast<int>(s.sequences);
+  params.h_q = problem.h_q, params.h_kv = problem.h_kv, params.group = problem.h_q / problem.h_kv;
+  params.d_qk = problem.d_qk;
+  params.num_sms = facts.num_sms;
+  params.scale_log2 = scale_log2_of(softmax_scale);
+  params.causal = causal;
+  void* stream = current_stream(q.device);
+  launch_prefill_plan(params, stream);
+  kernel.launch(params, stream);
+  return {out, lse};
+}
+
+std::string dense_prefill_why_not(int64_t compute_capability, int64_t scalar_type, int64_t h_q, int64_t h_kv,
+                                  int64_t d_qk, int64_t d_v, double softmax_scale) {
+  const DensePrefillProblem problem{static_cast<int>(compute_capability),
+                                    scalar_type == 0   ? Element::kBFloat16
+                                    : scalar_type == 1 ? Element::kFloat16
+                                                       : Element::kOther,
+                                    static_cast<int>(h_q),
+                                    static_cast<int>(h_kv),
+                                    static_cast<int>(d_qk),
+                                    static_cast<int>(d_v),
+                                    static_cast<float>(softmax_scale)};
+  return explain(sm90::dense_prefill_kernels(), problem);
+}
+
+}  // namespace flash_mla::api
