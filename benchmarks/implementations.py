@@ -16,10 +16,11 @@ import torch
 
 from benchmarks.inputs import Inputs, contiguous_inputs, paged_inputs
 from benchmarks.prefill_inputs import PrefillInputs, prefill_inputs
-from benchmarks.shapes import AnyShape, PrefillShape, SparseShape
+from benchmarks.shapes import AnyShape, PrefillShape, SparsePrefillShape, SparseShape
 from benchmarks.sparse_inputs import SparseInputs, sparse_inputs
+from benchmarks.sparse_prefill_inputs import SparsePrefillInputs, sparse_prefill_inputs
 
-AnyInputs = Inputs | SparseInputs | PrefillInputs
+AnyInputs = Inputs | SparseInputs | PrefillInputs | SparsePrefillInputs
 
 # One call: out [b, s_q, h_q, d_v] and lse [b, h_q, s_q] (None where the implementation does not return it); of prefill
 # [tokens, h_q, d_v] and [tokens, h_q].
@@ -78,6 +79,8 @@ class Ours(Implementation):
             return sparse_inputs(shape, device, sets)
         if isinstance(shape, PrefillShape):
             return prefill_inputs(shape, device, sets)
+        if isinstance(shape, SparsePrefillShape):
+            return sparse_prefill_inputs(shape, device, sets)
         return paged_inputs(shape, device, sets)
 
     def variants(self, inputs: AnyInputs) -> list[Callable[[], Variant]]:
@@ -85,6 +88,8 @@ class Ours(Implementation):
             return [lambda: Variant("default", self._sparse_calls(inputs))]
         if isinstance(inputs, PrefillInputs):
             return [lambda: Variant("default", self._prefill_calls(inputs))]
+        if isinstance(inputs, SparsePrefillInputs):
+            return [lambda: Variant("default", self._sparse_prefill_calls(inputs))]
         return [lambda: Variant("default", self._calls(inputs))]
 
     def _calls(self, inputs: Inputs) -> list[Call]:
@@ -125,6 +130,22 @@ class Ours(Implementation):
 
         return [call(index) for index in range(inputs.sets)]
 
+    def _sparse_prefill_calls(self, inputs: SparsePrefillInputs) -> list[Call]:
+        attend, shape = self._module.flash_mla_sparse_fwd, inputs.shape
+        copies = shape.source.endswith("copied")
+        self._require_kernel("sparse_prefill", q=inputs.q[0], kv=inputs.kv, indices=inputs.indices[0])
+
+        def call(index: int) -> Call:
+            def run() -> tuple[torch.Tensor, torch.Tensor]:
+                kv = self._module.dequantize_kv_cache(inputs.kv, "V32") if copies else inputs.kv
+                q, indices = inputs.q[index], inputs.indices[index]
+                out, _, lse = attend(q, kv, indices, shape.d_qk**-0.5, shape.d_v, inputs.sink)
+                return out, lse
+
+            return run
+
+        return [call(index) for index in range(inputs.sets)]
+
     def _require_kernel(self, op: str, **call: Any) -> None:
         """Raises NotServed where another backend would serve a call on a GPU: right, but not what is to be timed."""
         if not call["q"].is_cuda:
@@ -153,6 +174,10 @@ class FlashMLA(Implementation):
             return sparse_inputs(shape, device, sets)
         if isinstance(shape, PrefillShape):
             raise NotServed("has dense prefill for Blackwell only")
+        if isinstance(shape, SparsePrefillShape):
+            if shape.source != "BF16":
+                raise NotServed("takes bf16 rows only")
+            return sparse_prefill_inputs(shape, device, sets)
         if shape.page != 64:
             raise NotServed("takes pages of 64 tokens only")
         return paged_inputs(shape, device, sets)
@@ -160,6 +185,8 @@ class FlashMLA(Implementation):
     def variants(self, inputs: AnyInputs) -> list[Callable[[], Variant]]:
         if isinstance(inputs, SparseInputs):
             return self._sparse_variants(inputs)
+        if isinstance(inputs, SparsePrefillInputs):
+            return [lambda: Variant("use_legacy", self._sparse_prefill_calls(inputs))]
         assert isinstance(inputs, Inputs)
         return [lambda: Variant("use_legacy", self._calls(inputs))]
 
@@ -198,6 +225,32 @@ class FlashMLA(Implementation):
             makers.insert(0, lambda: Variant(name, _tried(lambda: self._sparse_calls(inputs, padded))))
         return makers
 
+    def _sparse_prefill_calls(self, inputs: SparsePrefillInputs) -> list[Call]:
+        attend, shape = self._module.flash_mla_sparse_fwd, inputs.shape
+        options = _accepted(attend, {"use_legacy": True})
+        padded = next((known for known in _SPARSE_HEADS if shape.h_q <= known), shape.h_q)
+        more, sink = padded - shape.h_q, inputs.sink
+        q = torch.nn.functional.pad(inputs.q, (0, 0, 0, more)) if more else inputs.q
+        if sink is not None and more:
+            sink = torch.nn.functional.pad(sink, (0, more), value=float("-inf"))
+
+        def call(index: int) -> Call:
+            def run() -> tuple[torch.Tensor, None]:
+                out = attend(
+                    q[index],
+                    inputs.kv,
+                    inputs.indices[index],
+                    shape.d_qk**-0.5,
+                    shape.d_v,
+                    attn_sink=sink,
+                    **options,
+                )[0]
+                return out[:, : shape.h_q], None
+
+            return run
+
+        return [call(index) for index in range(inputs.sets)]
+
     def _sparse_calls(self, inputs: SparseInputs, heads: int) -> list[Call]:
         plan, decode = self._module.get_mla_metadata, self._module.flash_mla_with_kvcache
         shape, more = inputs.shape, heads - inputs.shape.h_q
@@ -235,7 +288,7 @@ class FlashAttention3(Implementation):
         return {"version": _distribution_version("fa3-fwd", self._module)}
 
     def inputs(self, shape: AnyShape, device: torch.device, sets: int) -> AnyInputs:
-        if isinstance(shape, SparseShape):
+        if isinstance(shape, (SparseShape, SparsePrefillShape)):
             raise NotServed("reads no indices and no such cache formats")
         if isinstance(shape, PrefillShape):
             return prefill_inputs(shape, device, sets)

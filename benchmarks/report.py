@@ -197,6 +197,10 @@ def draw(records: dict[str, list[Record]], plots: Path) -> dict[str, Path]:
             "sparse_peers.png",
             lambda *data: _draw_peers(*data, shapes.SPARSE),
         ),
+        "Prefill: speed against the peers": (
+            "prefill_peers.png",
+            lambda *data: _draw_peers(*data, [*shapes.SPARSE_PREFILL, *shapes.DENSE_PREFILL]),
+        ),
         "Sparse decode: throughput against batch size": ("sparse_throughput.png", _draw_throughput),
     }
     for title, (name, drawing) in drawings.items():

@@ -18,9 +18,10 @@ from typing import IO, Any
 
 from benchmarks.clock import Clock, query
 from benchmarks.measuring import ROOT, progress, roofline
-from benchmarks.shapes import ITEM_SIZE, AnyShape, PrefillShape, Shape, SparseShape
+from benchmarks.shapes import ITEM_SIZE, AnyShape, PrefillShape, Shape, SparsePrefillShape, SparseShape
 
 HOST_SHAPE = Shape("host_h16_b1_64", 1, 1, 16, 64, varied=False)
+SPARSE_PREFILL_HOST_SHAPE = SparsePrefillShape("host_sparse_prefill_h64", 1, 64, 64, 64)
 PREFILL_HOST_SHAPE = PrefillShape("host_prefill_h4_b1", 1, 64, 4, causal=True)
 SPARSE_HOST_SHAPE = SparseShape("host_sparse_v32_h64_b1", 1, 1, 64, "V32", 64, context=64)
 
@@ -284,6 +285,16 @@ def _work(shape: AnyShape) -> Any:
             bytes_per_token=shape.format.bytes_per_token,
             row_bytes=shape.format.row_bytes,
         )
+    if isinstance(shape, SparsePrefillShape):
+        return roofline.sparse_prefill_work(
+            shape.s_q,
+            shape.s_kv,
+            shape.topk,
+            h_q=shape.h_q,
+            d_qk=shape.d_qk,
+            d_v=shape.d_v,
+            bytes_per_token=shape.bytes_per_token,
+        )
     if isinstance(shape, PrefillShape):
         return roofline.dense_prefill_work(
             shape.lengths(),
@@ -371,7 +382,7 @@ def run(
     records: list[dict[str, Any]] = []
     sparse = [shape for shape in shapes if isinstance(shape, SparseShape)]
     ops = {shape.op for shape in shapes} or {HOST_SHAPE.op}
-    every_host: tuple[AnyShape, ...] = (HOST_SHAPE, SPARSE_HOST_SHAPE, PREFILL_HOST_SHAPE)
+    every_host: tuple[AnyShape, ...] = (HOST_SHAPE, SPARSE_HOST_SHAPE, PREFILL_HOST_SHAPE, SPARSE_PREFILL_HOST_SHAPE)
     hosts = [shape for shape in every_host if shape.op in ops and host_calls]
     try:
         with progress.Progress(len(shapes) + len(hosts), "benchmarks") as bar:

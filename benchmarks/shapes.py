@@ -163,8 +163,55 @@ class PrefillShape:
         return dataclasses.asdict(self)
 
 
-AnyShape = Shape | SparseShape | PrefillShape
-_KINDS: dict[str, Any] = {"sparse_decode": SparseShape, "dense_prefill": PrefillShape}
+@dataclass(frozen=True)
+class SparsePrefillShape:
+    """One sparse prefill call: each of `s_q` queries selects `topk` different rows of `s_kv`.
+
+    `source`: "BF16" rows, a paged cache of the format "V32", or "V32 copied": such a cache that is first made into bf16
+    rows, which belongs to the call.
+    """
+
+    name: str
+    s_q: int
+    h_q: int
+    topk: int
+    s_kv: int
+    d_qk: int = 576
+    d_v: int = 512
+    source: str = "BF16"
+    sink: bool = True
+    dtype: str = "bf16"
+    seed: int = SEED
+    goals: dict[str, float] = field(default_factory=dict, hash=False)
+    op: str = "sparse_prefill"
+
+    @property
+    def b(self) -> int:
+        """Queries: what is checked one by one."""
+        return self.s_q
+
+    def keys(self) -> int:
+        """Rows that all queries of one call select."""
+        return self.s_q * self.topk
+
+    def kv_bytes(self) -> int:
+        """Bytes of those rows: far more than any cache holds, so one set of inputs is enough."""
+        return self.keys() * self.bytes_per_token
+
+    @property
+    def bytes_per_token(self) -> int:
+        return 2 * self.d_qk if self.source == "BF16" else FORMATS["V32"].bytes_per_token
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+AnyShape = Shape | SparseShape | PrefillShape | SparsePrefillShape
+_KINDS: dict[str, Any] = {
+    "sparse_decode": SparseShape,
+    "dense_prefill": PrefillShape,
+    "sparse_prefill": SparsePrefillShape,
+}
 
 
 def from_json(values: dict[str, Any]) -> AnyShape:
@@ -266,6 +313,26 @@ DENSE_PREFILL = [
     for b, length, name in ((1, 8192, "1x8k"), (1, 16384, "1x16k"), (4, 4096, "4x4k"), (32, 1024, "32x1k"))
 ] + [_prefill(64, 8192, "varied", 16, causal, 1.1, varied=True) for causal in (True, False)]
 
+_S_KV = {"8k": 8192, "64k": 65536, "128k": 131072}
+
+SPARSE_PREFILL = [
+    *(
+        SparsePrefillShape(f"sparse_prefill_d576_h128_{k}", 4096, 128, 2048, s_kv, goals=_both(1.15))
+        for k, s_kv in _S_KV.items()
+    ),
+    SparsePrefillShape("sparse_prefill_d512_h64_topk512_32k", 4096, 64, 512, 32768, 512, goals=_both(1.35)),
+    SparsePrefillShape("sparse_prefill_d512_h128_topk1024_32k", 4096, 128, 1024, 32768, 512, goals=_both(1.2)),
+    *(
+        SparsePrefillShape(f"sparse_prefill_d576_h{h}_8k", 4096, h, 2048, 8192, goals=_both(1.5))
+        for h in (64, 32, 16, 8)
+    ),
+    *(
+        SparsePrefillShape(f"sparse_prefill_v32{how}_h128_{k}", 4096, 128, 2048, _S_KV[k], source=f"V32{what}")
+        for k in ("8k", "128k")
+        for how, what in (("", ""), ("_copied", " copied"))
+    ),
+]
+
 # Small enough for a CPU: for trying the tool itself.
 SMOKE = [
     Shape("smoke_h4_b2_100", 2, 1, 4, 100),
@@ -275,6 +342,8 @@ SMOKE = [
         "smoke_sparse_model1_h4_sq2_b2", 2, 2, 4, "MODEL1", 64, 128, 2, True, context=100, extra_context=150, sink=True
     ),
     PrefillShape("smoke_prefill_h2_b3", 3, 60, 2, True, varied=True, shortest=1),
+    SparsePrefillShape("smoke_sparse_prefill_h4", 6, 4, 40, 100),
+    SparsePrefillShape("smoke_sparse_prefill_v32_h4", 6, 4, 40, 100, source="V32"),
 ]
 
 GROUPS: dict[str, list[AnyShape]] = {
@@ -284,6 +353,7 @@ GROUPS: dict[str, list[AnyShape]] = {
     "variants": VARIANTS,
     "sparse": SPARSE,
     "dense_prefill": DENSE_PREFILL,
+    "sparse_prefill": SPARSE_PREFILL,
     "smoke": SMOKE,
 }
 _NAMED: dict[str, AnyShape] = {}

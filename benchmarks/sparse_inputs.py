@@ -44,12 +44,15 @@ class Selected:
         slots = self.indices[index, request, token, : self.counts[request]].long()
         block, offset = slots // self.page, slots % self.page
         if self.kv_format == "V32":
-            rows = self.pages.unflatten(1, (self.page, 656))[block, offset]
-            scales = rows[:, 512:528].contiguous().view(torch.float32)
-            return _values(rows[:, :512], scales, rows[:, 528:])
+            return v32_rows(self.pages.unflatten(1, (self.page, 656))[block, offset])
         rows = _model1_rows(self.pages, self.page)[block, offset]
         exponents = _model1_scales(self.pages, self.page)[block, offset][:, :7].float() - 127
         return _values(rows[:, :448], torch.exp2(exponents), rows[:, 448:])
+
+
+def v32_rows(rows: torch.Tensor) -> torch.Tensor:
+    """V32 rows, uint8 `[count, 656]`, as float32 `[count, 576]`."""
+    return _values(rows[:, :512], rows[:, 512:528].contiguous().view(torch.float32), rows[:, 528:])
 
 
 def _values(stored: torch.Tensor, scales: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
@@ -141,13 +144,13 @@ def _select(
         topk_length = torch.tensor(counts, dtype=torch.int32, device=device)
         indices.masked_fill_(torch.arange(topk, device=device) >= topk_length[:, None, None], -1)
     size = shape.format.bytes_per_token
-    pages = _random_pages(shape.kv_format, blocks, page, generator)
+    pages = random_pages(shape.kv_format, blocks, page, generator)
     stride = pages.stride(0)
     cache = pages.as_strided((blocks, page, 1, size), (stride, size, size, 1)).view(torch.float8_e4m3fn)
     return Selected(shape.kv_format, page, pages, cache, indices, counts, topk_length)
 
 
-def _random_pages(kv_format: str, blocks: int, page: int, generator: torch.Generator) -> torch.Tensor:
+def random_pages(kv_format: str, blocks: int, page: int, generator: torch.Generator) -> torch.Tensor:
     """uint8 `[blocks, page stride]`: normal values, random scales, no NaN."""
     device = generator.device
     v32 = kv_format == "V32"

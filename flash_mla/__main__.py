@@ -2,97 +2,26 @@
 
 import argparse
 import json
-import random
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
 import flash_mla
-from flash_mla.backends import REFERENCE, REGISTRY, cuda, select
+from flash_mla.backends import REGISTRY, cuda, select
 from flash_mla.backends.capability import OPERATIONS
+from flash_mla.demonstration import V32_ROW_BYTES, Job, Prepared, jobs
 from flash_mla.kv_format import KVFormat
 from flash_mla.problem import DenseDecodeProblem, Problem
 from flash_mla.problem_kv_cache import KVCacheProblem
 from flash_mla.problem_prefill import DensePrefillProblem
 from flash_mla.problem_sparse import SparseDecodeProblem, SparsePrefillProblem
-from flash_mla.testing import (
-    Answer,
-    Comparison,
-    DenseDecodeInputs,
-    SparseDecodeInputs,
-    compare,
-    expected_dense_decode,
-    expected_sparse_decode,
-    make_dense_decode_inputs,
-    make_sparse_decode_inputs,
-)
+from flash_mla.testing import Comparison, compare
 from flash_mla.testing.progress import Progress
-from flash_mla.testing.roofline import Ceilings, Work, dense_decode_work, measure_ceilings, sparse_decode_work
+from flash_mla.testing.roofline import Ceilings, Work, measure_ceilings
 from flash_mla.testing.timing import Timing, time_cpu, time_cuda
-
-Inputs = DenseDecodeInputs | SparseDecodeInputs
-
-
-@dataclass(frozen=True)
-class DenseBatch:
-    """A batch that is decoded: paged, one new token per request, causal, bf16."""
-
-    lengths: tuple[int, ...]
-    h_q: int
-    page: int = 64
-
-    def describe(self) -> str:
-        """One line."""
-        spread = f"{min(self.lengths):,} to {max(self.lengths):,} keys, {sum(self.lengths):,} in all"
-        return f"{len(self.lengths)} requests of {spread}; {self.h_q} heads, pages of {self.page}, bf16"
-
-    def work(self) -> Work:
-        """The least that the call must do."""
-        return dense_decode_work(self.lengths, s_q=1, h_q=self.h_q)
-
-    def inputs(self, device: torch.device) -> Inputs:
-        """The tensors of the call."""
-        return make_dense_decode_inputs(self.lengths, h_q=self.h_q, page=self.page, device=device, causal=True)
-
-
-@dataclass(frozen=True)
-class SparseBatch:
-    """A batch that is decoded: one new token per request, which selects `topk` rows of one cache of V32 pages."""
-
-    requests: int
-    topk: int
-    h_q: int
-    pages: int
-    page: int = 64
-
-    def describe(self) -> str:
-        """One line."""
-        selected = f"{self.requests} requests, each of {self.topk:,} out of {self.pages * self.page:,} cached tokens"
-        return f"{selected}; {self.h_q} heads, pages of {self.page}, FP8 (V32)"
-
-    def work(self) -> Work:
-        """The least that the call must do."""
-        return sparse_decode_work(self.requests * self.topk, h_q=self.h_q, bytes_per_token=_ROW_BYTES)
-
-    def inputs(self, device: torch.device) -> Inputs:
-        """The tensors of the call."""
-        return make_sparse_decode_inputs(
-            self.requests,
-            h_q=self.h_q,
-            topk=self.topk,
-            kv_format=KVFormat.V32,
-            page=self.page,
-            num_blocks=self.pages,
-            invalid=0.0,
-            device=device,
-        )
-
-
-Batch = DenseBatch | SparseBatch
-_ROW_BYTES = KVFormat.V32.layout.bytes_per_token
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -107,13 +36,12 @@ def main(arguments: list[str] | None = None) -> int:
     say = _silent if options.json else print
     result = _machine(device)
     say(_describe_machine(result))
-    ceilings = measure_ceilings(device, quick=options.quick, gather_rows=(_ROW_BYTES,))
+    ceilings = measure_ceilings(device, quick=options.quick, gather_rows=(V32_ROW_BYTES,))
     result |= {"ceilings": asdict(ceilings), "runs": {}}
-    chosen: dict[str, Callable[[bool, bool], Batch]] = {"dense_decode": _choose_dense, "sparse_decode": _choose_sparse}
-    for op, choose in chosen.items():
-        batch = choose(result["operations"][op]["backend"] != "reference", options.quick)
-        say(f"\n{op}: {batch.describe()}", flush=True)
-        run = _decode(batch, device, ceilings, quick=options.quick)
+    served = {op: answer["backend"] != "reference" for op, answer in result["operations"].items()}
+    for op, job in jobs(served, options.quick).items():
+        say(f"\n{op}: {job.describe()}", flush=True)
+        run = _run(job, device, ceilings, quick=options.quick)
         say(_describe_check(run["check"]), flush=True)
         result["runs"][op] = run
     say("", _table(result["runs"]), sep="\n")
@@ -124,22 +52,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _silent(*_args: Any, **_kwargs: Any) -> None:
     pass
-
-
-def _choose_dense(large: bool, quick: bool) -> DenseBatch:
-    """Lengths as in service: many short, few long. The reference gets a batch that it can do in seconds."""
-    if not large:
-        return DenseBatch((2048, 700, 1, 65)[:2] if quick else (2048, 700, 1300, 65), h_q=16)
-    draw = random.Random(0)
-    count, longest = (64, 16384) if quick else (128, 40960)
-    return DenseBatch(tuple(int(256 * (longest / 256) ** draw.random()) for _ in range(count)), h_q=128)
-
-
-def _choose_sparse(large: bool, quick: bool) -> SparseBatch:
-    """What is selected is far larger than an L2 cache, where a kernel serves the call."""
-    if not large:
-        return SparseBatch(requests=2 if quick else 4, topk=512, h_q=16, pages=32)
-    return SparseBatch(requests=64 if quick else 128, topk=2048, h_q=128, pages=8192 if quick else 16384)
 
 
 # ---- The machine.
@@ -192,7 +104,7 @@ def _problem(op: str, device: torch.device) -> Problem:
     if op == "sparse_prefill":
         return SparsePrefillProblem.of(q[0], rows, indices)
     if op == "sparse_decode":
-        k_cache = torch.empty(1, 64, 1, _ROW_BYTES, device=device, dtype=torch.uint8)
+        k_cache = torch.empty(1, 64, 1, V32_ROW_BYTES, device=device, dtype=torch.uint8)
         return SparseDecodeProblem.of(q, k_cache, indices)
     return DenseDecodeProblem.of(q, rows)
 
@@ -218,20 +130,17 @@ def _describe_machine(result: dict[str, Any]) -> str:
 # ---- The run.
 
 
-def _decode(batch: Batch, device: torch.device, ceilings: Ceilings, quick: bool) -> dict[str, Any]:
-    """Decode the batch, check the answer, measure it."""
-    inputs = batch.inputs(device)
-    schedule, _ = flash_mla.get_mla_metadata()
-    arguments = {**inputs.call(), "tile_scheduler_metadata": schedule}
-    out, lse = flash_mla.flash_mla_with_kvcache(**arguments)
-    check = _check(inputs, out, lse)
+def _run(job: Job, device: torch.device, ceilings: Ceilings, quick: bool) -> dict[str, Any]:
+    """Make the call, check the answer, measure it."""
+    prepared = job.prepare(device)
+    check = _check(prepared, *prepared.call())
 
-    backend = select(_problem_of(inputs)).name
-    timing = _time(arguments, device, graph=backend != "reference", quick=quick)
-    work, time_us = batch.work(), timing.median_us
+    backend = select(prepared.problem).name
+    timing = _time(prepared.call, device, graph=backend != "reference", quick=quick)
+    work, time_us = job.work(), timing.median_us
     return {
         "backend": backend,
-        "batch": asdict(batch),
+        "batch": asdict(job),
         "check": check,
         "timing": asdict(timing),
         "time_us": time_us,
@@ -239,12 +148,6 @@ def _decode(batch: Batch, device: torch.device, ceilings: Ceilings, quick: bool)
         "gbps": work.gbps(time_us),
         **_shares(work, ceilings, time_us),
     }
-
-
-def _problem_of(inputs: Inputs) -> Problem:
-    if isinstance(inputs, SparseDecodeInputs):
-        return SparseDecodeProblem.of(inputs.q, inputs.primary.cache, inputs.primary.indices)
-    return DenseDecodeProblem.of(inputs.q, inputs.k_cache)
 
 
 def _shares(work: Work, ceilings: Ceilings, time_us: float) -> dict[str, Any]:
@@ -259,44 +162,34 @@ def _shares(work: Work, ceilings: Ceilings, time_us: float) -> dict[str, Any]:
     }
 
 
-def _time(arguments: dict[str, Any], device: torch.device, graph: bool, quick: bool) -> Timing:
-    def call() -> object:
-        return flash_mla.flash_mla_with_kvcache(**arguments)
-
+def _time(call: Callable[[], object], device: torch.device, graph: bool, quick: bool) -> Timing:
     seconds = 0.2 if quick else 1.0
     if device.type == "cuda":
         return time_cuda([call], seconds=seconds, graph=graph)
     return time_cpu(call, seconds=seconds)
 
 
-def _expected(inputs: Inputs, rows: slice) -> Answer:
-    if isinstance(inputs, SparseDecodeInputs):
-        return expected_sparse_decode(inputs.rows(rows))
-    return expected_dense_decode(inputs.rows(rows))
-
-
-def _check(inputs: Inputs, out: torch.Tensor, lse: torch.Tensor) -> dict[str, Any]:
-    """Compare every request with the float64 reference, one at a time."""
-    b = inputs.q.shape[0]
+def _check(prepared: Prepared, out: torch.Tensor, lse: torch.Tensor) -> dict[str, Any]:
+    """Compare part by part with the float64 reference."""
     worst: dict[str, Comparison] = {}
     problems: list[str] = []
-    with Progress(b, "checking against the reference", quiet_s=5.0) as bar:
-        for request in range(b):
-            rows = slice(request, request + 1)
-            answer = _expected(inputs, rows)
+    with Progress(len(prepared.parts), "checking against the reference", quiet_s=5.0) as bar:
+        for part in prepared.parts:
+            answer = prepared.expected(part)
+            given_out, given_lse = prepared.given(out, lse, part)
             for comparison in (
-                compare("out", out[rows], answer.out, answer.emulated_out),
-                compare("lse", lse[rows], answer.lse, answer.emulated_lse),
+                compare("out", given_out, answer.out, answer.emulated_out),
+                compare("lse", given_lse, answer.lse, answer.emulated_lse),
             ):
                 if comparison.problem is not None:
-                    problems.append(f"request {request}: {comparison.problem}")
+                    problems.append(f"{prepared.part}[{part}]: {comparison.problem}")
                 name = comparison.name
                 if name not in worst or comparison.worst_share > worst[name].worst_share:
                     worst[name] = comparison
             bar.step()
     return {
         "passed": not problems,
-        "requests": b,
+        "parts": f"{len(prepared.parts)} {prepared.part}",
         "problems": problems[:10],
         "worst": {name: asdict(comparison) for name, comparison in worst.items()},
     }
@@ -308,7 +201,7 @@ def _describe_check(check: dict[str, Any]) -> str:
     parts = [
         f"{name} error {100 * worst['worst_share']:.0f} % of what is allowed" for name, worst in check["worst"].items()
     ]
-    return f"check passed for {check['requests']} requests: largest {', '.join(parts)}"
+    return f"check passed for {check['parts']}: largest {', '.join(parts)}"
 
 
 def _table(runs: dict[str, dict[str, Any]]) -> str:

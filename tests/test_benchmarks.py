@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import flash_mla
-from benchmarks import inputs, prefill_inputs, report, runner, shapes, sparse_inputs
+from benchmarks import inputs, prefill_inputs, report, runner, shapes, sparse_inputs, sparse_prefill_inputs
 from benchmarks.__main__ import main
 from flash_mla.testing import roofline, timing
 
@@ -116,6 +116,13 @@ class TestShapes:
             assert min(shape.lengths()) >= 100
             assert max(shape.lengths()) <= 8192
         assert sum(goals[0].lengths()) == 8192
+
+    def test_sparse_prefill_goals(self):
+        goals = shapes.GROUPS["sparse_prefill"]
+        assert len(goals) == 13
+        assert {shape.source for shape in goals} == {"BF16", "V32", "V32 copied"}
+        assert all(bool(shape.goals) == (shape.source == "BF16") for shape in goals)
+        assert (goals[0].keys(), goals[0].kv_bytes()) == (4096 * 2048, 4096 * 2048 * 1152)
 
     def test_sparse_counts(self):
         shape = shapes.SparseShape("x", 200, 2, 64, "MODEL1", 128, 512)
@@ -221,6 +228,11 @@ class TestRoofline:
         assert work.bytes == 4 * (4 + 2) * (5 + 7) * 2
         full = roofline.dense_prefill_work([3], h_q=1, h_kv=1, causal=False)
         assert full.flop == 2 * 9 * 320
+
+    def test_sparse_prefill_work_by_hand(self):
+        work = roofline.sparse_prefill_work(3, 100, 5, h_q=2, d_qk=6, d_v=4, bytes_per_token=12)
+        assert work.flop == 2 * 2 * 3 * 5 * (6 + 4)
+        assert work.bytes == 100 * 12 + 2 * 3 * 2 * (6 + 4)
 
     def test_rows_at_random_places_have_their_own_ceiling(self):
         ceilings = roofline.Ceilings(800.0, 3000.0, {656: 2000.0})
@@ -378,6 +390,21 @@ class TestPrefillInputs:
         assert inputs.check(made, 1, out, None)[1] is None
         assert inputs.check(made, 0, out, lse)[0] > 0.5
         out[-1] = math.nan
+        assert inputs.check(made, 1, out, lse + 1) == (math.inf, pytest.approx(1.0, abs=1e-3))
+
+
+class TestSparsePrefillInputs:
+    @pytest.mark.parametrize("source", ["BF16", "V32", "V32 copied"])
+    def test_check_tells_right_from_wrong(self, source):
+        shape = shapes.SparsePrefillShape("x", 5, 3, 40, 130, source=source)
+        made = sparse_prefill_inputs.sparse_prefill_inputs(shape, CPU, 2)
+        kv = flash_mla.dequantize_kv_cache(made.kv, "V32") if source == "V32 copied" else made.kv
+        out, _, lse = flash_mla.flash_mla_sparse_fwd(made.q[1], kv, made.indices[1], 576**-0.5, 512, made.sink)
+        error, lse_error = inputs.check(made, 1, out, lse)
+        assert error < 5e-3
+        assert lse_error < 1e-3
+        assert inputs.check(made, 0, out, lse)[0] > 0.1
+        out[4, 2, 511] = math.nan
         assert inputs.check(made, 1, out, lse + 1) == (math.inf, pytest.approx(1.0, abs=1e-3))
 
 
@@ -579,16 +606,16 @@ class TestDemo:
     def test_quick_run_on_a_cpu(self):
         done = self.run()
         assert done.returncode == 0, done.stderr
-        for op in ("dense", "sparse"):
-            assert f"{op}_decode" in done.stdout
-            assert f"{op} decode, arithmetic (TFLOPS)" in done.stdout
-        assert done.stdout.count("check passed") == 2
+        for op in ("dense decode", "sparse decode", "sparse prefill", "dense prefill"):
+            assert op.replace(" ", "_") in done.stdout
+            assert f"{op}, arithmetic (TFLOPS)" in done.stdout
+        assert done.stdout.count("check passed") == 4
 
     def test_json(self):
         done = self.run("--json")
         assert done.returncode == 0, done.stderr
         result = json.loads(done.stdout)
-        assert set(result["runs"]) == {"dense_decode", "sparse_decode"}
+        assert set(result["runs"]) == {"dense_decode", "sparse_decode", "sparse_prefill", "dense_prefill"}
         for run in result["runs"].values():
             assert run["check"]["passed"] is True
             assert run["time_us"] > 0

@@ -176,6 +176,46 @@ def test_rows_that_overlap(backend: Target) -> None:
     assert_same_bits(run(inputs), plain)
 
 
+def test_rows_at_any_address(backend: Target) -> None:
+    """Rows and results whose addresses are multiples of 2 bytes only."""
+    inputs = make_sparse_prefill_inputs(4, h_q=4, topk=30, lengths="token", device=backend.device)
+    wanted = run(inputs)
+    s_kv = inputs.primary.cache.shape[0]
+    wide = torch.full((s_kv, 1, 577), math.nan, dtype=torch.bfloat16, device=backend.device)
+    wide[..., 1:] = inputs.primary.cache
+    inputs.primary = replace(inputs.primary, cache=wide[..., 1:])
+    assert_same_bits(run(inputs), wanted)
+    room = torch.full((4, 5, 513), math.nan, dtype=torch.bfloat16, device=backend.device)
+    assert_same_bits(run(inputs, out=room[:, :4, 1:]), wanted)
+    assert bool(room[:, 4].isnan().all())
+    assert bool(room[:, :4, 0].isnan().all())
+
+
+def test_many_tokens_of_many_heads(backend: Target) -> None:
+    """More row tiles than a GPU has SMs, lists of several tiles, and lengths that differ."""
+    s_q, h_q = (150, 128) if backend.on_gpu else (3, 70)
+    inputs = make_sparse_prefill_inputs(
+        s_q, h_q=h_q, topk=200, lengths="token", sink=True, extra_topk=70, device=backend.device
+    )
+    check_sparse_prefill(inputs)
+
+
+@pytest.mark.parametrize("known", ["BF16", "V32"])
+def test_captured_in_a_graph(backend: Target, known: str) -> None:
+    if not backend.is_cuda:
+        pytest.skip("graphs are captured on CUDA")
+    inputs = make_sparse_prefill_inputs(40, h_q=16, topk=300, kv_format=known, lengths="token", device="cuda")
+    run(inputs)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(inputs)
+    inputs.primary.lengths.copy_(inputs.primary.lengths.flip(0))
+    inputs.q.copy_(inputs.q.flip(0))
+    graph.replay()
+    assert_same_bits(captured, run(inputs))
+
+
 def test_strided_tensors(backend: Target) -> None:
     inputs = make_sparse_prefill_inputs(4, h_q=4, lengths="token", device=backend.device)
     wanted = run(inputs)

@@ -1,7 +1,7 @@
 """Inputs of dense prefill over sequences laid end to end."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -31,6 +31,20 @@ class DensePrefillInputs:
     def call(self) -> dict[str, Any]:
         """Keyword arguments for `flash_attn_varlen_func`."""
         return dict(vars(self))
+
+    def sequence(self, index: int) -> "DensePrefillInputs":
+        """The same call for one of the sequences."""
+        (begin, end), (kv_begin, kv_end) = (
+            running[index : index + 2].tolist() for running in (self.cu_seqlens_qo, self.cu_seqlens_kv)
+        )
+        return replace(
+            self,
+            q=self.q[begin:end],
+            k=self.k[kv_begin:kv_end],
+            v=self.v[kv_begin:kv_end],
+            cu_seqlens_qo=self.cu_seqlens_qo.new_tensor([0, end - begin]),
+            cu_seqlens_kv=self.cu_seqlens_kv.new_tensor([0, kv_end - kv_begin]),
+        )
 
 
 def make_dense_prefill_inputs(

@@ -133,6 +133,18 @@ def sparse_decode_work(
     return Work(2 * h_q * keys * (d_qk + d_v), keys * bytes_per_token, row_bytes or bytes_per_token)
 
 
+def sparse_prefill_work(
+    s_q: int, s_kv: int, topk: int, *, h_q: int, d_qk: int = 576, d_v: int = 512, bytes_per_token: int = 1152
+) -> Work:
+    """FLOP and bytes of sparse prefill: `s_q` queries that select `topk` of `s_kv` rows each.
+
+    FLOP = 2 * heads * s_q * topk * (d_qk + d_v). Bytes = the rows once (they are selected many times over, and what of
+    that comes from a cache is no property of the call), q and out.
+    """
+    flop = 2 * h_q * s_q * topk * (d_qk + d_v)
+    return Work(flop=flop, bytes=s_kv * bytes_per_token + 2 * s_q * h_q * (d_qk + d_v))
+
+
 def measure_ceilings(device: torch.device | str, *, quick: bool = False, gather_rows: Sequence[int] = ()) -> Ceilings:
     """Measures the ceilings on `device`, in a few tenths of a second each.
 

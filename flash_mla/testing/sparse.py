@@ -133,6 +133,12 @@ class SparsePrefillInputs:
             "extra_topk_length": None if extra is None else extra.lengths,
         }
 
+    def rows(self, queries: slice) -> "SparsePrefillInputs":
+        """The same call for some of the queries, over the same rows."""
+        extra = None if self.extra is None else self.extra.rows(queries)
+        primary = self.primary.rows(queries)
+        return SparsePrefillInputs(self.q[queries], primary, self.sm_scale, self.d_v, extra, self.attn_sink)
+
 
 def make_selected(
     tokens: tuple[int, int],
