@@ -116,7 +116,8 @@ def flash_attn_varlen_func(
 
     `lse = ln(sum_i exp(scale * q . k_i))` and `out = sum_i exp(scale * q . k_i - lse) v_i` over the keys of the query's
     sequence; with `causal`, query j of a sequence of s_q queries and s_kv keys sees keys `<= j + s_kv - s_q`. A query
-    that sees no key, or that stands in no sequence, gets out 0 and lse +inf. Differentiable in q, k and v.
+    that sees no key, or that stands in no sequence, gets out 0 and lse +inf. Differentiable in q, k and v; no
+    kernel has the gradients so far: on any device the reference computes them, and the forward again.
 
     Args:
         q: `[tokens_q, h_q, d_qk]`, bfloat16 or float16, last dimension contiguous; d_qk 192 or 128.

@@ -210,6 +210,15 @@ def test_a_graph_is_right_for_other_lengths(cuda: Target) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("name", ["k", "v"])
+def test_expanded_heads_are_declined(cuda: Target, name: str) -> None:
+    inputs = make_dense_prefill_inputs([(30, 40)], h_q=4, h_kv=4, device="cuda")
+    setattr(inputs, name, getattr(inputs, name)[:, :1].expand(-1, 4, -1))
+    with pytest.raises(UnsupportedError, match=f"{name} must not be expanded, got stride 0 in dimension 1"):
+        flash_attn_varlen_func(**inputs.call())
+
+
+@pytest.mark.gpu
 def test_many_short_sequences(cuda: Target) -> None:
     lengths = [(n % 5, n % 7) for n in range(20_000)]
     inputs = make_dense_prefill_inputs(lengths, h_q=1, h_kv=1, d_qk=128, causal=True, device="cuda")

@@ -34,6 +34,14 @@ void check_running_lengths(const View& running, int device) {
   check(running.size(0) <= 1 || running.stride(0) == 1, ErrorKind::kValue, running.name, " must be contiguous");
 }
 
+// TMA cannot be told that heads or tokens are the same memory.
+void check_not_expanded(const View& view) {
+  for (int d = 0; d < 2; ++d) {
+    check(view.size(d) <= 1 || view.stride(d) > 0, ErrorKind::kUnsupported, view.name,
+          " must not be expanded, got stride ", view.stride(d), " in dimension ", d);
+  }
+}
+
 Shapes check_inputs(const View& q, const View& k, const View& v, const View& cu_q, const View& cu_kv,
                     int64_t max_seqlen_qo, int64_t max_seqlen_kv, double softmax_scale) {
   check(q.device >= 0, ErrorKind::kValue, "q must be on CUDA");
@@ -63,9 +71,10 @@ Shapes check_inputs(const View& q, const View& k, const View& v, const View& cu_
   check(max_seqlen_qo >= 0 && max_seqlen_kv >= 0, ErrorKind::kValue,
         "max_seqlen_qo and max_seqlen_kv must not be negative, got ", max_seqlen_qo, " and ", max_seqlen_kv);
   check(std::isfinite(softmax_scale), ErrorKind::kValue, "softmax_scale must be finite, got ", softmax_scale);
-  check_aligned(q, 2);
-  check_aligned(k, 2);
-  check_aligned(v, 2);
+  for (const View* view : {&q, &k, &v}) {
+    check_aligned(*view, 2);
+    check_not_expanded(*view);
+  }
   // The plan numbers row tiles of heads, and the kernel tokens, in 32 bits.
   const int64_t items = (ceil_div<int64_t>(s.tokens_q, kPrefillRowTile) + s.sequences + 1) * s.h_q;
   check(std::max({s.tokens_q, s.tokens_kv, items}) < INT32_MAX / 2, ErrorKind::kUnsupported, kOp, " takes up to 2^30 ",

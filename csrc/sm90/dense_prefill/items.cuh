@@ -25,22 +25,33 @@ class ItemReader {
  public:
   explicit __device__ __forceinline__ ItemReader(Storage<C>& storage) : storage_(storage) {}
 
-  // The next item; false behind the last. `leads`: the calling threads are this one, or a warp of which it is the one
-  // that says that the item is read.
-  __device__ __forceinline__ bool next(Item& item, bool leads, bool whole_warp) {
+  // The next item for a whole warp; false behind the last.
+  __device__ __forceinline__ bool next(Item& item, int lane) {
+    wait_and_read(item);
+    __syncwarp();
+    return finish(item, lane == 0);
+  }
+
+  // The same for a thread on its own.
+  __device__ __forceinline__ bool next(Item& item) {
+    wait_and_read(item);
+    return finish(item, true);
+  }
+
+ private:
+  __device__ __forceinline__ void wait_and_read(Item& item) const {
     mbarrier_wait(shared_address(&storage_.item_full[slot_.stage]), slot_.parity);
     item = storage_.items[slot_.stage];
-    if (whole_warp) {
-      __syncwarp();
-    }
-    if (leads) {
+  }
+
+  __device__ __forceinline__ bool finish(const Item& item, bool arrives) {
+    if (arrives) {
       mbarrier_arrive(shared_address(&storage_.item_empty[slot_.stage]));
     }
     slot_.advance();
     return item.num_rows > 0;
   }
 
- private:
   Storage<C>& storage_;
   Ring<2> slot_;
 };

@@ -21,7 +21,7 @@ class MathWarpgroup {
 
   __device__ __forceinline__ void run() {
     ItemReader<C> items(storage_);
-    for (Item item; items.next(item, lane_ == 0, true);) {
+    for (Item item; items.next(item, lane_);) {
       begin_rows();
       if (warpgroup_ * C::kWarpgroupRows >= item.num_rows) {
         pass_tiles(item);

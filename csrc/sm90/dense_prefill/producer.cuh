@@ -15,7 +15,7 @@ class TmaThread {
 
   __device__ __forceinline__ void run() {
     ItemReader<C> items(storage_);
-    for (Item item; items.next(item, true, false);) {
+    for (Item item; items.next(item);) {
       const int kv_head = item.head / params_.group;
       if (item.num_tiles == 0) {
         mbarrier_arrive(shared_address(&storage_.item_wanted));
@@ -86,7 +86,7 @@ class Cleaner {
     ItemReader<C> items(storage);
     uint32_t first_tile = 0;  // of the item, in the order of use
     uint32_t parities = 0;
-    for (Item item; items.next(item, lane == 0, true); first_tile += item.num_tiles) {
+    for (Item item; items.next(item, lane); first_tile += item.num_tiles) {
       // The tile with the end is the first that is taken.
       const int end = item.num_keys - (item.num_tiles - 1) * C::kKeys;
       if (item.num_tiles == 0 || end >= C::kKeys) {
