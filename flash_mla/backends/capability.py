@@ -131,41 +131,42 @@ def _dense_questions(capability: int) -> Iterator[_Question]:
         yield _Question(problem, dtype, problem.d_qk, problem.page_block_size, problem.h_kv)
 
 
+# Query heads: some kernels are for few of them.
+_HEADS = (16, 48)
+
+
 def _fp8_questions(capability: int) -> Iterator[_Question]:
-    for known, page in product(_FORMATS, _PAGES):
+    for known, page, h_q in product(_FORMATS, _PAGES, _HEADS):
         d_qk = known.layout.d_qk
-        where = ("cuda", capability, torch.bfloat16, 8, 1, 48, 1, d_qk, 512, page, 576**-0.5, known.value)
+        where = ("cuda", capability, torch.bfloat16, 8, 1, h_q, 1, d_qk, 512, page, 576**-0.5, known.value)
         yield _Question(DenseDecodeProblem(*where), known.value, d_qk, page, 1)
 
 
 def _sparse_questions(capability: int) -> Iterator[_Question]:
-    for known, extra, d_qk, page in _sparse_sources():
+    for known, extra, d_qk, page, h_q in _sparse_sources():
         extra_page, extra_topk = (None, 0) if extra is None else (page, 512)
-        shape = (8, 1, 48, d_qk, page, extra_page, 2048, extra_topk, 512, 576**-0.5)
-        yield _Question(
-            SparseDecodeProblem("cuda", capability, known, extra, *shape), _pair(known, extra), d_qk, page, 1
-        )
-
-
-def _sparse_prefill_questions(capability: int) -> Iterator[_Question]:
-    for known, extra, d_qk, page in _sparse_sources():
-        extra_topk = 0 if extra is None else 512
-        problem = SparsePrefillProblem(
-            "cuda", capability, known, extra, 4096, 48, d_qk, 512, 2048, extra_topk, 576**-0.5
-        )
+        shape = (8, 1, h_q, d_qk, page, extra_page, 2048, extra_topk, 512, 576**-0.5)
+        problem = SparseDecodeProblem("cuda", capability, known, extra, *shape)
         yield _Question(problem, _pair(known, extra), d_qk, page, 1)
 
 
-def _sparse_sources() -> Iterator[tuple[KVFormat, KVFormat | None, int, int]]:
-    """Formats of both caches, d_qk, page."""
+def _sparse_prefill_questions(capability: int) -> Iterator[_Question]:
+    for known, extra, d_qk, page, h_q in _sparse_sources():
+        shape = (4096, h_q, d_qk, 512, 2048, 0 if extra is None else 512, 576**-0.5)
+        problem = SparsePrefillProblem("cuda", capability, known, extra, *shape)
+        yield _Question(problem, _pair(known, extra), d_qk, page, 1)
+
+
+def _sparse_sources() -> Iterator[tuple[KVFormat, KVFormat | None, int, int, int]]:
+    """Formats of both caches, d_qk, page, query heads."""
     pairs: list[tuple[KVFormat, KVFormat | None, tuple[int, ...]]] = [
         *((known, None, (known.layout.d_qk,)) for known in _FORMATS),
         (KVFormat.V41, KVFormat.V41_FP4, (512,)),
         (KVFormat.BF16, None, (576, 512)),
     ]
-    for (known, extra, sizes), page in product(pairs, _PAGES):
+    for (known, extra, sizes), page, h_q in product(pairs, _PAGES, _HEADS):
         for d_qk in sizes:
-            yield known, extra, d_qk, page
+            yield known, extra, d_qk, page, h_q
 
 
 def _pair(known: KVFormat, extra: KVFormat | None) -> str:

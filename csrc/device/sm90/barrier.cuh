@@ -52,6 +52,16 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// The same, and whether `condition` holds for any of the threads.
+__device__ __forceinline__ bool named_barrier_any(int id, int threads, bool condition) {
+  uint32_t any;
+  asm volatile("{\n.reg .pred p, q;\nsetp.ne.u32 p, %3, 0;\nbar.red.or.pred q, %1, %2, p;\nselp.u32 %0, 1, 0, q;\n}"
+               : "=r"(any)
+               : "r"(id), "r"(threads), "r"(static_cast<uint32_t>(condition))
+               : "memory");
+  return any;
+}
+
 // Ordinary stores to shared memory become visible to wgmma and TMA; every storing thread runs it before the barrier
 // that hands the data over.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

@@ -42,6 +42,16 @@ __device__ __forceinline__ void async_copy16(uint32_t destination, const void* s
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(destination), "l"(source) : "memory");
 }
 
+__device__ __forceinline__ void async_copy8(uint32_t destination, const void* source) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(destination), "l"(source) : "memory");
+}
+
+__device__ __forceinline__ void store_words(uint32_t address, const uint4& words) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(words.x), "r"(words.y), "r"(words.z),
+               "r"(words.w)
+               : "memory");
+}
+
 // One of the barrier's arrivals, once this thread's copies so far are done. Who waits for it has to order the copies
 // before its own use by the async proxy.
 __device__ __forceinline__ void async_copy_arrive(uint32_t barrier) {
@@ -55,6 +65,13 @@ __device__ __forceinline__ void prefetch_l2(const void* address) {
 // Four 8 x 8 matrices of 16-bit values; each lane names the address of one row.
 __device__ __forceinline__ void store_matrix_x4(uint32_t row, const uint32_t* fragment) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(fragment[0]),
+               "r"(fragment[1]), "r"(fragment[2]), "r"(fragment[3])
+               : "memory");
+}
+
+// The same with each matrix transposed: a lane's address is that of one column.
+__device__ __forceinline__ void store_matrix_x4_transposed(uint32_t column, const uint32_t* fragment) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(column), "r"(fragment[0]),
                "r"(fragment[1]), "r"(fragment[2]), "r"(fragment[3])
                : "memory");
 }

@@ -53,6 +53,19 @@ struct WgmmaAtoms {
                                       cute::SM90::GMMA::MMA_64x128x16_F32F16F16_SS<Major::K, Major::MN>>;
 };
 
+// The same with keys, and with the columns of the values, as rows of the result: A is the keys or the values, B the few
+// rows of the other side, with the inner dimension contiguous.
+template <int kColumns>
+struct WgmmaSwappedAtoms {
+  using Major = cute::SM90::GMMA::Major;
+  static_assert(kColumns == 16 || kColumns == 32);
+  template <Major kMajorA>
+  using Atom = std::conditional_t<kColumns == 16, cute::SM90::GMMA::MMA_64x16x16_F32BF16BF16_SS<kMajorA, Major::K>,
+                                  cute::SM90::GMMA::MMA_64x32x16_F32BF16BF16_SS<kMajorA, Major::K>>;
+  using Scores = Atom<Major::K>;
+  using Output = Atom<Major::MN>;
+};
+
 // d += A B, or d = A B where `accumulate` is false. A and B by descriptor.
 template <class Atom, int kRegisters>
 __device__ __forceinline__ void wgmma_ss(float (&d)[kRegisters], uint64_t a, uint64_t b, bool accumulate) {

@@ -21,7 +21,7 @@ struct Config {
 
   static constexpr int kRows = kRowTile;
   static constexpr int kKeys = kScheduleBlock;
-  static constexpr int kSliceBytes = 64 * 128;
+  static constexpr int kSliceBytes = 64 * 128, kQSliceBytes = kSliceBytes;
   static constexpr int kSlices = kHeadDim / 64;
   static constexpr int kTileBytes = kSlices * kSliceBytes;
   static constexpr int kRopeSlice = kSlices - 1;

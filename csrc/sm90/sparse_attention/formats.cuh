@@ -3,6 +3,7 @@
 #pragma once
 
 #include "device/dequantize.cuh"
+#include "device/sm90/copy.cuh"
 #include "sm90/sparse_attention/config.h"
 
 namespace flash_mla::sm90::sparse_attention {
@@ -66,11 +67,11 @@ struct RowFormat {
   static __device__ __forceinline__ void convert(const uint4& raw, float scale, bool swapped, uint32_t first,
                                                  uint32_t second) {
     if constexpr (kLayout.value_bits == 8) {
-      store(first, eight(swapped ? raw.z : raw.x, swapped ? raw.w : raw.y, scale));
-      store(second, eight(swapped ? raw.x : raw.z, swapped ? raw.y : raw.w, scale));
+      store_words(first, eight(swapped ? raw.z : raw.x, swapped ? raw.w : raw.y, scale));
+      store_words(second, eight(swapped ? raw.x : raw.z, swapped ? raw.y : raw.w, scale));
     } else {
-      store(first, scale_e2m1x8(swapped ? raw.y : raw.x, scale));
-      store(second, scale_e2m1x8(swapped ? raw.x : raw.y, scale));
+      store_words(first, scale_e2m1x8(swapped ? raw.y : raw.x, scale));
+      store_words(second, scale_e2m1x8(swapped ? raw.x : raw.y, scale));
     }
   }
 
@@ -78,12 +79,6 @@ struct RowFormat {
   static __device__ __forceinline__ uint4 eight(uint32_t low, uint32_t high, float scale) {
     const uint2 a = scale_e4m3x4(low, scale), b = scale_e4m3x4(high, scale);
     return make_uint4(a.x, a.y, b.x, b.y);
-  }
-
-  static __device__ __forceinline__ void store(uint32_t address, const uint4& words) {
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(words.x), "r"(words.y), "r"(words.z),
-                 "r"(words.w)
-                 : "memory");
   }
 };
 

@@ -127,11 +127,12 @@ class KeyLists {
     async_copy_arrive(shared_address(&storage_.q_full));
   }
 
-  // A warp loads as many rows of Q as keys, eight at a time; zeros where there is no row.
+  // A warp loads as many rows of Q as keys, if the tile has so many, eight at a time; zeros where there is no row.
   __device__ __forceinline__ void load_q(const PieceFacts& facts) const {
     const int lane = opaque_lane();
 #pragma unroll 1
-    for (int tile_row = warp_ * kWarpKeys + lane / 4; tile_row < (warp_ + 1) * kWarpKeys; tile_row += 8) {
+    for (int tile_row = warp_ * kWarpKeys + lane / 4; tile_row < min((warp_ + 1) * kWarpKeys, C::kRows);
+         tile_row += 8) {
       const int row = facts.row_tile * C::kRows + tile_row;
       const bool valid = row < params_.unit_rows;
       const auto* source = static_cast<const unsigned char*>(params_.q);
@@ -148,7 +149,7 @@ class KeyLists {
       for (int slice = 0; slice < C::kSlices; ++slice) {
         async_copy16(destination, source, valid);
         async_copy16(destination ^ 64, source + 64, valid);
-        destination += C::kSliceBytes;
+        destination += C::kQSliceBytes;
         source += kSliceRowBytes;
       }
     }

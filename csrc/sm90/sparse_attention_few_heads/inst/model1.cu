@@ -1,0 +1,6 @@
+#include "sm90/sparse_attention_few_heads/launch.cuh"
+#include "sm90/sparse_attention_few_heads/launch.h"
+
+void flash_mla::sm90::sparse_attention_few_heads::launch_model1(const SparseAttentionParams& params, void* stream) {
+  launch<KVFormat::kModel1, KVFormat::kNone, 512>("sm90_sparse_few_heads_model1", params, stream);
+}
