@@ -207,6 +207,30 @@ def test_many_tokens_of_many_heads(backend: Target) -> None:
     check_sparse_prefill(inputs)
 
 
+@pytest.mark.parametrize(("known", "extra"), [("V32", None), ("MODEL1", "MODEL1"), ("V41", "V41_FP4")])
+def test_rows_that_are_selected_often(backend: Target, known: str, extra: str | None) -> None:
+    """More selections than rows, where a kernel may convert the caches as a whole."""
+    s_q, h_q, topk = (150, 40, 200) if backend.on_gpu else (8, 34, 40)
+    inputs = make_sparse_prefill_inputs(
+        s_q,
+        h_q=h_q,
+        topk=topk,
+        kv_format=known,
+        lengths="token",
+        sink=True,
+        page=16,
+        num_blocks=100 if backend.on_gpu else 4,
+        extra_topk=60 if extra else 0,
+        extra_format=extra,
+        device=backend.device,
+    )
+    result = run(inputs)
+    check_sparse_prefill(inputs, result=result)
+    few = replace(inputs, q=inputs.q[:, :32], attn_sink=inputs.attn_sink[:32])
+    for whole, part in zip(result, run(few), strict=True):
+        torch.testing.assert_close(whole[:, :32], part, rtol=2e-2, atol=2e-3)
+
+
 @pytest.mark.parametrize("known", ["BF16", "V32"])
 def test_captured_in_a_graph(backend: Target, known: str) -> None:
     if not backend.is_cuda:

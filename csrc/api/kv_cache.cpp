@@ -106,8 +106,11 @@ void append_kv_cache(const Tensor& kv, const Tensor& cache, const Tensor& slot_m
 }
 
 Tensor dequantize_kv_cache(const Tensor& cache, const Name& kv_format) {
-  const View view("cache", cache);
-  KVCacheParams params = params_of(view, format_of("kv_format", kv_format));
+  return dequantized(View("cache", cache), format_of("kv_format", kv_format));
+}
+
+Tensor dequantized(const View& view, KVFormat format) {
+  KVCacheParams params = params_of(view, format);
   check_built_for("dequantize_kv_cache", view.device);
   const torch::stable::accelerator::DeviceGuard guard(view.device);
   Tensor values = empty(view.device, ScalarType::BFloat16, {view.size(0), params.page, 1, params.d_qk});

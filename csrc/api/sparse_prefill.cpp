@@ -7,6 +7,7 @@
 
 #include "api/decode.h"
 #include "api/device.h"
+#include "api/kv_cache.h"
 #include "api/kv_format.h"
 #include "api/sparse_keys.h"
 #include "sm90/kernels.h"
@@ -64,6 +65,14 @@ struct Selection {
     }
   }
 
+  int64_t slots() const { return cache.size(0) * cache.size(1); }
+
+  void dequantize() {
+    rows = dequantized(cache, format);
+    cache = View(cache.name, rows);
+    format = KVFormat::kBf16;
+  }
+
   KeySource source() const {
     KeySource source = source_of_cache(cache);
     source.indices = static_cast<const int32_t*>(indices.data);
@@ -112,7 +121,6 @@ struct Call {
               extra_k_cache.has_value() == extra_kv_format.has_value() && (extra_k_cache || !extra_topk_length),
           ErrorKind::kValue, "extra_k_cache, extra_indices_in_kvcache and extra_kv_format must come together");
     // Before the keys, which may have to be copied for the kernel.
-    SparseAttentionProblem problem{};
     problem.compute_capability = device_facts(q.device).compute_capability;
     problem.element = Element::kBFloat16;
     problem.format = format;
@@ -127,6 +135,26 @@ struct Call {
       extra.emplace("extra_k_cache", *extra_k_cache, "extra_indices_in_kvcache", *extra_indices, "extra_topk_length",
                     extra_topk_length, problem.extra_format, q);
     }
+  }
+
+  // Rows of FP8 caches are converted as often as they are selected. Where that is often enough, a copy of the whole
+  // cache costs less, and so does the kernel over bfloat16 rows, with the same values. Up to 32 heads the kernel is
+  // limited by the bytes that it gathers, and FP8 rows have fewer.
+  void dequantize_if_cheaper() {
+    constexpr int64_t kWorthACopy = 8, kMostBytes = int64_t{1} << 30, kFewHeads = 32;
+    const int64_t slots = keys->slots() + (extra ? extra->slots() : 0),
+                  selected = q.size(0) * (keys->indices.size(2) + (extra ? extra->indices.size(2) : 0));
+    if (problem.format == KVFormat::kBf16 || problem.h_q <= kFewHeads || slots > selected / kWorthACopy ||
+        slots > kMostBytes / (2 * problem.d_qk)) {
+      return;
+    }
+    keys->dequantize();
+    problem.format = KVFormat::kBf16;
+    if (extra) {
+      extra->dequantize();
+      problem.extra_format = KVFormat::kBf16;
+    }
+    kernel = &select("sparse_prefill", sm90::sparse_attention_kernels(), problem);
   }
 
   // Kernels write all 512 columns, 16 bytes at a time: where `out` has other rows, somewhere else first.
@@ -178,6 +206,7 @@ struct Call {
                       current_stream(q.device));
   }
 
+  SparseAttentionProblem problem{};
   const SparseKernel* kernel = nullptr;
 };
 
@@ -188,9 +217,10 @@ std::tuple<Tensor, Tensor, Tensor> sparse_prefill(
     const std::optional<Tensor>& extra_k_cache, const std::optional<Tensor>& extra_indices,
     const std::optional<Tensor>& extra_topk_length, const std::optional<Tensor>& attn_sink, const Name& kv_format,
     const std::optional<Name>& extra_kv_format, int64_t d_v, double sm_scale, const Name& lse_base) {
-  const Call call(q, kv, indices, topk_length, extra_k_cache, extra_indices, extra_topk_length, attn_sink, kv_format,
-                  extra_kv_format, d_v, sm_scale, lse_base);
+  Call call(q, kv, indices, topk_length, extra_k_cache, extra_indices, extra_topk_length, attn_sink, kv_format,
+            extra_kv_format, d_v, sm_scale, lse_base);
   const torch::stable::accelerator::DeviceGuard guard(call.q.device);
+  call.dequantize_if_cheaper();
   const int64_t s_q = call.q.size(0), h_q = call.q.size(1);
   Tensor out = empty(call.q.device, ScalarType::BFloat16, {s_q, h_q, d_v});
   Tensor max_logits = empty(call.q.device, ScalarType::Float, {s_q, h_q});
@@ -205,9 +235,10 @@ void sparse_prefill_out(const Tensor& q, const Tensor& kv, const Tensor& indices
                         const std::optional<Tensor>& attn_sink, const Name& kv_format,
                         const std::optional<Name>& extra_kv_format, int64_t d_v, double sm_scale, const Name& lse_base,
                         const Tensor& out, const Tensor& max_logits, const Tensor& lse) {
-  const Call call(q, kv, indices, topk_length, extra_k_cache, extra_indices, extra_topk_length, attn_sink, kv_format,
-                  extra_kv_format, d_v, sm_scale, lse_base);
+  Call call(q, kv, indices, topk_length, extra_k_cache, extra_indices, extra_topk_length, attn_sink, kv_format,
+            extra_kv_format, d_v, sm_scale, lse_base);
   const torch::stable::accelerator::DeviceGuard guard(call.q.device);
+  call.dequantize_if_cheaper();
   const View out_view("out", out), maximum_view("max_logits", max_logits), lse_view("lse", lse);
   const int64_t s_q = call.q.size(0), h_q = call.q.size(1);
   check_dim(out_view, 3, "[s_q, h_q, d_v]");
