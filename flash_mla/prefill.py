@@ -34,7 +34,8 @@ def flash_mla_sparse_fwd(
     `max_logits = max_i s_i`, `lse = ln(sum_i exp s_i)`,
     `out = sum_i exp(s_i - lse) v_i * exp(lse) / (exp(lse) + exp(sink))`. A query without a valid index gets out 0,
     max_logits -inf and lse +inf. out and lse are differentiable in q, in bfloat16 kv and extra_k_cache, and in
-    attn_sink.
+    attn_sink. FP8 caches are read as they are; where more than 32 heads select each row often and a bfloat16 copy takes
+    256 MiB at the most, the CUDA backend makes one for the duration of the call, which is faster.
 
     Args:
         q: bfloat16 `[s_q, h_q, d_qk]`, last dimension contiguous; d_qk 576 or 512.

@@ -141,7 +141,7 @@ struct Call {
   // cache costs less, and so does the kernel over bfloat16 rows, with the same values. Up to 32 heads the kernel is
   // limited by the bytes that it gathers, and FP8 rows have fewer.
   void dequantize_if_cheaper() {
-    constexpr int64_t kWorthACopy = 8, kMostBytes = int64_t{1} << 30, kFewHeads = 32;
+    constexpr int64_t kWorthACopy = 8, kMostBytes = int64_t{256} << 20, kFewHeads = 32;
     const int64_t slots = keys->slots() + (extra ? extra->slots() : 0),
                   selected = q.size(0) * (keys->indices.size(2) + (extra ? extra->indices.size(2) : 0));
     if (problem.format == KVFormat::kBf16 || problem.h_q <= kFewHeads || slots > selected / kWorthACopy ||

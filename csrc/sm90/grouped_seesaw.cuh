@@ -105,9 +105,14 @@ class GroupedSeesaw : protected SeesawWarpgroup<typename C::Element, Storage, kK
       wgmma_fence();
       this->template multiply_shared<1>(0, probabilities0());
       auto finish_slot0 = [this] {
-        wgmma_wait<1>();
-        release(0, kCols256);
+        if constexpr (Derived::kCopiedKeys) {
+          wgmma_wait<1>();
+          release(0, kCols256);
+        }
         wgmma_wait<0>();
+        if constexpr (!Derived::kCopiedKeys) {
+          release(0, kCols256);
+        }
         release(0, kCols384);
         release(0, kRope);
       };
