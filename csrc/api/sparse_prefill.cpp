@@ -15,8 +15,11 @@
 namespace flash_mla::api {
 namespace {
 
+// What copies of a call's rows may take.
+constexpr int64_t kMostCopiedBytes = int64_t{256} << 20;
+
 // Rows of 16-bit values whose address or strides are no multiples of 16 bytes, which is how kernels move them, as a
-// copy; other rows as they are.
+// copy, if it is not too large; other rows as they are.
 Tensor with_aligned_rows(const Tensor& rows) {
   if (rows.scalar_type() != ScalarType::BFloat16 || rows.dim() != 4 || !rows.is_cuda()) {
     return rows;
@@ -25,7 +28,7 @@ Tensor with_aligned_rows(const Tensor& rows) {
   for (int d = 0; d < 2; ++d) {
     aligned &= rows.size(d) <= 1 || rows.stride(d) % 8 == 0;
   }
-  if (aligned) {
+  if (aligned || 2 * rows.numel() > kMostCopiedBytes) {
     return rows;
   }
   const torch::stable::accelerator::DeviceGuard guard(rows.get_device_index());
@@ -141,11 +144,11 @@ struct Call {
   // cache costs less, and so does the kernel over bfloat16 rows, with the same values. Up to 32 heads the kernel is
   // limited by the bytes that it gathers, and FP8 rows have fewer.
   void dequantize_if_cheaper() {
-    constexpr int64_t kWorthACopy = 8, kMostBytes = int64_t{256} << 20, kFewHeads = 32;
+    constexpr int64_t kWorthACopy = 8, kFewHeads = 32;
     const int64_t slots = keys->slots() + (extra ? extra->slots() : 0),
                   selected = q.size(0) * (keys->indices.size(2) + (extra ? extra->indices.size(2) : 0));
     if (problem.format == KVFormat::kBf16 || problem.h_q <= kFewHeads || slots > selected / kWorthACopy ||
-        slots > kMostBytes / (2 * problem.d_qk)) {
+        slots > kMostCopiedBytes / (2 * problem.d_qk)) {
       return;
     }
     keys->dequantize();
