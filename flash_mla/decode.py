@@ -273,7 +273,7 @@ def _decode_unusual(
         )
         problem_sparse.check_extra_arguments(*extra)
         arguments.check_tensor("q", q, 4, "[b, s_q, h_q, d_qk]")
-        formats = problem_sparse.formats_of_call(k_cache, extra[0], q.shape[-1], kv_format)
+        formats = problem_sparse.formats_of_call("k_cache", k_cache, extra[0], q.shape[-1], kv_format)
         return decode_calls.run(SparseCall(*common, indices, topk_length, *extra, *formats))
     problem.check_dense_call(
         k_cache,

@@ -1,5 +1,6 @@
 """Prefill attention: sparse over selected rows, and dense over variable-length sequences."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -66,7 +67,7 @@ def flash_mla_sparse_fwd(
     if extra_k_cache is not None:
         _check_rows("extra_k_cache", extra_k_cache)
     cache, extra = problem_sparse.as_cache(kv), problem_sparse.as_cache(extra_k_cache)
-    known, extra_known = problem_sparse.resolve_formats("kv", cache, extra, q.shape[-1], kv_format)
+    known, extra_known = problem_sparse.formats_of_call("kv", cache, extra, q.shape[-1], kv_format)
     selected = (q, cache, indices, topk_length, extra, extra_indices_in_kvcache, extra_topk_length, attn_sink)
     formats = (known.value, None if extra_known is None else extra_known.value)
     inputs = (*selected, *formats, d_v, sm_scale, return_lse_base)
@@ -75,11 +76,13 @@ def flash_mla_sparse_fwd(
         return SparsePrefillProblem.of(q, cache, indices, d_v, extra, extra_indices_in_kvcache, known, sm_scale)
 
     if out is None:
-        result, max_logits, lse = backends.serve(
-            "sparse_prefill", problem_sparse.check_sparse_prefill, problem_of, *inputs
-        )
+        with _gradient_if_needed(q, cache, extra, attn_sink):
+            result, max_logits, lse = backends.serve(
+                "sparse_prefill", problem_sparse.check_sparse_prefill, problem_of, *inputs
+            )
         return result, max_logits, lse
-    _check_no_gradient(q, cache, extra, attn_sink)
+    if _needs_gradient(q, cache, extra, attn_sink):
+        raise ValueError(wanted("out", "None where an input requires a gradient", "a tensor"))
     s_q, h_q, _ = q.shape
     max_logits, lse = (torch.empty((s_q, h_q), dtype=torch.float32, device=q.device) for _ in range(2))
     outputs = (out, max_logits, lse)
@@ -94,9 +97,16 @@ def _check_rows(name: str, kv: Any) -> None:
         raise (ValueError if isinstance(kv, Tensor) else TypeError)(wanted(name, f"a tensor {shapes}", given))
 
 
-def _check_no_gradient(*tensors: Tensor | None) -> None:
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        raise ValueError(wanted("out", "None where an input requires a gradient", "a tensor"))
+def _needs_gradient(*tensors: Any) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)
+
+
+def _gradient_if_needed(*tensors: Any) -> AbstractContextManager[Any]:
+    """For a call over these tensors: without autograd where nothing requires a gradient, which halves the host time."""
+    if torch.compiler.is_compiling() or _needs_gradient(*tensors):
+        return nullcontext()
+    below_autograd: AbstractContextManager[Any] = torch._C._AutoDispatchBelowAutograd()
+    return below_autograd
 
 
 def flash_attn_varlen_func(
@@ -150,7 +160,8 @@ def flash_attn_varlen_func(
     def problem_of(*_: Any) -> DensePrefillProblem:
         return DensePrefillProblem.of(q, k, v, cu_seqlens_qo, causal, deterministic, softmax_scale)
 
-    out, lse = backends.serve("dense_prefill", problem_prefill.check_dense_prefill, problem_of, *inputs)
+    with _gradient_if_needed(q, k, v):
+        out, lse = backends.serve("dense_prefill", problem_prefill.check_dense_prefill, problem_of, *inputs)
     return out, lse
 
 

@@ -145,19 +145,19 @@ _resolved: dict[Any, tuple[KVFormat, KVFormat | None]] = {}
 
 
 def formats_of_call(
-    k_cache: Any, extra: Any, d_qk: int, named: KVFormat | str | None
+    name: str, cache: Any, extra: Any, d_qk: int, named: KVFormat | str | None
 ) -> tuple[KVFormat, KVFormat | None]:
-    """`resolve_formats` for a decode call, remembered: on every call it would take longer than all the rest.
+    """`resolve_formats` for a call, remembered: on every call it would take longer than all the rest.
 
     Whether the caches have four dimensions is then left to the operator's checks.
     """
-    if torch.compiler.is_compiling() or not isinstance(k_cache, Tensor) or not isinstance(named, str | None):
-        return resolve_formats("k_cache", k_cache, extra, d_qk, named)
+    if torch.compiler.is_compiling() or not isinstance(cache, Tensor) or not isinstance(named, str | None):
+        return resolve_formats(name, cache, extra, d_qk, named)
     second = (extra.dtype, extra.shape[-1:]) if isinstance(extra, Tensor) else extra is None
-    facts = (k_cache.dtype, k_cache.shape[-1:], d_qk, named, second)
+    facts = (cache.dtype, cache.shape[-1:], d_qk, named, second)
     known = _resolved.get(facts)
     if known is None:
-        known = resolve_formats("k_cache", k_cache, extra, d_qk, named)
+        known = resolve_formats(name, cache, extra, d_qk, named)
         _resolved[facts] = known
     return known
 
