@@ -629,6 +629,7 @@ SPARSE_TABLE: dict[str, tuple[dict[str, object], str]] = {
     "dense E4M3": ({"fp8_cache": "E4M3"}, "v32: k_cache must be of format V32"),
     "FP8 q": ({"fp8_cache": "V32", "dtype": torch.float8_e4m3fn}, "v32: q must be bfloat16"),
 }
+TAKEN_BY_TRITON = ("old GPU", "other second cache", "scale", "dense E4M3", "FP8 q")
 
 
 @pytest.mark.skipif(backends.cuda_missing is not None, reason=str(backends.cuda_missing))
@@ -648,7 +649,9 @@ def test_the_table_of_sparse_attention(case: str) -> None:
         assert backends.select(problem) is backends.CUDA
     elif not takes:
         assert f"sm90_sparse_attention_{kernel}: {reason}" in text
-        assert backends.select(problem) is backends.REFERENCE
+        served = backends.TRITON.why_not(problem) is None
+        assert served == (case in TAKEN_BY_TRITON and backends.triton.missing() is None)
+        assert backends.select(problem) is (backends.TRITON if served else backends.REFERENCE)
 
 
 @pytest.mark.skipif(backends.cuda_missing is not None, reason=str(backends.cuda_missing))

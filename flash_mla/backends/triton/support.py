@@ -26,12 +26,10 @@ NOT_SERVED = {
 }
 """Operations, and variants of them, that the backend declines on every device so far, each with its reason."""
 
-
-BY_NAME_ONLY = {
-    op: f"its kernels for {what} have not run on a GPU yet: ask for the backend by name"
-    for op, what in {"sparse_decode": "sparse_decode", "dense_decode_fp8": "dense_decode over FP8 caches"}.items()
-}
-"""Operations, and variants of them, that the backend serves only where it is asked for by name."""
+BY_NAME_ONLY: dict[str, str] = {}
+"""Operations, and variants of them ("dense_decode_fp8"), that the backend serves only where it is asked for by name,
+each with its reason: those whose compiled kernels have not run on a GPU yet.
+"""
 
 
 def by_name_only(wanted: Problem) -> str | None:
@@ -71,14 +69,12 @@ def why_not_on(device_type: str, compute_capability: int | None) -> str | None:
 
 def why_not(wanted: Problem) -> str | None:
     """None when a kernel takes `wanted`, else the reason."""
-    if isinstance(wanted, SparseDecodeProblem):
-        return why_not_on(wanted.device_type, wanted.compute_capability)
-    if not isinstance(wanted, DenseDecodeProblem):
+    if not isinstance(wanted, DenseDecodeProblem | SparseDecodeProblem):
         return NOT_SERVED[wanted.op]
     reason = why_not_on(wanted.device_type, wanted.compute_capability)
     if reason is not None:
         return reason
-    if wanted.fp8_cache is None and wanted.dtype not in problem.HALF_DTYPES:
+    if isinstance(wanted, DenseDecodeProblem) and wanted.fp8_cache is None and wanted.dtype not in problem.HALF_DTYPES:
         return f"dtype must be bfloat16 or float16, got {str(wanted.dtype).removeprefix('torch.')}"
     if wanted.d_qk not in problem.HEAD_DIMS_QK:
         return f"d_qk must be 576 or 512, got {wanted.d_qk}"
