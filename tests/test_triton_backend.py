@@ -284,6 +284,56 @@ def test_every_tile_gives_the_answer(triton_target: Target, tile: tuple[int, ...
     check_dense_decode(inputs, result=(out, lse))
 
 
+@needs_triton
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize(
+    ("b", "s_q", "h_q"), [(1, 1, 128), (64, 1, 16), (3, 1024, 128), (3000, 2, 128), (2, 65, 24), (2, 25, 128)]
+)
+def test_bytes_of_partial_results(
+    monkeypatch: pytest.MonkeyPatch, b: int, s_q: int, h_q: int, sparse: bool, batch_invariant: bool
+) -> None:
+    """What a GPU of 132 multiprocessors would allocate: 64 rows, 512 values and a logarithm each, for twice as many."""
+    from flash_mla.backends.triton import dense_decode, sparse_decode
+    from flash_mla.backends.triton.dequant import Format
+
+    h200 = Gpu(90, 232448, 132)
+    kernels = sparse_decode if sparse else dense_decode
+    taken = [0]
+    make_partials = kernels._partials
+
+    def partials(*arguments: object) -> tuple[torch.Tensor, torch.Tensor]:
+        made = make_partials(*arguments)
+        taken.append(sum(tensor.nbytes for tensor in made))
+        return made
+
+    monkeypatch.setattr(Gpu, "of", staticmethod(lambda device: h200))
+    for name, replacement in {
+        "_launch": lambda *_, **__: None,
+        "_join": lambda *_, **__: None,
+        "_compacted": lambda keys: keys,
+        "_partials": partials,
+    }.items():
+        monkeypatch.setattr(kernels, name, replacement, raising=name != "_compacted")
+    q, cache = torch.empty((b, s_q, h_q, 576), device="meta"), torch.empty((b, 64, 1, 576), device="meta")
+    results = None, 0.04, torch.empty((b, s_q, h_q, 512), device="meta"), torch.empty((b, h_q, s_q), device="meta")
+    if sparse:
+        indices, length = (torch.empty(shape, device="meta").int() for shape in ((b, s_q, 2048), (b, s_q)))
+        keys = sparse_decode.Keys(cache, Format.BF16_576, indices, length)
+        call = sparse_decode.Call(q, keys, None, *results)
+        parts = config.num_sparse_parts(h200, s_q, h_q)
+    else:
+        table = torch.empty((b, 40), device="meta")
+        call = dense_decode.Call(q, cache, table, table[:, 0], *results[:2], True, *results[2:])
+        parts = config.num_parts(h200, s_q, h_q, 1)
+    schedule = torch.empty((parts, 8), device="meta")
+    if batch_invariant:
+        getattr(kernels, f"{kernels.__name__.rpartition('.')[2]}_batch_invariant")(call)
+    else:
+        getattr(kernels, kernels.__name__.rpartition(".")[2])(call, schedule, schedule)
+    assert max(taken) <= 2 * 132 * 64 * (512 + 1) * 4
+
+
 # ---- Planning.
 
 

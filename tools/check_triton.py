@@ -96,7 +96,7 @@ POINTERS = {
     "descale": "*fp32",
     "lse": "*fp32",
     "partial_out": "*fp32",
-    "partial_stats": "*fp32",
+    "partial_lse": "*fp32",
     "scale_log2": "fp32",
 }
 

@@ -144,7 +144,7 @@ def sparse_decode_kernel(
     out: tl.tensor,
     lse: tl.tensor,
     partial_out: tl.tensor,
-    partial_stats: tl.tensor,
+    partial_lse: tl.tensor,
     scale_log2: tl.tensor,
     b: tl.tensor,
     h_q: tl.tensor,
@@ -299,7 +299,7 @@ def sparse_decode_kernel(
             store_result(out_rows, lse_rows, acc, row_max, row_sum, sink, exists, True)
         elif partial != NOTHING:
             tile = wide(partial) * tl.num_programs(0) + tl.program_id(0)
-            store_partial(partial_out, partial_stats, tile, acc, row_max, row_sum, exists, BLOCK_M)
+            store_partial(partial_out, partial_lse, tile, acc, row_max, row_sum, exists, BLOCK_M)
 
 
 @jit_for_any_value(
@@ -498,10 +498,10 @@ def _blocks(call: Call) -> Tensor:
 
 
 def _partials(call: Call, tile: Tile, count: int) -> tuple[Tensor, Tensor]:
-    """Memory for `count` partial results of all rows: sums of values, and the maximum and sum of each row."""
+    """Memory for `count` partial results of all rows: values, and a logarithm for each row."""
     rows = count * call.q.shape[1] * _padded_heads(call, tile)
     new = call.lse.new_empty
-    return new((rows, HEAD_DIM_V)), new((rows, 2))
+    return new((rows, HEAD_DIM_V)), new((rows,))
 
 
 def _padded_heads(call: Call, tile: Tile) -> int:
