@@ -102,18 +102,17 @@ def test_reasons_of_the_problem() -> None:
         ({"d_v": 256}, "d_v must be 512, got 256"),
     ):
         assert triton.why_not(replace(PROBLEM, **change)) == text
+    prefill = SparsePrefillProblem("cuda", 90, KVFormat.V32, None, 4, 2, 576, 576, 9, 0, 0.04)
+    assert triton.why_not(prefill) is None
+    assert triton.why_not(replace(prefill, d_v=577)) == "d_v must be 1 to 576, got 577"
+    assert triton.why_not(replace(prefill, d_qk=128)) == "d_qk must be 576 or 512, got 128"
 
 
 def test_it_says_what_it_does_not_serve_yet() -> None:
-    """A sentence for every operation but decode, on every device, with or without Triton."""
-    prefill = make_sparse_prefill_inputs(2, h_q=2)
+    """A sentence for every operation without a kernel, on every device, with or without Triton."""
     dense = make_dense_prefill_inputs([(3, 5)])
     cache = quantize_kv_cache(torch.zeros((5, 512), dtype=torch.bfloat16), "V41", 4)
     calls: dict[str, tuple[Problem, Callable[[], object]]] = {
-        "sparse_prefill": (
-            SparsePrefillProblem.of(*list(prefill.call().values())[:3]),
-            lambda: check_sparse_prefill(prefill),
-        ),
         "dense_prefill": (
             DensePrefillProblem.of(*list(dense.call().values())[:4]),
             lambda: check_dense_prefill(dense),
@@ -132,18 +131,19 @@ def test_it_says_what_it_does_not_serve_yet() -> None:
 
 
 def test_what_is_served_by_name_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing at present. What is listed there goes to the reference, and to Triton where it is asked for."""
-    assert not triton.BY_NAME_ONLY
-    assert triton.UNASKED == triton.OPERATORS
+    """What is listed goes to the reference, and to Triton where it is asked for; the rest to Triton."""
     monkeypatch.setattr(triton.support, "missing", lambda: None)
-    inputs = make_sparse_decode_inputs(2, h_q=2)
+    sparse, prefill = make_sparse_decode_inputs(2, h_q=2), make_sparse_prefill_inputs(2, h_q=2)
     problems: dict[str, Problem] = {
-        "sparse_decode": SparseDecodeProblem.of(inputs.q, inputs.primary.cache, inputs.primary.indices),
+        "sparse_decode": SparseDecodeProblem.of(sparse.q, sparse.primary.cache, sparse.primary.indices),
         "dense_decode_fp8": replace(PROBLEM, fp8_cache="V32"),
+        "sparse_prefill": SparsePrefillProblem.of(prefill.q, prefill.primary.cache, prefill.primary.indices),
     }
+    assert set(triton.BY_NAME_ONLY) == {"sparse_prefill"}
+    assert set(triton.OPERATORS) - set(triton.UNASKED) == {"sparse_prefill", "sparse_prefill_out"}
     for op, problem in problems.items():
         on_gpu = replace(problem, device_type="cuda", compute_capability=80)
-        assert backends.select(on_gpu) is backends.TRITON
+        assert backends.select(on_gpu) is (backends.REFERENCE if op in triton.BY_NAME_ONLY else backends.TRITON)
         monkeypatch.setitem(triton.BY_NAME_ONLY, op, "it is new")
         assert backends.select(on_gpu) is backends.REFERENCE
         assert str(backends.why_no_kernel(on_gpu)).endswith("; triton: it is new")
@@ -399,13 +399,35 @@ def test_dense_decode(
     assert_same_bits(flash_mla_with_kvcache(**inputs.call(), **options), first)
 
 
+# ---- Sparse prefill: what CUDA kernels do not take. The contract's tests run over this backend too.
+
+
+@pytest.mark.parametrize("d_v", [513, 576])
+@pytest.mark.parametrize(("h_q", "known"), [(5, "V32"), (40, "V32"), (5, "BF16")])
+def test_values_behind_the_first_512(triton_target: Target, h_q: int, known: str, d_v: int) -> None:
+    inputs = make_sparse_prefill_inputs(
+        3,
+        d_v=d_v,
+        h_q=h_q,
+        topk=70,
+        kv_format=known,
+        lengths="token",
+        invalid=0.3,
+        extra_topk=20,
+        sink=True,
+        device=triton_target.device,
+    )
+    check_sparse_prefill(inputs)
+
+
 # ---- Compilers.
 
 
 @needs_triton
-def test_kernels_compile_for_cards_that_are_not_here() -> None:
+@pytest.mark.parametrize("kernel", ["dense_decode", "sparse_decode", "sparse_prefill"])
+def test_kernels_compile_for_cards_that_are_not_here(kernel: str) -> None:
     """Ahead of time, within each card's limits; all of them: tools/check_triton.py without --quick."""
-    command = [sys.executable, str(ROOT / "tools" / "check_triton.py"), "--quick", "--only", "dense"]
+    command = [sys.executable, str(ROOT / "tools" / "check_triton.py"), "--quick", "--only", kernel]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -9,7 +9,7 @@ import torch
 from flash_mla import problem
 from flash_mla.backends.triton import config
 from flash_mla.problem import DenseDecodeProblem, Problem
-from flash_mla.problem_sparse import SparseDecodeProblem
+from flash_mla.problem_sparse import SparseDecodeProblem, SparsePrefillProblem
 
 OLDEST, TOO_NEW = (3, 4), (3, 10)
 """Versions of Triton that the kernels are written for, as pyproject.toml pins them: from the first, below the
@@ -20,13 +20,14 @@ MIN_CAPABILITY = 80
 """bfloat16 on tensor cores."""
 
 NOT_SERVED = {
-    "sparse_prefill": "no kernel for sparse_prefill is written yet",
     "dense_prefill": "no kernel for dense_prefill is written yet",
     "kv_cache": "no kernel for kv_cache is written yet",
 }
 """Operations, and variants of them, that the backend declines on every device so far, each with its reason."""
 
-BY_NAME_ONLY: dict[str, str] = {}
+BY_NAME_ONLY = {
+    "sparse_prefill": "its kernel for sparse_prefill has not run on a GPU yet: ask for the backend by name",
+}
 """Operations, and variants of them ("dense_decode_fp8"), that the backend serves only where it is asked for by name,
 each with its reason: those whose compiled kernels have not run on a GPU yet.
 """
@@ -69,7 +70,7 @@ def why_not_on(device_type: str, compute_capability: int | None) -> str | None:
 
 def why_not(wanted: Problem) -> str | None:
     """None when a kernel takes `wanted`, else the reason."""
-    if not isinstance(wanted, DenseDecodeProblem | SparseDecodeProblem):
+    if not isinstance(wanted, DenseDecodeProblem | SparseDecodeProblem | SparsePrefillProblem):
         return NOT_SERVED[wanted.op]
     reason = why_not_on(wanted.device_type, wanted.compute_capability)
     if reason is not None:
@@ -78,6 +79,8 @@ def why_not(wanted: Problem) -> str | None:
         return f"dtype must be bfloat16 or float16, got {str(wanted.dtype).removeprefix('torch.')}"
     if wanted.d_qk not in problem.HEAD_DIMS_QK:
         return f"d_qk must be 576 or 512, got {wanted.d_qk}"
+    if isinstance(wanted, SparsePrefillProblem):
+        return None if 1 <= wanted.d_v <= wanted.d_qk else f"d_v must be 1 to {wanted.d_qk}, got {wanted.d_v}"
     if wanted.d_v != problem.HEAD_DIM_V:
         return f"d_v must be {problem.HEAD_DIM_V}, got {wanted.d_v}"
     return None
