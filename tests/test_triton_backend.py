@@ -26,6 +26,7 @@ from flash_mla import (
     UnsupportedError,
     backends,
     dequantize_kv_cache,
+    flash_attn_varlen_func,
     flash_mla_with_kvcache,
     get_mla_decoding_metadata,
     merge_attention_states,
@@ -102,6 +103,11 @@ def test_reasons_of_the_problem() -> None:
         ({"d_v": 256}, "d_v must be 512, got 256"),
     ):
         assert triton.why_not(replace(PROBLEM, **change)) == text
+    mha = DensePrefillProblem("cuda", 90, torch.float16, 4, 8, 2, 128, 128, True, False, True, 0.04)
+    assert triton.why_not(mha) is None
+    assert triton.why_not(replace(mha, dtype=torch.float32)) == "dtype must be bfloat16 or float16, got float32"
+    assert triton.why_not(replace(mha, d_qk=64)) == "d_qk must be 192 or 128, got 64"
+    assert triton.why_not(replace(mha, d_v=64)) == "d_v must be 128, got 64"
     prefill = SparsePrefillProblem("cuda", 90, KVFormat.V32, None, 4, 2, 576, 576, 9, 0, 0.04)
     assert triton.why_not(prefill) is None
     assert triton.why_not(replace(prefill, d_v=577)) == "d_v must be 1 to 576, got 577"
@@ -110,13 +116,8 @@ def test_reasons_of_the_problem() -> None:
 
 def test_it_says_what_it_does_not_serve_yet() -> None:
     """A sentence for every operation without a kernel, on every device, with or without Triton."""
-    dense = make_dense_prefill_inputs([(3, 5)])
     cache = quantize_kv_cache(torch.zeros((5, 512), dtype=torch.bfloat16), "V41", 4)
     calls: dict[str, tuple[Problem, Callable[[], object]]] = {
-        "dense_prefill": (
-            DensePrefillProblem.of(*list(dense.call().values())[:4]),
-            lambda: check_dense_prefill(dense),
-        ),
         "kv_cache": (KVCacheProblem.of(cache, "V41"), lambda: dequantize_kv_cache(cache, "V41")),
     }
     assert set(calls) == set(triton.NOT_SERVED)
@@ -134,13 +135,16 @@ def test_what_is_served_by_name_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is listed goes to the reference, and to Triton where it is asked for; the rest to Triton."""
     monkeypatch.setattr(triton.support, "missing", lambda: None)
     sparse, prefill = make_sparse_decode_inputs(2, h_q=2), make_sparse_prefill_inputs(2, h_q=2)
+    dense = make_dense_prefill_inputs([(3, 5)])
     problems: dict[str, Problem] = {
         "sparse_decode": SparseDecodeProblem.of(sparse.q, sparse.primary.cache, sparse.primary.indices),
         "dense_decode_fp8": replace(PROBLEM, fp8_cache="V32"),
         "sparse_prefill": SparsePrefillProblem.of(prefill.q, prefill.primary.cache, prefill.primary.indices),
+        "dense_prefill": DensePrefillProblem.of(dense.q, dense.k, dense.v, dense.cu_seqlens_qo),
     }
-    assert set(triton.BY_NAME_ONLY) == {"sparse_prefill"}
-    assert set(triton.OPERATORS) - set(triton.UNASKED) == {"sparse_prefill", "sparse_prefill_out"}
+    asked = {"sparse_prefill", "dense_prefill"}
+    assert set(triton.BY_NAME_ONLY) == asked
+    assert set(triton.OPERATORS) - set(triton.UNASKED) == asked | {"sparse_prefill_out"}
     for op, problem in problems.items():
         on_gpu = replace(problem, device_type="cuda", compute_capability=80)
         assert backends.select(on_gpu) is (backends.REFERENCE if op in triton.BY_NAME_ONLY else backends.TRITON)
@@ -420,11 +424,53 @@ def test_values_behind_the_first_512(triton_target: Target, h_q: int, known: str
     check_sparse_prefill(inputs)
 
 
+# ---- Dense prefill: tiles, and running lengths that a kernel must survive. The contract's tests run here too.
+
+
+@pytest.mark.parametrize("gpu", CARDS, ids=lambda gpu: f"sm{gpu.capability}")
+@pytest.mark.parametrize("d_qk", [192, 128])
+def test_a_tile_of_dense_prefill_fits(gpu: Gpu, d_qk: int) -> None:
+    tile = config.prefill_tile(gpu, d_qk)
+    assert tile.block_m == 128
+    assert 2 * (d_qk * tile.block_m + tile.block_n * (d_qk + 128)) <= gpu.shared_memory
+
+
+@pytest.mark.parametrize("tile", [(16, 16), (32, 64), (64, 128), (128, 128)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_every_tile_of_dense_prefill_gives_the_answer(
+    triton_target: Target, causal: bool, tile: tuple[int, int]
+) -> None:
+    from flash_mla.backends.triton.dense_prefill import dense_prefill
+
+    lengths = [(40, 64), (0, 7), (16, 0), (31, 130), (130, 33), (1, 1), (64, 64)]
+    inputs = make_dense_prefill_inputs(lengths, h_q=2, h_kv=1, causal=causal, device=triton_target.device)
+    tensors = (inputs.q, inputs.k, inputs.v, inputs.cu_seqlens_qo, inputs.cu_seqlens_kv)
+    check_dense_prefill(inputs, result=dense_prefill(*tensors, 192**-0.5, causal, Tile(*tile, 4, 2)))
+
+
+@pytest.mark.parametrize("values", [[5, -7, 10**9, 3, 200], [0, 300, 0, 300, 0], [-(2**31), 2**31 - 1, 9, 0, -1]])
+@pytest.mark.parametrize("which", ["q", "kv", "both"])
+def test_nonsense_running_lengths(triton_target: Target, which: str, values: list[int]) -> None:
+    """What comes out means nothing, but it is written, and made of the tensors' own values."""
+    inputs = make_dense_prefill_inputs(
+        [(60, 90), (70, 10), (80, 50), (90, 150)], h_q=1, h_kv=1, spare=0, causal=True, device=triton_target.device
+    )
+    nonsense = torch.tensor(values, dtype=torch.int32, device=triton_target.device)
+    if which != "kv":
+        inputs.cu_seqlens_qo = nonsense
+    if which != "q":
+        inputs.cu_seqlens_kv = nonsense
+    out, lse = flash_attn_varlen_func(**inputs.call())
+    assert bool(out.isfinite().all())
+    assert bool((lse.isfinite() | (lse == float("inf"))).all())
+    assert float(out.abs().max()) <= float(inputs.v.abs().max()) * 1.01
+
+
 # ---- Compilers.
 
 
 @needs_triton
-@pytest.mark.parametrize("kernel", ["dense_decode", "sparse_decode", "sparse_prefill"])
+@pytest.mark.parametrize("kernel", ["dense_decode", "sparse_decode", "sparse_prefill", "dense_prefill"])
 def test_kernels_compile_for_cards_that_are_not_here(kernel: str) -> None:
     """Ahead of time, within each card's limits; all of them: tools/check_triton.py without --quick."""
     command = [sys.executable, str(ROOT / "tools" / "check_triton.py"), "--quick", "--only", kernel]

@@ -79,6 +79,8 @@ class Report:
 
 POINTERS = {
     "block_table": "*i32",
+    "cu_seqlens_qo": "*i32",
+    "cu_seqlens_kv": "*i32",
     "cache_seqlens": "*i32",
     "lengths": "*i32",
     "indices": "*i32",
@@ -123,6 +125,10 @@ def jobs(card: Card, quick: bool) -> Iterator[Job]:
         yield plan_job(config.num_parts(gpu, 1, 16, 1))
         yield compact_job()
         yield sparse_job(gpu, 128, "V32", "NONE", fixed_cuts=True)
+        yield prefill_job(gpu, 192, "bf16", causal=False)
+        yield prefill_job(gpu, 128, "bf16", causal=True)
+        yield prefill_job(gpu, 192, "fp16", causal=True)
+    yield prefill_job(gpu, 192, "bf16", causal=True)
     pairs = [("V32", "NONE")] if quick else SPARSE_PAIRS
     for first, extra in pairs:
         for heads in (16,) if quick else (16, 32, 128):
@@ -216,6 +222,17 @@ def sparse_job(
     return Job(name, kernel, constants, types, tile.num_warps, tile.num_stages)
 
 
+def prefill_job(gpu: Any, d_qk: int, dtype: str, causal: bool) -> Job:
+    from flash_mla.backends.triton import config
+    from flash_mla.backends.triton.dense_prefill import dense_prefill_kernel
+
+    tile = config.prefill_tile(gpu, d_qk)
+    constants = {"ROPE": d_qk > 128, "CAUSAL": causal, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+    types = POINTERS | dict.fromkeys(("q", "k", "v", "out"), f"*{dtype}")
+    name = f"dense_prefill d{d_qk} {dtype} {tile.block_m}x{tile.block_n}{' causal' if causal else ''}"
+    return Job(name, dense_prefill_kernel, constants, types, tile.num_warps, tile.num_stages)
+
+
 def compact_job() -> Job:
     from flash_mla.backends.triton.sparse_decode import compact_kernel
 
@@ -267,7 +284,7 @@ def compile_job(job: Job, capability: int) -> Report:
         if isinstance(signature[name], str)
         and (
             signature[name].startswith("*")
-            or re.fullmatch(r"stride_(q|k|out|extra)?_?(b|s|h|page|row|token)|d_v", name)
+            or re.fullmatch(r"stride_(q|k|v|out|extra)?_?(b|s|h|page|row|token)|d_v", name)
         )
     ]
     source = ASTSource(job.kernel, signature, dict(job.constants), {at: [["tt.divisibility", 16]] for at in aligned})

@@ -33,6 +33,7 @@ TRITON = {
     "dense_decode": _DENSE_DECODE,
     "sparse_decode": [(_ROWS, "576, 512", "any", "1")],
     "sparse_prefill": [(_ROWS, "576, 512", "any", "1")],
+    "dense_prefill": [("bfloat16, float16", "192, 128", "-", "any")],
 }
 REFERENCE = {
     "dense_decode": _DENSE_DECODE,

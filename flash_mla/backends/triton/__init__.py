@@ -13,6 +13,7 @@ environment when that happens, Triton's interpreter runs the kernels on any devi
 | `plan` | the schedule, made on the device |
 | `dequant` | cache formats: from bytes to keys, in registers |
 | `sparse_decode`, `sparse_prefill` | attention over index lists |
+| `dense_prefill` | attention over sequences laid end to end |
 | `merge` | `merge_attention_states` |
 """
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_mla import _ops, errors, problem, problem_sparse
+from flash_mla import _ops, errors, problem, problem_prefill, problem_sparse
 from flash_mla.backends import reference_sparse
 from flash_mla.backends.triton import config, support
 
@@ -177,6 +177,16 @@ def sparse_prefill(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     return out, max_logits, lse
 
 
+def dense_prefill(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """`torch.ops.flash_mla.triton_dense_prefill`."""
+    problem_prefill.check_dense_prefill(*inputs)
+    q, k, v, cu_seqlens_qo, cu_seqlens_kv, _, _, softmax_scale, causal, _ = inputs
+    _check_serves(q, "dense prefill")
+    from flash_mla.backends.triton import dense_prefill as kernels
+
+    return kernels.dense_prefill(q, k, v, cu_seqlens_qo, cu_seqlens_kv, softmax_scale, causal)
+
+
 def plan_sparse_decode(
     requests: Tensor,
     topk_length: Tensor | None,
@@ -224,6 +234,7 @@ _FUNCTIONS = {
     "plan_sparse_decode": plan_sparse_decode,
     "sparse_prefill": sparse_prefill,
     "sparse_prefill_out": sparse_prefill_out,
+    "dense_prefill": dense_prefill,
 }
 OPERATORS = tuple(_FUNCTIONS)
 """Operators that the backend has."""
