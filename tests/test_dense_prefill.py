@@ -78,7 +78,8 @@ def test_heads(backend: Target, d_qk: int, h_q: int, h_kv: int, causal: bool, dt
 
 
 def test_many_heads(backend: Target) -> None:
-    check_dense_prefill(make_dense_prefill_inputs(MIXED, h_q=128, h_kv=128, causal=True, device=backend.device))
+    heads = 16 if backend.interpreted else 128
+    check_dense_prefill(make_dense_prefill_inputs(MIXED, h_q=heads, h_kv=heads, causal=True, device=backend.device))
 
 
 @pytest.mark.parametrize("causal", [False, True])

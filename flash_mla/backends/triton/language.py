@@ -189,6 +189,8 @@ def store_partial(
     base-2 logarithm of its sum; a row without keys there has 0 and -inf.
     """
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    result = times(acc, final_factor(row_max, row_sum, row_max, False))
+    lse = lse_base_2(row_max, row_sum, float("-inf"))
+    # By the rounded logarithm, whose rounding the weights of the pieces then undo.
+    result = times(acc, tl.where(row_sum == 0.0, 0.0, tl.exp2(row_max - lse)))
     tl.store(partial_out + rows[:, None] * D_V + tl.arange(0, D_V)[None, :], result, mask=exists[:, None])
-    tl.store(partial_lse + rows, lse_base_2(row_max, row_sum, float("-inf")), mask=exists)
+    tl.store(partial_lse + rows, lse, mask=exists)
