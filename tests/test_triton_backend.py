@@ -20,11 +20,13 @@ from flash_mla import (
     DensePrefillProblem,
     FlashMLASchedMeta,
     KVCacheProblem,
+    KVFormat,
     SparseDecodeProblem,
     SparsePrefillProblem,
     UnsupportedError,
     backends,
     dequantize_kv_cache,
+    flash_attn_varlen_func,
     flash_mla_with_kvcache,
     get_mla_decoding_metadata,
     merge_attention_states,
@@ -101,22 +103,21 @@ def test_reasons_of_the_problem() -> None:
         ({"d_v": 256}, "d_v must be 512, got 256"),
     ):
         assert triton.why_not(replace(PROBLEM, **change)) == text
+    mha = DensePrefillProblem("cuda", 90, torch.float16, 4, 8, 2, 128, 128, True, False, True, 0.04)
+    assert triton.why_not(mha) is None
+    assert triton.why_not(replace(mha, dtype=torch.float32)) == "dtype must be bfloat16 or float16, got float32"
+    assert triton.why_not(replace(mha, d_qk=64)) == "d_qk must be 192 or 128, got 64"
+    assert triton.why_not(replace(mha, d_v=64)) == "d_v must be 128, got 64"
+    prefill = SparsePrefillProblem("cuda", 90, KVFormat.V32, None, 4, 2, 576, 576, 9, 0, 0.04)
+    assert triton.why_not(prefill) is None
+    assert triton.why_not(replace(prefill, d_v=577)) == "d_v must be 1 to 576, got 577"
+    assert triton.why_not(replace(prefill, d_qk=128)) == "d_qk must be 576 or 512, got 128"
 
 
 def test_it_says_what_it_does_not_serve_yet() -> None:
-    """A sentence for every operation but decode, on every device, with or without Triton."""
-    prefill = make_sparse_prefill_inputs(2, h_q=2)
-    dense = make_dense_prefill_inputs([(3, 5)])
+    """A sentence for every operation without a kernel, on every device, with or without Triton."""
     cache = quantize_kv_cache(torch.zeros((5, 512), dtype=torch.bfloat16), "V41", 4)
     calls: dict[str, tuple[Problem, Callable[[], object]]] = {
-        "sparse_prefill": (
-            SparsePrefillProblem.of(*list(prefill.call().values())[:3]),
-            lambda: check_sparse_prefill(prefill),
-        ),
-        "dense_prefill": (
-            DensePrefillProblem.of(*list(dense.call().values())[:4]),
-            lambda: check_dense_prefill(dense),
-        ),
         "kv_cache": (KVCacheProblem.of(cache, "V41"), lambda: dequantize_kv_cache(cache, "V41")),
     }
     assert set(calls) == set(triton.NOT_SERVED)
@@ -130,35 +131,43 @@ def test_it_says_what_it_does_not_serve_yet() -> None:
         backends.active.append_kv_cache()
 
 
-def test_what_is_served_by_name_only() -> None:
-    inputs = make_sparse_decode_inputs(2, h_q=2)
+def test_what_is_served_by_name_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is listed goes to the reference, and to Triton where it is asked for; the rest to Triton."""
+    monkeypatch.setattr(triton.support, "missing", lambda: None)
+    sparse, prefill = make_sparse_decode_inputs(2, h_q=2), make_sparse_prefill_inputs(2, h_q=2)
+    dense = make_dense_prefill_inputs([(3, 5)])
     problems: dict[str, Problem] = {
-        "sparse_decode": SparseDecodeProblem.of(inputs.q, inputs.primary.cache, inputs.primary.indices),
+        "sparse_decode": SparseDecodeProblem.of(sparse.q, sparse.primary.cache, sparse.primary.indices),
         "dense_decode_fp8": replace(PROBLEM, fp8_cache="V32"),
+        "sparse_prefill": SparsePrefillProblem.of(prefill.q, prefill.primary.cache, prefill.primary.indices),
+        "dense_prefill": DensePrefillProblem.of(dense.q, dense.k, dense.v, dense.cu_seqlens_qo),
     }
-    assert set(triton.BY_NAME_ONLY) == set(problems)
-    asked = {"sparse_decode", "sparse_decode_out", "plan_sparse_decode", "dense_decode_fp8", "dense_decode_fp8_out"}
-    assert set(triton.OPERATORS) - set(triton.UNASKED) == asked
+    asked = {"sparse_prefill", "dense_prefill"}
+    assert set(triton.BY_NAME_ONLY) == asked
+    assert set(triton.OPERATORS) - set(triton.UNASKED) == asked | {"sparse_prefill_out"}
     for op, problem in problems.items():
         on_gpu = replace(problem, device_type="cuda", compute_capability=80)
+        assert backends.select(on_gpu) is (backends.REFERENCE if op in triton.BY_NAME_ONLY else backends.TRITON)
+        monkeypatch.setitem(triton.BY_NAME_ONLY, op, "it is new")
         assert backends.select(on_gpu) is backends.REFERENCE
-        if triton.missing() is None:
-            assert triton.BY_NAME_ONLY[op] in str(backends.why_no_kernel(on_gpu))
-            with backends.use("triton"):
-                assert backends.select(on_gpu) is backends.TRITON
+        assert str(backends.why_no_kernel(on_gpu)).endswith("; triton: it is new")
+        with backends.use("triton"):
+            assert backends.select(on_gpu) is backends.TRITON
 
 
 def test_what_cuda_declines_goes_to_triton_else_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where CUDA's table has nothing against the problem: the operator sees more of the call."""
     declined, ampere = UnsupportedError("no kernel takes it"), replace(PROBLEM, compute_capability=80)
+    not_served = KVCacheProblem("cuda", 80, KVFormat.V32, 64)
     monkeypatch.setattr(triton.support, "missing", lambda: None)
     reference.forget_warnings()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert backends.after(declined, ampere) is backends.TRITON
         assert backends.after(declined, PROBLEM) is backends.TRITON
+        assert backends.after(declined, replace(ampere, fp8_cache="V32")) is backends.TRITON
     with pytest.warns(RuntimeWarning, match="the reference backend serves CUDA tensors"):
-        assert backends.after(declined, replace(ampere, fp8_cache="V32")) is backends.REFERENCE
+        assert backends.after(declined, not_served) is backends.REFERENCE
     monkeypatch.setattr(triton.support, "missing", lambda: "triton is not installed")
     reference.forget_warnings()
     with pytest.warns(RuntimeWarning, match="the reference backend serves CUDA tensors"):
@@ -199,7 +208,7 @@ def test_without_the_library_cuda_tensors_go_to_triton(monkeypatch: pytest.Monke
         for first in ((lambda t: t), (lambda t: [t])):
             assert getattr(operators, name)(first(on_gpu)) == f"triton_{name}"
             assert getattr(operators, name)(first(on_cpu)) == name
-    assert operators.sparse_decode(on_gpu) == "sparse_decode"
+    assert operators.dequantize_kv_cache(on_gpu) == "dequantize_kv_cache"
 
 
 def test_without_triton_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,6 +288,56 @@ def test_every_tile_gives_the_answer(triton_target: Target, tile: tuple[int, ...
     check_dense_decode(inputs, result=(out, lse))
 
 
+@needs_triton
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize(
+    ("b", "s_q", "h_q"), [(1, 1, 128), (64, 1, 16), (3, 1024, 128), (3000, 2, 128), (2, 65, 24), (2, 25, 128)]
+)
+def test_bytes_of_partial_results(
+    monkeypatch: pytest.MonkeyPatch, b: int, s_q: int, h_q: int, sparse: bool, batch_invariant: bool
+) -> None:
+    """What a GPU of 132 multiprocessors would allocate: 64 rows, 512 values and a logarithm each, for twice as many."""
+    from flash_mla.backends.triton import dense_decode, sparse_decode
+    from flash_mla.backends.triton.dequant import Format
+
+    h200 = Gpu(90, 232448, 132)
+    kernels = sparse_decode if sparse else dense_decode
+    taken = [0]
+    make_partials = kernels._partials
+
+    def partials(*arguments: object) -> tuple[torch.Tensor, torch.Tensor]:
+        made = make_partials(*arguments)
+        taken.append(sum(tensor.nbytes for tensor in made))
+        return made
+
+    monkeypatch.setattr(Gpu, "of", staticmethod(lambda device: h200))
+    for name, replacement in {
+        "_launch": lambda *_, **__: None,
+        "_join": lambda *_, **__: None,
+        "_compacted": lambda keys: keys,
+        "_partials": partials,
+    }.items():
+        monkeypatch.setattr(kernels, name, replacement, raising=name != "_compacted")
+    q, cache = torch.empty((b, s_q, h_q, 576), device="meta"), torch.empty((b, 64, 1, 576), device="meta")
+    results = None, 0.04, torch.empty((b, s_q, h_q, 512), device="meta"), torch.empty((b, h_q, s_q), device="meta")
+    if sparse:
+        indices, length = (torch.empty(shape, device="meta").int() for shape in ((b, s_q, 2048), (b, s_q)))
+        keys = sparse_decode.Keys(cache, Format.BF16_576, indices, length)
+        call = sparse_decode.Call(q, keys, None, *results)
+        parts = config.num_sparse_parts(h200, s_q, h_q)
+    else:
+        table = torch.empty((b, 40), device="meta")
+        call = dense_decode.Call(q, cache, table, table[:, 0], *results[:2], True, *results[2:])
+        parts = config.num_parts(h200, s_q, h_q, 1)
+    schedule = torch.empty((parts, 8), device="meta")
+    if batch_invariant:
+        getattr(kernels, f"{kernels.__name__.rpartition('.')[2]}_batch_invariant")(call)
+    else:
+        getattr(kernels, kernels.__name__.rpartition(".")[2])(call, schedule, schedule)
+    assert max(taken) <= 2 * 132 * 64 * (512 + 1) * 4
+
+
 # ---- Planning.
 
 
@@ -344,13 +403,77 @@ def test_dense_decode(
     assert_same_bits(flash_mla_with_kvcache(**inputs.call(), **options), first)
 
 
+# ---- Sparse prefill: what CUDA kernels do not take. The contract's tests run over this backend too.
+
+
+@pytest.mark.parametrize("d_v", [513, 576])
+@pytest.mark.parametrize(("h_q", "known"), [(5, "V32"), (40, "V32"), (5, "BF16")])
+def test_values_behind_the_first_512(triton_target: Target, h_q: int, known: str, d_v: int) -> None:
+    inputs = make_sparse_prefill_inputs(
+        3,
+        d_v=d_v,
+        h_q=h_q,
+        topk=70,
+        kv_format=known,
+        lengths="token",
+        invalid=0.3,
+        extra_topk=20,
+        sink=True,
+        device=triton_target.device,
+    )
+    check_sparse_prefill(inputs)
+
+
+# ---- Dense prefill: tiles, and running lengths that a kernel must survive. The contract's tests run here too.
+
+
+@pytest.mark.parametrize("gpu", CARDS, ids=lambda gpu: f"sm{gpu.capability}")
+@pytest.mark.parametrize("d_qk", [192, 128])
+def test_a_tile_of_dense_prefill_fits(gpu: Gpu, d_qk: int) -> None:
+    tile = config.prefill_tile(gpu, d_qk)
+    assert tile.block_m == 128
+    assert 2 * (d_qk * tile.block_m + tile.block_n * (d_qk + 128)) <= gpu.shared_memory
+
+
+@pytest.mark.parametrize("tile", [(16, 16), (32, 64), (64, 128), (128, 128)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_every_tile_of_dense_prefill_gives_the_answer(
+    triton_target: Target, causal: bool, tile: tuple[int, int]
+) -> None:
+    from flash_mla.backends.triton.dense_prefill import dense_prefill
+
+    lengths = [(40, 64), (0, 7), (16, 0), (31, 130), (130, 33), (1, 1), (64, 64)]
+    inputs = make_dense_prefill_inputs(lengths, h_q=2, h_kv=1, causal=causal, device=triton_target.device)
+    tensors = (inputs.q, inputs.k, inputs.v, inputs.cu_seqlens_qo, inputs.cu_seqlens_kv)
+    check_dense_prefill(inputs, result=dense_prefill(*tensors, 192**-0.5, causal, Tile(*tile, 4, 2)))
+
+
+@pytest.mark.parametrize("values", [[5, -7, 10**9, 3, 200], [0, 300, 0, 300, 0], [-(2**31), 2**31 - 1, 9, 0, -1]])
+@pytest.mark.parametrize("which", ["q", "kv", "both"])
+def test_nonsense_running_lengths(triton_target: Target, which: str, values: list[int]) -> None:
+    """What comes out means nothing, but it is written, and made of the tensors' own values."""
+    inputs = make_dense_prefill_inputs(
+        [(60, 90), (70, 10), (80, 50), (90, 150)], h_q=1, h_kv=1, spare=0, causal=True, device=triton_target.device
+    )
+    nonsense = torch.tensor(values, dtype=torch.int32, device=triton_target.device)
+    if which != "kv":
+        inputs.cu_seqlens_qo = nonsense
+    if which != "q":
+        inputs.cu_seqlens_kv = nonsense
+    out, lse = flash_attn_varlen_func(**inputs.call())
+    assert bool(out.isfinite().all())
+    assert bool((lse.isfinite() | (lse == float("inf"))).all())
+    assert float(out.abs().max()) <= float(inputs.v.abs().max()) * 1.01
+
+
 # ---- Compilers.
 
 
 @needs_triton
-def test_kernels_compile_for_cards_that_are_not_here() -> None:
+@pytest.mark.parametrize("kernel", ["dense_decode", "sparse_decode", "sparse_prefill", "dense_prefill"])
+def test_kernels_compile_for_cards_that_are_not_here(kernel: str) -> None:
     """Ahead of time, within each card's limits; all of them: tools/check_triton.py without --quick."""
-    command = [sys.executable, str(ROOT / "tools" / "check_triton.py"), "--quick", "--only", "dense"]
+    command = [sys.executable, str(ROOT / "tools" / "check_triton.py"), "--quick", "--only", kernel]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -79,6 +79,8 @@ class Report:
 
 POINTERS = {
     "block_table": "*i32",
+    "cu_seqlens_qo": "*i32",
+    "cu_seqlens_kv": "*i32",
     "cache_seqlens": "*i32",
     "lengths": "*i32",
     "indices": "*i32",
@@ -96,8 +98,10 @@ POINTERS = {
     "descale": "*fp32",
     "lse": "*fp32",
     "partial_out": "*fp32",
-    "partial_stats": "*fp32",
+    "partial_lse": "*fp32",
     "scale_log2": "fp32",
+    "lse_unit": "fp32",
+    "max_logits": "*fp32",
 }
 
 
@@ -121,10 +125,19 @@ def jobs(card: Card, quick: bool) -> Iterator[Job]:
         yield plan_job(config.num_parts(gpu, 1, 16, 1))
         yield compact_job()
         yield sparse_job(gpu, 128, "V32", "NONE", fixed_cuts=True)
+        yield prefill_job(gpu, 192, "bf16", causal=False)
+        yield prefill_job(gpu, 128, "bf16", causal=True)
+        yield prefill_job(gpu, 192, "fp16", causal=True)
+    yield prefill_job(gpu, 192, "bf16", causal=True)
     pairs = [("V32", "NONE")] if quick else SPARSE_PAIRS
     for first, extra in pairs:
         for heads in (16,) if quick else (16, 32, 128):
             yield sparse_job(gpu, heads, first, extra)
+            yield sparse_job(gpu, heads, first, extra, prefill=True)
+    if not quick:
+        for heads in (16, 32, 128):
+            yield sparse_job(gpu, heads, "BF16_576", "BF16_576", prefill=True, wide_v=True)
+            yield sparse_job(gpu, heads, "V32", "V32", prefill=True, wide_v=True)
 
 
 SPARSE_PAIRS = [
@@ -173,10 +186,19 @@ def dense_job(
     return Job(name, dense_decode_kernel, constants, types, tile.num_warps, tile.num_stages)
 
 
-def sparse_job(gpu: Any, heads: int, first: str, extra: str, fixed_cuts: bool = False) -> Job:
+def sparse_job(
+    gpu: Any,
+    heads: int,
+    first: str,
+    extra: str,
+    fixed_cuts: bool = False,
+    prefill: bool = False,
+    wide_v: bool = False,
+) -> Job:
     from flash_mla.backends.triton import config
     from flash_mla.backends.triton.dequant import Format
     from flash_mla.backends.triton.sparse_decode import sparse_decode_kernel
+    from flash_mla.backends.triton.sparse_prefill import sparse_prefill_kernel
 
     d_qk = 576 if first in ("V32", "BF16_576") else 512
     in_flight = tuple(Format[name].in_flight for name in (first, extra) if name != "NONE")
@@ -186,7 +208,7 @@ def sparse_job(gpu: Any, heads: int, first: str, extra: str, fixed_cuts: bool = 
         "EXTRA_FORMAT": int(Format[extra]),
         "HARDWARE": config.converts_fp8(gpu),
         "ROPE": d_qk > 512,
-        "FIXED_CUTS": fixed_cuts,
+        **({"WIDE_V": wide_v} if prefill else {"FIXED_CUTS": fixed_cuts}),
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
     }
@@ -194,8 +216,21 @@ def sparse_job(gpu: Any, heads: int, first: str, extra: str, fixed_cuts: bool = 
     types["cache"] = "*bf16" if first.startswith("BF16") else "*u8"
     types["extra_cache"] = "*bf16" if (first if extra == "NONE" else extra).startswith("BF16") else "*u8"
     formats = first if extra == "NONE" else f"{first} + {extra}"
-    name = f"sparse_decode {formats} {tile.block_m}x{tile.block_n}{' fixed cuts' if fixed_cuts else ''}"
-    return Job(name, sparse_decode_kernel, constants, types, tile.num_warps, tile.num_stages)
+    op, kernel = ("sparse_prefill", sparse_prefill_kernel) if prefill else ("sparse_decode", sparse_decode_kernel)
+    variant = " fixed cuts" if fixed_cuts else " wide V" if wide_v else ""
+    name = f"{op} {formats} {tile.block_m}x{tile.block_n}{variant}"
+    return Job(name, kernel, constants, types, tile.num_warps, tile.num_stages)
+
+
+def prefill_job(gpu: Any, d_qk: int, dtype: str, causal: bool) -> Job:
+    from flash_mla.backends.triton import config
+    from flash_mla.backends.triton.dense_prefill import dense_prefill_kernel
+
+    tile = config.prefill_tile(gpu, d_qk)
+    constants = {"ROPE": d_qk > 128, "CAUSAL": causal, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+    types = POINTERS | dict.fromkeys(("q", "k", "v", "out"), f"*{dtype}")
+    name = f"dense_prefill d{d_qk} {dtype} {tile.block_m}x{tile.block_n}{' causal' if causal else ''}"
+    return Job(name, dense_prefill_kernel, constants, types, tile.num_warps, tile.num_stages)
 
 
 def compact_job() -> Job:
@@ -247,7 +282,10 @@ def compile_job(job: Job, capability: int) -> Report:
         (index,)
         for index, name in enumerate(names)
         if isinstance(signature[name], str)
-        and (signature[name].startswith("*") or re.fullmatch(r"stride_(q|k|out|extra)?_?(b|s|h|page|row|token)", name))
+        and (
+            signature[name].startswith("*")
+            or re.fullmatch(r"stride_(q|k|v|out|extra)?_?(b|s|h|page|row|token)|d_v", name)
+        )
     ]
     source = ASTSource(job.kernel, signature, dict(job.constants), {at: [["tt.divisibility", 16]] for at in aligned})
     options = {"num_warps": job.num_warps, "num_stages": job.num_stages, "enable_fp_fusion": True}

@@ -23,13 +23,20 @@ BEGIN, END = "<!-- support-matrix:begin -->", "<!-- support-matrix:end -->"
 GPUS = {90: "SM90 (H100, H200, GH200)", 100: "SM100 (B200, GB200)"}
 _CACHES = "BF16, V32, V32_NO_ROPE, MODEL1 (V4), V41, V41_FP4"
 _ROWS = "BF16, V32, V32_NO_ROPE, MODEL1 (V4), V41 (+ V41_FP4)"
-# What the reference serves: dtypes or cache formats, d_qk, page sizes, h_kv.
+_DENSE_DECODE = [
+    ("bfloat16, float16", "576, 512", "any", "any"),
+    ("e4m3 with descale_k", "576, 512", "any", "any"),
+    ("V32, V32_NO_ROPE, MODEL1 (V4), V41", "576, 512", "any", "1"),
+]
+# What Triton and the reference serve: dtypes or cache formats, d_qk, page sizes, h_kv.
+TRITON = {
+    "dense_decode": _DENSE_DECODE,
+    "sparse_decode": [(_ROWS, "576, 512", "any", "1")],
+    "sparse_prefill": [(_ROWS, "576, 512", "any", "1")],
+    "dense_prefill": [("bfloat16, float16", "192, 128", "-", "any")],
+}
 REFERENCE = {
-    "dense_decode": [
-        ("bfloat16, float16", "576, 512", "any", "any"),
-        ("e4m3 with descale_k", "576, 512", "any", "any"),
-        ("V32, V32_NO_ROPE, MODEL1 (V4), V41", "576, 512", "any", "1"),
-    ],
+    "dense_decode": _DENSE_DECODE,
     "sparse_decode": [(_ROWS, "576, 512", "any", "1")],
     "sparse_prefill": [(_ROWS, "576, 512", "any", "1")],
     "dense_prefill": [("bfloat16, float16, with gradients", "192, 128", "-", "any")],
@@ -41,6 +48,7 @@ def render() -> str:
     """The matrix as Markdown; needs the built library, no GPU."""
     from flash_mla import KVCacheProblem, KVFormat, kernels
     from flash_mla.backends import cuda
+    from flash_mla.backends.triton import BY_NAME_ONLY
 
     rows: list[tuple[str, ...]] = []
     supported = kernels()
@@ -49,8 +57,8 @@ def render() -> str:
             if k.op == op and not k.reason:
                 takes = (listed(k.dtypes), listed(k.d_qk), pages(k), listed(k.h_kv))
                 rows.append((op, k.kernel, GPUS[k.compute_capability], *takes))
-        if op == "dense_decode":
-            rows.append((op, "triton", "SM80 and newer", "bfloat16, float16", "576, 512", "any", "any"))
+        triton = "triton, where asked for by name" if op in BY_NAME_ONLY else "triton"
+        rows += [(op, triton, "SM80 and newer", *takes) for takes in TRITON.get(op, [])]
         if op == "kv_cache":
             for capability, gpu in GPUS.items():
                 if cuda.why_not(KVCacheProblem("cuda", capability, KVFormat.V32, 64)) is None:

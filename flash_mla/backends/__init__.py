@@ -2,8 +2,8 @@
 
 Order: the CUDA kernels, the Triton kernels, the reference. The first whose `why_not` has nothing against the problem
 serves it. `FLASH_MLA_BACKEND=cuda|triton|reference`, or `use(...)`, allows one backend only. Tensors on the CPU go to
-the reference unless Triton is asked for by name: there is only its interpreter to serve them. So do operations whose
-Triton kernels have not run on a GPU yet.
+the reference unless Triton is asked for by name: there is only its interpreter to serve them. So would operations
+whose compiled Triton kernels have not run on a GPU yet (`triton.BY_NAME_ONLY`).
 
 The public functions do not walk this list on each call: they call `active`, whose operators torch dispatches by device
 and whose native implementation asks the kernel table. Only when that declines, before any launch, is the list

@@ -12,7 +12,8 @@ environment when that happens, Triton's interpreter runs the kernels on any devi
 | `dense_decode`, `combine` | split-KV attention over a paged cache, and joining its partial results |
 | `plan` | the schedule, made on the device |
 | `dequant` | cache formats: from bytes to keys, in registers |
-| `sparse_decode` | decode over index lists |
+| `sparse_decode`, `sparse_prefill` | attention over index lists |
+| `dense_prefill` | attention over sequences laid end to end |
 | `merge` | `merge_attention_states` |
 """
 

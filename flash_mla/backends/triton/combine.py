@@ -66,7 +66,7 @@ def combine_kernel(
     num_splits: tl.tensor,
     attn_sink: tl.tensor,
     partial_out: tl.tensor,
-    partial_stats: tl.tensor,
+    partial_lse: tl.tensor,
     out: tl.tensor,
     lse: tl.tensor,
     b: tl.tensor,
@@ -95,7 +95,7 @@ def combine_kernel(
     """Grid `(s_q * h_q / ROWS, parts)`, or `(..., requests)` with FIXED_CUTS. A program joins some rows of the request
     that begins in its part, in the order of the splits: the bits do not depend on which part came last.
 
-    Every partial result was written, if only with zeros: a piece without a key that a row sees has sum 0. With
+    Every partial result was written: a piece without a key that a row sees holds 0 and the logarithm -inf. With
     FIXED_CUTS `lengths` holds the keys of each request, or with BLOCKS_GIVEN the blocks of each (request, token).
     """
     number = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -134,14 +134,13 @@ def combine_kernel(
                 partial = tl.where(split == 0, first_partial, second_partial + (split - 1) * step)
                 at = wide(partial) * partial_rows + row
                 load = split < splits
-                part_max = tl.load(partial_stats + 2 * at, mask=load, other=float("-inf"))
-                part_sum = tl.load(partial_stats + 2 * at + 1, mask=load, other=0.0)
+                part_lse = tl.load(partial_lse + at, mask=load, other=float("-inf"))
                 values = tl.load(partial_out + at[:, None] * D_V + columns[None, :], mask=load[:, None], other=0.0)
-                new_max = tl.maximum(row_max, part_max)
+                new_max = tl.maximum(row_max, part_lse)
                 origin = tl.where(new_max == float("-inf"), 0.0, new_max)
-                weight = tl.exp2(part_max - origin)
+                weight = tl.exp2(part_lse - origin)
                 rescale = tl.exp2(row_max - origin)
-                row_sum = row_sum * rescale + part_sum * weight
+                row_sum = row_sum * rescale + weight
                 acc = acc * rescale[:, None] + values * weight[:, None]
                 row_max = new_max
         sink = tl.zeros([ROWS], tl.float32)
@@ -174,7 +173,7 @@ def launch_combine(
     """Join what is split.
 
     Args:
-        partials: sums of values `[..., 512]` and their rows' maximum and sum `[..., 2]`.
+        partials: attention over pieces `[..., 512]`, and its base-2 logarithms `[...]`.
         out, lse: `[b, s_q, h_q, 512]` and `[b, h_q, s_q]`; requests that are not split are left alone.
         attn_sink: float32 `[h_q]`.
         candidates: parts, each of which may begin a split request, or the requests of a batch-invariant round.

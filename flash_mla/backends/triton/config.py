@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from flash_mla.problem_prefill import HEAD_DIM_V
+
 INTERPRETED_SMS = 4
 """Multiprocessors that the interpreter pretends to have: enough for split requests, few enough to be quick."""
 
@@ -136,6 +138,28 @@ def sparse_tile(gpu: Gpu, heads: int, d_qk: int, in_flight: tuple[int, ...]) -> 
         if needed + RESERVED_SHARED_MEMORY <= gpu.shared_memory:
             return tile
     return _SPARSE_CANDIDATES[16][-1]
+
+
+_PREFILL_CANDIDATES = (Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2))
+
+_INTERPRETED_PREFILL = Tile(64, 32, 4, 2)
+"""Quicker for short sequences, and several of them in those of tests."""
+
+
+@lru_cache(maxsize=64)
+def prefill_tile(gpu: Gpu, d_qk: int) -> Tile:
+    """The tile of dense prefill: the first that fits, and only on SM90 with 128 keys: elsewhere the scores of so many
+    do not fit into the registers.
+    """
+    if gpu is INTERPRETED:
+        return _INTERPRETED_PREFILL
+    warpgroups = gpu.capability == 90
+    for tile in _PREFILL_CANDIDATES if warpgroups else _PREFILL_CANDIDATES[1:]:
+        buffers = tile.num_stages if warpgroups else max(tile.num_stages - 1, 1)
+        needed = 2 * (d_qk * tile.block_m + buffers * tile.block_n * (d_qk + HEAD_DIM_V))
+        if needed + RESERVED_SHARED_MEMORY <= gpu.shared_memory:
+            return tile
+    return _PREFILL_CANDIDATES[-1]
 
 
 def converts_fp8(gpu: Gpu) -> bool:

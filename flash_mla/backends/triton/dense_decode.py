@@ -111,7 +111,7 @@ def dense_decode_kernel(
     out: tl.tensor,
     lse: tl.tensor,
     partial_out: tl.tensor,
-    partial_stats: tl.tensor,
+    partial_lse: tl.tensor,
     descale: tl.tensor,
     scale_log2: tl.tensor,
     b: tl.tensor,
@@ -154,8 +154,8 @@ def dense_decode_kernel(
     FORMAT is NONE for keys of q's dtype; else `k_cache` points to bytes. With DESCALE `descale` has a factor for the
     scores and one for the values.
 
-    Partial results are float32 `[parts * 2, h_kv, num_row_tiles * BLOCK_M, 512]` (with FIXED_CUTS one per part), not
-    divided by their sums; `partial_stats` `[..., 2]` holds each row's maximum (base 2) and sum.
+    Partial results are float32 `[parts * 2, h_kv, num_row_tiles * BLOCK_M, 512]` (with FIXED_CUTS one per part), each
+    the attention over the keys of one piece; `partial_lse` `[...]` holds the base-2 logarithm of each row's sum.
     """
     row_tile = tl.program_id(0) % num_row_tiles
     kv_head = tl.program_id(0) // num_row_tiles
@@ -249,7 +249,7 @@ def dense_decode_kernel(
             store_result(out_rows, lse_rows, acc, row_max, row_sum, sink, row_exists, HAS_SINK)
         elif partial != NOTHING:
             tile = wide(partial) * tl.num_programs(0) + tl.program_id(0)
-            store_partial(partial_out, partial_stats, tile, acc, row_max, row_sum, row_exists, BLOCK_M)
+            store_partial(partial_out, partial_lse, tile, acc, row_max, row_sum, row_exists, BLOCK_M)
 
 
 # ---- The launch.
@@ -349,10 +349,10 @@ def _max_keys(call: Call) -> int:
 
 
 def _partials(call: Call, tile: Tile, count: int) -> tuple[Tensor, Tensor]:
-    """Memory for `count` partial results of all rows: sums of values, and the maximum and sum of each row."""
+    """Memory for `count` partial results of all rows: values, and a logarithm for each row."""
     rows = count * call.k_cache.shape[2] * _row_tiles(call, tile) * tile.block_m
     new = call.lse.new_empty
-    return new((rows, HEAD_DIM_V)), new((rows, 2))
+    return new((rows, HEAD_DIM_V)), new((rows,))
 
 
 def _launch(

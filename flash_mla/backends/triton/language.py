@@ -142,9 +142,18 @@ def final_factor(row_max: tl.tensor, row_sum: tl.tensor, sink: tl.tensor, HAS_SI
 
 
 @jit
-def natural_lse(row_max: tl.tensor, row_sum: tl.tensor) -> Any:
-    """Natural logarithm of the sum of exponentials; +inf for a row without keys."""
-    return tl.where(row_sum == 0.0, float("inf"), (row_max + tl.log2(tl.where(row_sum == 0.0, 1.0, row_sum))) * LN2)
+def lse_base_2(row_max: tl.tensor, row_sum: tl.tensor, EMPTY: tl.constexpr) -> Any:
+    """Base-2 logarithm of the sum of exponentials; EMPTY for a row without keys."""
+    return tl.where(row_sum == 0.0, EMPTY, row_max + tl.log2(tl.where(row_sum == 0.0, 1.0, row_sum)))
+
+
+@jit
+def times(acc: tl.tensor, factor: tl.tensor) -> Any:
+    """The accumulator times a factor for each row; 0 where that is 0, whatever was accumulated.
+
+    The accumulator of a row without keys may be NaN, where the keys of other rows are.
+    """
+    return tl.where(factor[:, None] == 0.0, 0.0, acc * factor[:, None])
 
 
 @jit
@@ -159,18 +168,16 @@ def store_result(
     HAS_SINK: tl.constexpr,
 ) -> None:
     """Write the outputs `[rows, 512]` and logarithms of rows whose keys have all been seen."""
-    factor = final_factor(row_max, row_sum, sink, HAS_SINK)[:, None]
-    # The accumulator of a row without keys may be NaN, where the keys of other rows are.
-    result = tl.where(factor == 0.0, 0.0, acc * factor)
+    result = times(acc, final_factor(row_max, row_sum, sink, HAS_SINK))
     at = out_rows[:, None] + tl.arange(0, D_V)[None, :]
     tl.store(at, rounded(result, out_rows.dtype.element_ty), mask=exists[:, None])
-    tl.store(lse_rows, natural_lse(row_max, row_sum), mask=exists)
+    tl.store(lse_rows, lse_base_2(row_max, row_sum, float("inf")) * LN2, mask=exists)
 
 
 @jit
 def store_partial(
     partial_out: tl.tensor,
-    partial_stats: tl.tensor,
+    partial_lse: tl.tensor,
     tile: tl.tensor,
     acc: tl.tensor,
     row_max: tl.tensor,
@@ -178,8 +185,12 @@ def store_partial(
     exists: tl.tensor,
     BLOCK_M: tl.constexpr,
 ) -> None:
-    """Write tile number `tile` (64 bits) of the partial results: sums that are not divided, and what divides them."""
+    """Write tile number `tile` (64 bits) of the partial results: the attention over the piece's keys alone, and the
+    base-2 logarithm of its sum; a row without keys there has 0 and -inf.
+    """
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    tl.store(partial_out + rows[:, None] * D_V + tl.arange(0, D_V)[None, :], acc, mask=exists[:, None])
-    tl.store(partial_stats + rows * 2, row_max, mask=exists)
-    tl.store(partial_stats + rows * 2 + 1, row_sum, mask=exists)
+    lse = lse_base_2(row_max, row_sum, float("-inf"))
+    # By the rounded logarithm, whose rounding the weights of the pieces then undo.
+    result = times(acc, tl.where(row_sum == 0.0, 0.0, tl.exp2(row_max - lse)))
+    tl.store(partial_out + rows[:, None] * D_V + tl.arange(0, D_V)[None, :], result, mask=exists[:, None])
+    tl.store(partial_lse + rows, lse, mask=exists)

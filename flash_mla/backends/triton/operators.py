@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_mla import _ops, errors, problem, problem_sparse
+from flash_mla import _ops, errors, problem, problem_prefill, problem_sparse
 from flash_mla.backends import reference_sparse
 from flash_mla.backends.triton import config, support
 
@@ -120,20 +120,27 @@ def merge_attention_states(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tens
     return merge.merge_attention_states(outs, lses)
 
 
+def _keys_of(selected: tuple[Any, ...], kv_format: str, extra_kv_format: str | None) -> tuple[Any, Any]:
+    """The `Keys` of a cache, its indices and lengths, and of those of a second cache, or None."""
+    from flash_mla.backends.triton.sparse_decode import Keys
+
+    cache, indices, length, extra_cache, extra_indices, extra_length = selected
+    extra = None
+    if extra_cache is not None and extra_kv_format is not None:
+        extra = Keys.of(extra_cache, extra_kv_format, extra_indices, extra_length)
+    return Keys.of(cache, kv_format, indices, length), extra
+
+
 def sparse_decode_out(*arguments: Any) -> None:
     """`torch.ops.flash_mla.triton_sparse_decode_out`."""
     problem_sparse.check_sparse_decode(*arguments)
-    q, *primary, extra_k_cache, extra_indices, extra_topk_length = arguments[:7]
+    q, *selected = arguments[:7]
     rows, splits, attn_sink, kv_format, extra_kv_format, _, softmax_scale, batch_invariant, out, lse = arguments[7:]
     _check_serves(q, "sparse decode")
     from flash_mla.backends.triton import sparse_decode as kernels
 
-    extra = None
-    if extra_k_cache is not None:
-        extra = kernels.Keys.of(extra_k_cache, extra_kv_format, extra_indices, extra_topk_length)
-    k_cache, indices, topk_length = primary
-    keys = kernels.Keys.of(k_cache, kv_format, indices, topk_length)
-    call = kernels.Call(q, keys, extra, attn_sink, softmax_scale, out, lse)
+    keys = _keys_of(tuple(selected), kv_format, extra_kv_format)
+    call = kernels.Call(q, *keys, attn_sink, softmax_scale, out, lse)
     if batch_invariant:
         kernels.sparse_decode_batch_invariant(call)
     else:
@@ -146,6 +153,38 @@ def sparse_decode(*inputs: Any) -> tuple[Tensor, Tensor]:
     out, lse = _new_outputs(inputs[0])
     sparse_decode_out(*inputs, out, lse)
     return out, lse
+
+
+def sparse_prefill_out(*arguments: Any) -> None:
+    """`torch.ops.flash_mla.triton_sparse_prefill_out`."""
+    problem_sparse.check_sparse_prefill(*arguments)
+    q, *selected = arguments[:7]
+    attn_sink, kv_format, extra_kv_format, _, sm_scale, lse_base, *outputs = arguments[7:]
+    _check_serves(q, "sparse prefill")
+    from flash_mla.backends.triton import sparse_prefill as kernels
+
+    keys = _keys_of(tuple(selected), kv_format, extra_kv_format)
+    kernels.sparse_prefill(kernels.Call(q, *keys, attn_sink, sm_scale, lse_base, *outputs))
+
+
+def sparse_prefill(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """`torch.ops.flash_mla.triton_sparse_prefill`."""
+    problem_sparse.check_sparse_prefill(*inputs)
+    q, d_v = inputs[0], inputs[10]
+    out = q.new_empty((*q.shape[:2], d_v))
+    max_logits, lse = (q.new_empty(q.shape[:2], dtype=torch.float32) for _ in range(2))
+    sparse_prefill_out(*inputs, out, max_logits, lse)
+    return out, max_logits, lse
+
+
+def dense_prefill(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """`torch.ops.flash_mla.triton_dense_prefill`."""
+    problem_prefill.check_dense_prefill(*inputs)
+    q, k, v, cu_seqlens_qo, cu_seqlens_kv, _, _, softmax_scale, causal, _ = inputs
+    _check_serves(q, "dense prefill")
+    from flash_mla.backends.triton import dense_prefill as kernels
+
+    return kernels.dense_prefill(q, k, v, cu_seqlens_qo, cu_seqlens_kv, softmax_scale, causal)
 
 
 def plan_sparse_decode(
@@ -193,6 +232,9 @@ _FUNCTIONS = {
     "sparse_decode": sparse_decode,
     "sparse_decode_out": sparse_decode_out,
     "plan_sparse_decode": plan_sparse_decode,
+    "sparse_prefill": sparse_prefill,
+    "sparse_prefill_out": sparse_prefill_out,
+    "dense_prefill": dense_prefill,
 }
 OPERATORS = tuple(_FUNCTIONS)
 """Operators that the backend has."""

@@ -50,6 +50,7 @@ def load_indices(row: tl.tensor, start: tl.tensor, end: tl.tensor, num_slots: tl
 @jit
 def attend_lanes(
     acc: tl.tensor,
+    acc_rope: tl.tensor,
     row_max: tl.tensor,
     row_sum: tl.tensor,
     q_v: tl.tensor,
@@ -66,10 +67,14 @@ def attend_lanes(
     FORMAT: tl.constexpr,
     HARDWARE: tl.constexpr,
     ROPE: tl.constexpr,
+    WIDE_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> Any:
-    """Add the keys of lanes `[begin, end)` of one index list to the online softmax."""
+    """Add the keys of lanes `[begin, end)` of one index list to the online softmax.
+
+    With WIDE_V `acc_rope` `[BLOCK_M, 64]` goes on where `acc` ends, else it is handed back as it is.
+    """
     # Loaded one tile ahead: the keys' addresses must not wait for the list.
     index = load_indices(row, begin, end, num_slots, BLOCK_N)
     for start in range(begin, end, BLOCK_N):
@@ -83,8 +88,11 @@ def attend_lanes(
             scores = dot(q_rope, tl.trans(k_rope), scores)
         scores = tl.where(valid[None, :], scores * scale_log2, float("-inf"))
         p, rescale, row_max, row_sum = online_softmax(scores, row_max, row_sum)
-        acc = dot(rounded(p, k.dtype), k, acc * rescale[:, None])
-    return acc, row_max, row_sum
+        probabilities = rounded(p, k.dtype)
+        acc = dot(probabilities, k, acc * rescale[:, None])
+        if WIDE_V:
+            acc_rope = dot(probabilities, k_rope, acc_rope * rescale[:, None])
+    return acc, acc_rope, row_max, row_sum
 
 
 @jit
@@ -144,7 +152,7 @@ def sparse_decode_kernel(
     out: tl.tensor,
     lse: tl.tensor,
     partial_out: tl.tensor,
-    partial_stats: tl.tensor,
+    partial_lse: tl.tensor,
     scale_log2: tl.tensor,
     b: tl.tensor,
     h_q: tl.tensor,
@@ -246,8 +254,9 @@ def sparse_decode_kernel(
         row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
         row_sum = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, D_V], tl.float32)
-        acc, row_max, row_sum = attend_lanes(
+        acc, _, row_max, row_sum = attend_lanes(
             acc,
+            row_max,
             row_max,
             row_sum,
             q_v,
@@ -264,12 +273,14 @@ def sparse_decode_kernel(
             FORMAT,
             HARDWARE,
             ROPE,
+            False,
             BLOCK_M,
             BLOCK_N,
         )
         if EXTRA_FORMAT != NONE:
-            acc, row_max, row_sum = attend_lanes(
+            acc, _, row_max, row_sum = attend_lanes(
                 acc,
+                row_max,
                 row_max,
                 row_sum,
                 q_v,
@@ -286,6 +297,7 @@ def sparse_decode_kernel(
                 EXTRA_FORMAT,
                 HARDWARE,
                 ROPE,
+                False,
                 BLOCK_M,
                 BLOCK_N,
             )
@@ -299,7 +311,7 @@ def sparse_decode_kernel(
             store_result(out_rows, lse_rows, acc, row_max, row_sum, sink, exists, True)
         elif partial != NOTHING:
             tile = wide(partial) * tl.num_programs(0) + tl.program_id(0)
-            store_partial(partial_out, partial_stats, tile, acc, row_max, row_sum, exists, BLOCK_M)
+            store_partial(partial_out, partial_lse, tile, acc, row_max, row_sum, exists, BLOCK_M)
 
 
 @jit_for_any_value(
@@ -498,10 +510,10 @@ def _blocks(call: Call) -> Tensor:
 
 
 def _partials(call: Call, tile: Tile, count: int) -> tuple[Tensor, Tensor]:
-    """Memory for `count` partial results of all rows: sums of values, and the maximum and sum of each row."""
+    """Memory for `count` partial results of all rows: values, and a logarithm for each row."""
     rows = count * call.q.shape[1] * _padded_heads(call, tile)
     new = call.lse.new_empty
-    return new((rows, HEAD_DIM_V)), new((rows, 2))
+    return new((rows, HEAD_DIM_V)), new((rows,))
 
 
 def _padded_heads(call: Call, tile: Tile) -> int:

@@ -6,10 +6,13 @@ from importlib import metadata
 
 import torch
 
-from flash_mla import problem
+from flash_mla import problem, problem_prefill
 from flash_mla.backends.triton import config
 from flash_mla.problem import DenseDecodeProblem, Problem
-from flash_mla.problem_sparse import SparseDecodeProblem
+from flash_mla.problem_prefill import DensePrefillProblem
+from flash_mla.problem_sparse import SparseDecodeProblem, SparsePrefillProblem
+
+_Attention = DenseDecodeProblem | SparseDecodeProblem | SparsePrefillProblem | DensePrefillProblem
 
 OLDEST, TOO_NEW = (3, 4), (3, 10)
 """Versions of Triton that the kernels are written for, as pyproject.toml pins them: from the first, below the
@@ -20,18 +23,17 @@ MIN_CAPABILITY = 80
 """bfloat16 on tensor cores."""
 
 NOT_SERVED = {
-    "sparse_prefill": "no kernel for sparse_prefill is written yet",
-    "dense_prefill": "no kernel for dense_prefill is written yet",
     "kv_cache": "no kernel for kv_cache is written yet",
 }
 """Operations, and variants of them, that the backend declines on every device so far, each with its reason."""
 
-
 BY_NAME_ONLY = {
-    op: f"its kernels for {what} have not run on a GPU yet: ask for the backend by name"
-    for op, what in {"sparse_decode": "sparse_decode", "dense_decode_fp8": "dense_decode over FP8 caches"}.items()
+    op: f"its kernel for {op} has not run on a GPU yet: ask for the backend by name"
+    for op in ("sparse_prefill", "dense_prefill")
 }
-"""Operations, and variants of them, that the backend serves only where it is asked for by name."""
+"""Operations, and variants of them ("dense_decode_fp8"), that the backend serves only where it is asked for by name,
+each with its reason: those whose compiled kernels have not run on a GPU yet.
+"""
 
 
 def by_name_only(wanted: Problem) -> str | None:
@@ -71,20 +73,32 @@ def why_not_on(device_type: str, compute_capability: int | None) -> str | None:
 
 def why_not(wanted: Problem) -> str | None:
     """None when a kernel takes `wanted`, else the reason."""
-    if isinstance(wanted, SparseDecodeProblem):
-        return why_not_on(wanted.device_type, wanted.compute_capability)
-    if not isinstance(wanted, DenseDecodeProblem):
+    if not isinstance(wanted, _Attention):
         return NOT_SERVED[wanted.op]
     reason = why_not_on(wanted.device_type, wanted.compute_capability)
     if reason is not None:
         return reason
-    if wanted.fp8_cache is None and wanted.dtype not in problem.HALF_DTYPES:
+    return _why_not_dtype(wanted) or _why_not_sizes(wanted)
+
+
+def _why_not_dtype(wanted: _Attention) -> str | None:
+    over_bytes = isinstance(wanted, DenseDecodeProblem) and wanted.fp8_cache is not None
+    if isinstance(wanted, SparseDecodeProblem | SparsePrefillProblem) or over_bytes:
+        return None
+    if wanted.dtype not in problem.HALF_DTYPES:
         return f"dtype must be bfloat16 or float16, got {str(wanted.dtype).removeprefix('torch.')}"
-    if wanted.d_qk not in problem.HEAD_DIMS_QK:
-        return f"d_qk must be 576 or 512, got {wanted.d_qk}"
-    if wanted.d_v != problem.HEAD_DIM_V:
-        return f"d_v must be {problem.HEAD_DIM_V}, got {wanted.d_v}"
     return None
+
+
+def _why_not_sizes(wanted: _Attention) -> str | None:
+    is_mha = isinstance(wanted, DensePrefillProblem)
+    sizes = problem_prefill.HEAD_DIMS_QK if is_mha else problem.HEAD_DIMS_QK
+    if wanted.d_qk not in sizes:
+        return f"d_qk must be {' or '.join(map(str, sorted(sizes, reverse=True)))}, got {wanted.d_qk}"
+    if isinstance(wanted, SparsePrefillProblem):
+        return None if 1 <= wanted.d_v <= wanted.d_qk else f"d_v must be 1 to {wanted.d_qk}, got {wanted.d_v}"
+    d_v = problem_prefill.HEAD_DIM_V if is_mha else problem.HEAD_DIM_V
+    return None if wanted.d_v == d_v else f"d_v must be {d_v}, got {wanted.d_v}"
 
 
 def serves(device: torch.device) -> bool:
