@@ -100,13 +100,9 @@ def test_the_naive_loop(backend: Target, known: KVFormat, lengths: str, extra: b
 
 
 def replace_device(inputs: SparseDecodeInputs, backend: Target) -> SparseDecodeInputs:
-    def moved(value: object) -> object:
-        return value.to(backend.device) if isinstance(value, Tensor) else value
-
-    def side(one: object) -> object:
-        return None if one is None else replace(one, **{name: moved(value) for name, value in vars(one).items()})
-
-    return SparseDecodeInputs(moved(inputs.q), side(inputs.primary), side(inputs.extra), moved(inputs.attn_sink))
+    extra = None if inputs.extra is None else inputs.extra.to(backend.device)
+    sink = None if inputs.attn_sink is None else inputs.attn_sink.to(backend.device)
+    return SparseDecodeInputs(inputs.q.to(backend.device), inputs.primary.to(backend.device), extra, sink)
 
 
 def test_the_truth_is_the_naive_loop() -> None:

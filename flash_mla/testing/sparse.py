@@ -65,6 +65,16 @@ class Selected:
         lengths = None if self.lengths is None else self.lengths[requests].contiguous()
         return Selected(self.cache, self.indices[requests], lengths, self.kv_format)
 
+    def to(self, device: torch.device | str) -> "Selected":
+        """The same on another device; the cache keeps its strides, which `Tensor.to` may not."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            there = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+            return there.copy_(tensor.detach())
+
+        lengths = None if self.lengths is None else moved(self.lengths)
+        return Selected(moved(self.cache), moved(self.indices), lengths, self.kv_format)
+
 
 @dataclass
 class SparseDecodeInputs:
