@@ -166,11 +166,6 @@ def why_not_native(name: str) -> str | None:
     """None when the native library has operator `name`, else the reason."""
     if why_not_loaded is not None or name in NATIVE:
         return why_not_loaded
-    return no_kernels(name)
-
-
-def no_kernels(name: str) -> str:
-    """The reason of an operation or operator that no CUDA kernel exists for so far."""
     return f"no CUDA kernel for {name} is built yet in this version of flash_mla"
 
 

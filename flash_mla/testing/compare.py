@@ -1,9 +1,8 @@
 """The one comparison of a kernel's answer with the truth.
 
-The yardstick is an emulation: the same mathematics in PyTorch with the kernel's dtypes and roundings. A kernel may
-    err twice
-as much as the emulation does, plus one rounding of its output dtype. Errors are judged row by row of the batch, since
-a request of three keys has numbers, and errors, a hundred times those of one with thirty thousand.
+The yardstick is an emulation: the same mathematics in PyTorch with the kernel's dtypes and roundings. A kernel may err
+twice as much as the emulation does, plus one rounding of its output dtype. Errors are judged row by row of the batch,
+since a request of three keys has numbers, and errors, a hundred times those of one with thirty thousand.
 """
 
 from dataclasses import dataclass

@@ -65,6 +65,25 @@ class KeyLists {
     __syncwarp();
   }
 
+  // All tiles, for producers that keep nothing of one while they work on another: `copy(entry, row)`.
+  template <class Copy>
+  __device__ __forceinline__ void copy_tiles(Copy&& copy) {
+    fetch_indices();
+#pragma unroll 1
+    while (ahead_.exists()) {
+      const Entry entry = ahead_;
+      const unsigned char* const row = locate(entry);
+      fetch_indices();
+      if (entry.begins_piece()) {
+        begin_piece(entry.piece());
+      }
+      if (entry.has_tile()) {
+        copy(entry, row);
+      }
+    }
+    end();
+  }
+
   __device__ __forceinline__ int key_of_lane() const { return warp_ * kWarpKeys + lane_ / kLanes; }
 
   static __device__ __forceinline__ int load_index(const int32_t* address) {

@@ -10,31 +10,20 @@ namespace flash_mla::sm90::sparse_attention_bf16 {
 template <class C>
 class ProducerWarp : sparse_attention::KeyLists<C, Storage<C>> {
   using Base = sparse_attention::KeyLists<C, Storage<C>>;
-  using Base::ahead_, Base::lane_, Base::phases_, Base::storage_, Base::warp_, Base::kLanes, Base::kWarpKeys;
+  using Base::lane_, Base::phases_, Base::storage_, Base::warp_, Base::kLanes, Base::kWarpKeys;
 
  public:
   __device__ __forceinline__ ProducerWarp(const SparseAttentionParams& params, Storage<C>& storage, int warp, int lane)
       : Base(params, storage, storage.walks[warp], warp, lane) {}
 
   __device__ __forceinline__ void run() {
-    this->fetch_indices();
-#pragma unroll 1
-    while (ahead_.exists()) {
-      const sparse_attention::Entry entry = ahead_;
-      const unsigned char* const row = this->locate(entry);
-      this->fetch_indices();
-      if (entry.begins_piece()) {
-        this->begin_piece(entry.piece());
+    this->copy_tiles([this](const sparse_attention::Entry& entry, const unsigned char* row) {
+      if (entry.slot() == 0) {
+        copy_tile<0>(row);
+      } else {
+        copy_tile<1>(row);
       }
-      if (entry.has_tile()) {
-        if (entry.slot() == 0) {
-          copy_tile<0>(row);
-        } else {
-          copy_tile<1>(row);
-        }
-      }
-    }
-    this->end();
+    });
   }
 
  private:

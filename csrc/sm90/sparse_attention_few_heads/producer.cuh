@@ -194,27 +194,15 @@ class ConvertingWarp : sparse_attention::KeyLists<C, Storage<C>> {
 template <class C>
 class CopyingWarp : sparse_attention::KeyLists<C, Storage<C>> {
   using Base = sparse_attention::KeyLists<C, Storage<C>>;
-  using Base::ahead_, Base::lane_, Base::phases_, Base::storage_, Base::warp_, Base::kLanes, Base::kWarpKeys;
+  using Base::lane_, Base::phases_, Base::storage_, Base::warp_, Base::kLanes, Base::kWarpKeys;
 
  public:
   __device__ __forceinline__ CopyingWarp(const SparseAttentionParams& params, Storage<C>& storage, int warp, int lane)
       : Base(params, storage, storage.walks[warp], warp, lane) {}
 
   __device__ __forceinline__ void run() {
-    this->fetch_indices();
-#pragma unroll 1
-    while (ahead_.exists()) {
-      const sparse_attention::Entry entry = ahead_;
-      const unsigned char* const row = this->locate(entry);
-      this->fetch_indices();
-      if (entry.begins_piece()) {
-        this->begin_piece(entry.piece());
-      }
-      if (entry.has_tile()) {
-        copy_tile(entry.slot(), row);
-      }
-    }
-    this->end();
+    this->copy_tiles(
+        [this](const sparse_attention::Entry& entry, const unsigned char* row) { copy_tile(entry.slot(), row); });
   }
 
  private:
