@@ -173,6 +173,15 @@ def test_peaked_scores(backend: Target) -> None:
     check_decode(make_sparse_decode_inputs(2, 2, h_q=16, topk=200, spread=8.0, device=backend.device))
 
 
+@pytest.mark.parametrize("h_q", [4, 64])
+@pytest.mark.parametrize("known", PRIMARY_FORMATS)
+def test_rows_and_columns_of_many_sizes(backend: Target, known: KVFormat, h_q: int) -> None:
+    """Scales differ by 2^20 between rows and by as much within one."""
+    inputs = make_sparse_decode_inputs(2, h_q=h_q, kv_format=known, octaves=10, device=backend.device)
+    inputs.softmax_scale = 1e-8
+    check_decode(inputs)
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8])
 @pytest.mark.parametrize("known", ["V32", "MODEL1", "V41"])
 def test_what_the_caches_may_be_declared_as(backend: Target, known: str, dtype: torch.dtype) -> None:

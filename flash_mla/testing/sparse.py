@@ -160,6 +160,7 @@ def make_selected(
     num_blocks: int = 5,
     lengths: Literal["none", "request", "token"] | list[int] = "none",
     invalid: float = 0.1,
+    octaves: int = 0,
     dtype: torch.dtype = torch.uint8,
     device: torch.device | str = "cpu",
     seed: int = 0,
@@ -172,6 +173,7 @@ def make_selected(
         kv_format, page, num_blocks, d_qk, dtype: of the cache; see `poisoned_cache`.
         lengths: None, a random number for each request or token (0 included), or these numbers, one per request.
         invalid: share of the lanes that hold -1, huge or negative garbage.
+        octaves: rows are multiplied by powers of two from 2^-octaves to 2^octaves, and so are their columns, 32 by 32.
         device: where the tensors are.
         seed: of the random values.
     """
@@ -187,7 +189,13 @@ def make_selected(
     live = (torch.arange(topk) < counted[..., None]) & (indices >= 0) & (indices < slots)
     reached = torch.unique(indices[live])
     cache = poisoned_cache(known, num_blocks, page, d_qk, device, dtype)
-    rows = torch.randn((len(reached), known.d_qk_of(cache)), generator=generator).to(torch.bfloat16).to(device)
+    rows = torch.randn((len(reached), known.d_qk_of(cache)), generator=generator)
+    if octaves > 0:
+        sizes = [
+            torch.randint(-octaves, octaves + 1, (len(rows), n), generator=generator) for n in (1, rows.shape[1] // 32)
+        ]
+        rows *= torch.exp2((sizes[0] + sizes[1]).float()).repeat_interleave(32, dim=1)
+    rows = rows.to(torch.bfloat16).to(device)
     append_kv_cache(rows, cache, reached.to(device), known.value, False)
     on_device = None if counts is None else counts.to(torch.int32).to(device)
     return Selected(cache, indices.to(torch.int32).to(device), on_device, known)

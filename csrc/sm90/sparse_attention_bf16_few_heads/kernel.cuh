@@ -1,0 +1,47 @@
+// Set-up, the switch between the warp roles, tear-down. Roles, registers, barriers and the schedule: design.md.
+#pragma once
+
+#include "sm90/sparse_attention_bf16_few_heads/math.cuh"
+
+namespace flash_mla::sm90::sparse_attention_bf16_few_heads {
+
+template <class C>
+__device__ __forceinline__ void init_barriers(Storage<C>& storage) {
+  for (int slot = 0; slot < 2; ++slot) {
+    // Each thread's copies, and what each warp stores besides.
+    mbarrier_init(shared_address(&storage.k_full[slot]), C::kProducerThreads + C::kProducerWarps);
+    mbarrier_init(shared_address(&storage.k_empty[slot]), C::kMathThreads / 32);
+  }
+  mbarrier_init(shared_address(&storage.q_full), C::kProducerThreads);
+  mbarrier_init(shared_address(&storage.q_empty), C::kMathThreads / 32);
+  fence_mbarrier_init();
+}
+
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, 1)
+    sparse_attention_bf16_few_heads_kernel(const __grid_constant__ SparseAttentionParams params) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  extern __shared__ __align__(1024) unsigned char shared[];
+  auto& storage = *reinterpret_cast<Storage<C>*>(shared);
+  if (threadIdx.x == 0) {
+    init_barriers(storage);
+  }
+  __syncthreads();
+  // Nothing that this kernel reads may still be written by the kernels before it in the stream, the schedule included.
+  wait_for_dependencies();
+  // Not before the wait: the combine kernel reads the schedule as soon as it starts.
+  launch_dependents();
+
+  const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
+  if (warpgroup > 0) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(C::kProducerRegisters));
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32 - C::kMathThreads / 32, 0), lane = threadIdx.x % 32;
+    ProducerWarp<C>(params, storage, warp, lane).run();
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C::kMathRegisters));
+    MathWarpgroup<C>(params, storage).run();
+  }
+#endif
+}
+
+}  // namespace flash_mla::sm90::sparse_attention_bf16_few_heads
