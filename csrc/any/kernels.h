@@ -35,7 +35,7 @@ void launch_plan(const PlanParams& params, void* stream);
 void launch_prefill_plan(const DensePrefillParams& params, void* stream);
 void launch_prefill_backward_plan(const DensePrefillBackwardParams& params, void* stream);
 
-// What the backward's kernel starts from: items, row terms, zeros in `dq_sum` and `turns`. Then, from the sums, dq.
+// What the backward's kernel starts from: items, deltas, zeros in `dq_sum` and `turns`. Then, from the sums, dq.
 void launch_prefill_backward_prepare(const DensePrefillBackwardParams& params, void* stream);
 void launch_prefill_backward_finish(const DensePrefillBackwardParams& params, void* stream);
 

@@ -35,7 +35,8 @@ __device__ BackwardItem item_of(const DensePrefillParams& params, bool takes_tur
   const PrefillSequence sequence = params.planned[find_sequence(params, number)];
   const int within = number - sequence.first_item;
   const int round_items = sequence.tiles * sequence.heads_together, round = within / round_items;
-  const int first_head = round * sequence.heads_together, heads = min(sequence.heads_together, params.h_kv - first_head);
+  const int first_head = round * sequence.heads_together,
+            heads = min(sequence.heads_together, params.h_kv - first_head);
   const int in_round = within - round * round_items, rank = in_round / heads;
   const int tile = params.causal && takes_turns ? sequence.tiles - 1 - rank : rank;
   const int first_key = tile * kBackwardKeyTile;
@@ -52,7 +53,7 @@ __device__ BackwardItem item_of(const DensePrefillParams& params, bool takes_tur
   return item;
 }
 
-// ---- Row terms.
+// ---- Rows: deltas, and zeros for the sums.
 
 template <class T>
 __device__ float dot(const uint4& a, const uint4& b) {
@@ -99,12 +100,11 @@ __device__ void prepare_rows(const DensePrefillBackwardParams& params, int64_t u
   }
   const int64_t token = first + lane;
   if (lane < kTokensPerWarp && token < forward.tokens_q) {
-    const float lse = forward.lse[static_cast<int64_t>(head) * forward.tokens_q + token];
-    const float d_lse = params.d_lse[token * params.stride_dlse_t + head * params.stride_dlse_h];
-    float* terms = params.row_terms + static_cast<int64_t>(head) * 2 * params.row_stride + token;
+    const int64_t row = static_cast<int64_t>(head) * forward.tokens_q + token;
     // A row without keys has no gradients, whatever d_out is there.
-    terms[0] = lse * kLog2E;
-    terms[params.row_stride] = lse == INFINITY ? 0.0f : own - d_lse;
+    params.deltas[row] = forward.lse[row] == INFINITY
+                             ? 0.0f
+                             : own - params.d_lse[token * params.stride_dlse_t + head * params.stride_dlse_h];
   }
 }
 
@@ -129,23 +129,44 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant
 
 // ---- The gradient of q.
 
+constexpr int kFinishedTokens = 4;
+
+// A warp takes four tokens of a head, whose sums lie together.
+template <class T, int kHeadDim>
+__device__ void finish_rows(const DensePrefillBackwardParams& params, int64_t unit, int lane) {
+  constexpr int kRowUnits = kHeadDim / 8, kLaneUnits = kFinishedTokens * kRowUnits / 32;
+  const DensePrefillParams& forward = params.forward;
+  const int head = unit % forward.h_q;
+  const int64_t first = unit / forward.h_q * kFinishedTokens;
+  const int units = min(static_cast<int64_t>(kFinishedTokens), forward.tokens_q - first) * kRowUnits;
+  const auto* sums = reinterpret_cast<const float4*>(params.dq_sum) +
+                     (head * static_cast<int64_t>(forward.tokens_q) + first) * (kHeadDim / 4);
+  float4 low[kLaneUnits], high[kLaneUnits];
+#pragma unroll
+  for (int i = 0; i < kLaneUnits; ++i) {
+    if (const int at = lane + 32 * i; at < units) {
+      low[i] = sums[2 * at], high[i] = sums[2 * at + 1];
+    }
+  }
+  const float scale = params.softmax_scale;
+#pragma unroll
+  for (int i = 0; i < kLaneUnits; ++i) {
+    if (const int at = lane + 32 * i; at < units) {
+      const int64_t row = (first + at / kRowUnits) * forward.h_q + head;
+      reinterpret_cast<uint4*>(params.dq)[row * kRowUnits + at % kRowUnits] =
+          make_uint4(pack2<T>(low[i].x * scale, low[i].y * scale), pack2<T>(low[i].z * scale, low[i].w * scale),
+                     pack2<T>(high[i].x * scale, high[i].y * scale), pack2<T>(high[i].z * scale, high[i].w * scale));
+    }
+  }
+}
+
 template <class T, int kHeadDim>
 __global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant__ DensePrefillBackwardParams params) {
   asm volatile("griddepcontrol.wait;" ::: "memory");
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-  constexpr int kUnits = kHeadDim / 8;  // of a row: 8 columns
-  const DensePrefillParams& forward = params.forward;
-  const int64_t units = static_cast<int64_t>(forward.tokens_q) * forward.h_q * kUnits;
-  for (int64_t i = thread_of_grid(); i < units; i += threads_of_grid()) {
-    const int64_t row = i / kUnits, token = row / forward.h_q;
-    const int64_t head = row - token * forward.h_q;
-    const auto* sums = reinterpret_cast<const float4*>(params.dq_sum + (head * forward.tokens_q + token) * kHeadDim +
-                                                       (i - row * kUnits) * 8);
-    const float4 low = sums[0], high = sums[1];
-    const float scale = params.softmax_scale;
-    reinterpret_cast<uint4*>(params.dq)[i] =
-        make_uint4(pack2<T>(low.x * scale, low.y * scale), pack2<T>(low.z * scale, low.w * scale),
-                   pack2<T>(high.x * scale, high.y * scale), pack2<T>(high.z * scale, high.w * scale));
+  const int64_t units = static_cast<int64_t>(ceil_div(params.forward.tokens_q, kFinishedTokens)) * params.forward.h_q;
+  for (int64_t unit = thread_of_grid() / 32; unit < units; unit += threads_of_grid() / 32) {
+    finish_rows<T, kHeadDim>(params, unit, threadIdx.x % 32);
   }
 }
 
@@ -162,8 +183,7 @@ void launch_finish(const DensePrefillBackwardParams& params, void* stream) {
 }  // namespace
 
 void launch_prefill_backward_prepare(const DensePrefillBackwardParams& params, void* stream) {
-  const auto kernel =
-      params.element == Element::kFloat16 ? prepare_kernel<__half> : prepare_kernel<__nv_bfloat16>;
+  const auto kernel = params.element == Element::kFloat16 ? prepare_kernel<__half> : prepare_kernel<__nv_bfloat16>;
   device::launch_dependent("prefill_backward_prepare", kernel, grid_of(params), kThreads, 0, stream, params);
 }
 

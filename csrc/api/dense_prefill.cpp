@@ -1,4 +1,5 @@
-// Dense prefill over sequences laid end to end, and its gradients: checks, problem and parameters, plan, choice of a kernel, launch.
+// Dense prefill over sequences laid end to end, and its gradients: checks, problem and parameters, plan, choice of a
+// kernel, launch.
 #include "api/dense_prefill.h"
 
 #include <algorithm>
@@ -84,13 +85,8 @@ Shapes check_inputs(const View& q, const View& k, const View& v, const View& cu_
 }
 
 DensePrefillProblem problem_of(const View& q, const Shapes& s, const DeviceFacts& facts, double softmax_scale) {
-  return {facts.compute_capability,
-          element_of(q.dtype),
-          static_cast<int>(s.h_q),
-          static_cast<int>(s.h_kv),
-          static_cast<int>(s.d_qk),
-          kPrefillHeadDimV,
-          static_cast<float>(softmax_scale)};
+  return {facts.compute_capability, element_of(q.dtype), static_cast<int>(s.h_q),          static_cast<int>(s.h_kv),
+          static_cast<int>(s.d_qk), kPrefillHeadDimV,    static_cast<float>(softmax_scale)};
 }
 
 // All but the outputs and the plan.
@@ -212,10 +208,9 @@ std::tuple<Tensor, Tensor, Tensor> dense_prefill_backward(const Tensor& d_out_, 
   Tensor dk = empty(q.device, q.dtype, {s.tokens_kv, s.h_kv, s.d_qk});
   Tensor dv = empty(q.device, q.dtype, {s.tokens_kv, s.h_kv, kPrefillHeadDimV});
 
-  const int64_t row_stride = ceil_div<int64_t>(s.tokens_q, 4) * 4;  // TMA wants multiples of 16 bytes
   const int64_t most_items = (ceil_div<int64_t>(s.tokens_kv, kBackwardKeyTile) + s.sequences + 1) * s.h_kv;
   Tensor dq_sum = empty(q.device, ScalarType::Float, {s.h_q, s.tokens_q, s.d_qk});
-  Tensor row_terms = empty(q.device, ScalarType::Float, {s.h_q, 2, row_stride});
+  Tensor deltas = empty(q.device, ScalarType::Float, {s.h_q, s.tokens_q});
   Tensor plan = empty_plan(q.device, s);
   Tensor items = empty(q.device, ScalarType::Int, {most_items, int64_t{sizeof(BackwardItem) / sizeof(int32_t)}});
   Tensor turns = empty(q.device, ScalarType::Int, {deterministic ? s.h_q : 0, s.tokens_q});
@@ -229,12 +224,11 @@ std::tuple<Tensor, Tensor, Tensor> dense_prefill_backward(const Tensor& d_out_, 
   params.d_lse = static_cast<const float*>(d_lse.data);
   params.dq = dq.data_ptr(), params.dk = dk.data_ptr(), params.dv = dv.data_ptr();
   params.dq_sum = static_cast<float*>(dq_sum.data_ptr());
-  params.row_terms = static_cast<float*>(row_terms.data_ptr());
+  params.deltas = static_cast<float*>(deltas.data_ptr());
   params.items = static_cast<BackwardItem*>(items.data_ptr());
   params.turns = deterministic ? static_cast<int32_t*>(turns.data_ptr()) : nullptr;
   params.stride_do_t = d_out.stride(0), params.stride_do_h = d_out.stride(1);
   params.stride_dlse_t = d_lse.stride(0), params.stride_dlse_h = d_lse.stride(1);
-  params.row_stride = static_cast<int>(row_stride);
   params.element = element_of(q.dtype);
   params.softmax_scale = static_cast<float>(softmax_scale);
   void* stream = current_stream(q.device);

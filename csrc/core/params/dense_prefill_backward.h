@@ -34,16 +34,14 @@ struct DensePrefillBackwardParams {
   void* dk;
   void* dv;
 
-  // Workspace. `row_terms`: of each query and head log2(e) * lse, and d_out . out - d_lse, in two rows of row_stride
-  // floats per head, so that TMA can load either.
-  float* dq_sum;     // [h_q, tokens_q, d_qk], without the scale
-  float* row_terms;  // [h_q, 2, row_stride]
+  // Workspace.
+  float* dq_sum;  // [h_q, tokens_q, d_qk], without the scale
+  float* deltas;  // [h_q, tokens_q]: d_out . out - d_lse
   BackwardItem* items;
   int32_t* turns;  // [h_q, tokens_q]: how many items have added to dq_sum, by a tile's first token. Null: in any order
 
   int64_t stride_do_t, stride_do_h;
   int64_t stride_dlse_t, stride_dlse_h;
-  int row_stride;
   Element element;
   float softmax_scale;
 };

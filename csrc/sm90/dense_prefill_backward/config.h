@@ -27,7 +27,6 @@ struct Config {
   static constexpr int kVBytes = kValueSlices * kKeySliceBytes;
   static constexpr int kQBytes = kSlices * kQuerySliceBytes;
   static constexpr int kOutBytes = kValueSlices * kQuerySliceBytes;
-  static constexpr int kRowTermBytes = 2 * kQueries * 4;
   static constexpr int kDsBytes = kKeySliceBytes;  // 128 keys x 64 queries
 
   // The gradient of Q is shared out by columns: a warpgroup's half of them takes 1.5 slices of K where there are three.
@@ -49,6 +48,13 @@ struct Config {
   // Registers per thread after the roles part: 256 * 240 + 128 * 24 <= 384 * 168, what the launch allots.
   static constexpr int kMathRegisters = 240;
   static constexpr int kProducerRegisters = 24;
+
+  // How much of a step's arithmetic overlaps is a matter of registers. The exponentials of so many groups of 16 queries
+  // come before the gradients of the probabilities are issued; so many such groups of the gradient of K are issued
+  // before that of Q, and waited for unless they overlap with it.
+  static constexpr int kExponentsFirst = kHeadDim == 192 ? 4 : 0;
+  static constexpr int kKeyGradientFirst = kHeadDim == 128 ? 2 : std::is_same_v<T, __half> ? 4 : 3;
+  static constexpr bool kKeyGradientOverlaps = kHeadDim == 128;
 
   using Major = cute::SM90::GMMA::Major;
   static constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
@@ -72,7 +78,7 @@ struct Config {
 // Warps of the producer warpgroup.
 constexpr int kTmaWarp = 0;
 constexpr int kSchedulerWarp = 1;
-constexpr int kCleanerWarp = 2;
+constexpr int kRowWarp = 2;
 constexpr int kAdderWarp = 3;
 
 }  // namespace flash_mla::sm90::dense_prefill_backward

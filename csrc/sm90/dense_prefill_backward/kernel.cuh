@@ -11,14 +11,14 @@ __device__ __forceinline__ void init_barriers(Storage<C>& storage) {
   constexpr int kMathWarps = 4 * C::kWarpgroups;
   for (int slot = 0; slot < 2; ++slot) {
     mbarrier_init(shared_address(&storage.item_full[slot]), 1);
-    mbarrier_init(shared_address(&storage.item_empty[slot]), kMathWarps + 3);  // with TMA, cleaner and adder
+    mbarrier_init(shared_address(&storage.item_empty[slot]), kMathWarps + 3);  // with TMA, row warp and adder
   }
   mbarrier_init(shared_address(&storage.item_wanted), 1);
   mbarrier_init(shared_address(&storage.keys_full), 1);
   mbarrier_init(shared_address(&storage.keys_landed), 1);
   mbarrier_init(shared_address(&storage.keys_empty), kMathWarps);
   for (int stage = 0; stage < C::kStages; ++stage) {
-    mbarrier_init(shared_address(&storage.rows_full[stage]), 1);
+    mbarrier_init(shared_address(&storage.rows_full[stage]), 2);  // TMA, row warp
     mbarrier_init(shared_address(&storage.rows_landed[stage]), 1);
     mbarrier_init(shared_address(&storage.rows_empty[stage]), kMathWarps);
   }
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(Config<T, kHeadDim>::kThreads, 1)
   extern __shared__ __align__(1024) unsigned char shared[];
   auto& storage = *reinterpret_cast<Storage<C>*>(shared);
   if (threadIdx.x == 0) {
-    for (const CUtensorMap* map : {&maps.q, &maps.k, &maps.v, &maps.d_out, &maps.row_terms, &maps.dq_sum}) {
+    for (const CUtensorMap* map : {&maps.q, &maps.k, &maps.v, &maps.d_out, &maps.dq_sum}) {
       tma_prefetch_descriptor(map);
     }
     init_barriers(storage);
@@ -61,8 +61,8 @@ __global__ void __launch_bounds__(Config<T, kHeadDim>::kThreads, 1)
       if (elect_one()) {
         schedule<C>(params, storage);
       }
-    } else if (warp == kCleanerWarp) {
-      Cleaner<C>::run(storage, params.forward.group, lane);
+    } else if (warp == kRowWarp) {
+      RowWarp<C>(params, storage, lane).run();
     } else if (elect_one()) {
       Adder<C>::run(params, maps, storage);
     }

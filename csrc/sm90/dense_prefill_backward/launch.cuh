@@ -9,34 +9,17 @@
 
 namespace flash_mla::sm90::dense_prefill_backward {
 
-// [h_q, 2, row_stride] floats: log-sum-exps and deltas of 64 tokens of a head at a time.
-inline CUtensorMap row_terms_map(const DensePrefillBackwardParams& params) {
-  const auto row_bytes = static_cast<cuuint64_t>(params.row_stride) * sizeof(float);
-  const TensorMapShape shape{CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
-                             params.row_terms,
-                             {static_cast<cuuint64_t>(params.row_stride), 2,
-                              static_cast<cuuint64_t>(params.forward.h_q), 1, 1},
-                             {row_bytes, 2 * row_bytes, 128, 128},
-                             {kBackwardQueryTile, 2, 1, 1, 1},
-                             CU_TENSOR_MAP_SWIZZLE_NONE};
-  CUtensorMap map;
-  const CUresult status = encode(shape, map);
-  check(status == CUDA_SUCCESS, ErrorKind::kCuda, "cuTensorMapEncodeTiled failed with ", static_cast<int>(status),
-        " for row terms of ", params.forward.tokens_q, " tokens and ", params.forward.h_q, " heads");
-  return map;
-}
-
 template <class T, int kHeadDim>
 TensorMaps make_maps(const DensePrefillBackwardParams& params) {
   using C = Config<T, kHeadDim>;
   const DensePrefillParams& forward = params.forward;
-  const Rows k{"k",         forward.k,          forward.tokens_kv,  forward.h_kv, C::kSlices,
-               forward.stride_k_t, forward.stride_k_h, C::kKeys, 1};
+  const Rows k{"k",      forward.k, forward.tokens_kv, forward.h_kv, C::kSlices, forward.stride_k_t, forward.stride_k_h,
+               C::kKeys, 1};
   const CUtensorMap k_map = rows_map<T>(k);
   const CUtensorMap v_map = rows_map<T>({"v", forward.v, forward.tokens_kv, forward.h_kv, C::kValueSlices,
                                          forward.stride_v_t, forward.stride_v_h, C::kKeys, C::kValueSlices});
   if (forward.tokens_q == 0) {  // nothing else is loaded, but a map has to be of something
-    return {k_map, k_map, v_map, k_map, k_map, k_map};
+    return {k_map, k_map, v_map, k_map, k_map};
   }
   const int64_t dq_row = kHeadDim;
   return {
@@ -46,7 +29,6 @@ TensorMaps make_maps(const DensePrefillBackwardParams& params) {
       v_map,
       rows_map<T>({"d_out", params.d_out, forward.tokens_q, forward.h_q, C::kValueSlices, params.stride_do_t,
                    params.stride_do_h, C::kQueries, C::kValueSlices}),
-      row_terms_map(params),
       rows_map<float>({"dq", params.dq_sum, forward.tokens_q, forward.h_q, kHeadDim / 32, dq_row,
                        forward.tokens_q * dq_row, C::kQueries, C::kDqSlices}),
   };

@@ -1,5 +1,5 @@
-// The math warpgroups: each has 64 keys of its own, whose gradients it keeps, and half of the columns of the gradient of
-// Q.
+// The math warpgroups: each has 64 keys of its own, whose gradients it keeps, and half of the columns of the gradient
+// of Q.
 #pragma once
 
 #include "device/sm90/copy.cuh"
@@ -13,8 +13,7 @@ class MathWarpgroup {
   using T = typename C::Element;
 
  public:
-  __device__ __forceinline__ MathWarpgroup(const DensePrefillBackwardParams& params, Storage<C>& storage,
-                                           int warpgroup)
+  __device__ __forceinline__ MathWarpgroup(const DensePrefillBackwardParams& params, Storage<C>& storage, int warpgroup)
       : params_(params), storage_(storage), warpgroup_(warpgroup) {}
 
   __device__ __forceinline__ void run() {
@@ -67,34 +66,44 @@ class MathWarpgroup {
     mbarrier_wait(shared_address(&storage_.rows_full[stage]), step_ >> 1 & 1);
     wgmma_fence();
     issue_scores(scores, stage);
-    wgmma_wait<0>();
+    if constexpr (C::kExponentsFirst == 0) {
+      issue_d_probabilities(d_probabilities, stage);
+      wgmma_wait<1>();
+    } else {
+      wgmma_wait<0>();
+    }
     release(storage_.rows_empty[stage ^ 1]);  // of the step before
     if ((params_.forward.causal ? tile * C::kQueries + item.limit : item.limit) < C::kKeys) {
       mask(scores, item, tile);
     }
     uint32_t probabilities[16];
-    exponentiate<0, 4>(scores, storage_.row_terms[stage][0], probabilities);
-    wgmma_fence();
-    issue_d_probabilities(d_probabilities, stage);
-    exponentiate<4, 4>(scores, storage_.row_terms[stage][0], probabilities);
+    exponentiate<0, C::kExponentsFirst>(scores, probabilities, stage);
+    if constexpr (C::kExponentsFirst > 0) {
+      wgmma_fence();
+      issue_d_probabilities(d_probabilities, stage);
+    }
+    exponentiate<C::kExponentsFirst, 4>(scores, probabilities, stage);
     wgmma_fence();
     issue_value_gradient(probabilities, stage);
     wgmma_wait<1>();
     uint32_t d_scores[16];
-    differentiate(d_probabilities, probabilities, storage_.row_terms[stage][1], d_scores);
+    differentiate(d_probabilities, probabilities, d_scores, stage);
     wgmma_fence();
-    issue_key_gradient<0>(d_scores, stage);
+    issue_key_gradient<0, C::kKeyGradientFirst>(d_scores, stage);
     mbarrier_wait(shared_address(&storage_.ds_empty), step_ & 1 ^ 1);
     store_d_scores(d_scores);
     fence_async_proxy();
-    wgmma_wait<0>();
+    wgmma_wait<C::kKeyGradientOverlaps ? 1 : 0>();
     named_barrier_sync(kDsBarrier, C::kMathThreads);
     float dq[C::kDqColumns / 2];
     wgmma_fence();
     issue_query_gradient(dq);
-    issue_key_gradient<1>(d_scores, stage);
+    issue_key_gradient<C::kKeyGradientFirst, 4>(d_scores, stage);
     wgmma_wait<1>();
     release(storage_.ds_empty);
+    if (const int num_rows = item.num_queries - tile * C::kQueries; num_rows < C::kQueries) {
+      clear_rows(dq, num_rows);
+    }
     mbarrier_wait(shared_address(&storage_.dq_empty[warpgroup_]), step_ & 1 ^ 1);
     store_query_gradient(dq);
     fence_async_proxy();
@@ -138,12 +147,12 @@ class MathWarpgroup {
     wgmma_commit();
   }
 
-  // Of half of the queries.
-  template <int kHalf>
+  // Of queries 16 kBegin to 16 kEnd - 1.
+  template <int kBegin, int kEnd>
   __device__ __forceinline__ void issue_key_gradient(const uint32_t (&d_scores)[16], int stage) {
     const Descriptor q(shared_address(storage_.q[stage]), C::kQuerySliceBytes);
 #pragma unroll
-    for (int j = 3 * kHalf; j < 3 + 1 * kHalf; ++j) {
+    for (int j = kBegin; j < kEnd; ++j) {
       wgmma_rs<typename C::KeyGradient>(dk_, &d_scores[4 * j], q.at(j * 16 * kSliceRowBytes), true);
     }
     wgmma_commit();
@@ -175,12 +184,12 @@ class MathWarpgroup {
     }
   }
 
-  // Probabilities, packed as A operands of the next product, four words for 16 queries.
+  // Probabilities of queries 16 kBegin to 16 kEnd - 1, packed as A operands of the next product, four words for 16.
   template <int kBegin, int kEnd>
-  __device__ __forceinline__ void exponentiate(const float (&scores)[32], const float* log_sums,
-                                               uint32_t (&probabilities)[16]) const {
+  __device__ __forceinline__ void exponentiate(const float (&scores)[32], uint32_t (&probabilities)[16],
+                                               int stage) const {
+    const uint32_t address = shared_address(storage_.log_sums[stage]) + lane() % 4 * 8;
     const float scale = params_.forward.scale_log2;
-    const uint32_t address = shared_address(log_sums) + lane() % 4 * 8;
 #pragma unroll
     for (int i = 8 * kBegin; i < 8 * kEnd; i += 4) {
       const float2 log_sum = load_pair(address + i * 8);
@@ -188,15 +197,14 @@ class MathWarpgroup {
       for (int r = 0; r < 2; ++r) {
         probabilities[i / 2 + r] = pack2<T>(exp2_approx(fmaf(scores[i + 2 * r], scale, -log_sum.x)),
                                             exp2_approx(fmaf(scores[i + 2 * r + 1], scale, -log_sum.y)));
-        asm volatile("" : "+r"(probabilities[i / 2 + r]));
       }
     }
   }
 
   // Gradients of the scores, but for the scale, likewise packed.
   __device__ __forceinline__ void differentiate(const float (&d_probabilities)[32], const uint32_t (&probabilities)[16],
-                                                const float* deltas, uint32_t (&d_scores)[16]) const {
-    const uint32_t address = shared_address(deltas) + lane() % 4 * 8;
+                                                uint32_t (&d_scores)[16], int stage) const {
+    const uint32_t address = shared_address(storage_.deltas[stage]) + lane() % 4 * 8;
 #pragma unroll
     for (int i = 0; i < 32; i += 4) {
       const float2 delta = load_pair(address + i * 8);
@@ -205,7 +213,6 @@ class MathWarpgroup {
         const float2 probability = unpack2<T>(probabilities[i / 2 + r]);
         d_scores[i / 2 + r] = pack2<T>(probability.x * (d_probabilities[i + 2 * r] - delta.x),
                                        probability.y * (d_probabilities[i + 2 * r + 1] - delta.y));
-        asm volatile("" : "+r"(d_scores[i / 2 + r]));
       }
     }
   }
@@ -213,18 +220,27 @@ class MathWarpgroup {
   // As rows of keys. Units of 16 bytes are permuted by exclusive or with the row.
   __device__ __forceinline__ void store_d_scores(const uint32_t (&d_scores)[16]) {
     const int lane = this->lane(), row = thread_row() + lane % 16;
-    const uint32_t address =
-        shared_address(storage_.ds) + (warpgroup_ * C::kWarpgroupKeys + row) * kSliceRowBytes + (lane / 16 ^ row % 8) * 16;
+    const uint32_t address = shared_address(storage_.ds) + (warpgroup_ * C::kWarpgroupKeys + row) * kSliceRowBytes +
+                             (lane / 16 ^ row % 8) * 16;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       store_matrix_x4(address ^ j * 32, &d_scores[4 * j]);
     }
   }
 
+  // What lies behind the sequence's last query is another sequence's, and gets zeros added.
+  static __device__ __forceinline__ void clear_rows(float (&dq)[C::kDqColumns / 2], int num_rows) {
+    const int row = thread_row() + lane() / 4;
+#pragma unroll
+    for (int i = 0; i < C::kDqColumns / 2; ++i) {
+      dq[i] = row + i / 2 % 2 * 8 < num_rows ? dq[i] : 0;
+    }
+  }
+
   __device__ __forceinline__ void store_query_gradient(const float (&dq)[C::kDqColumns / 2]) {
     const int lane = this->lane(), row = thread_row() + lane / 4;
-    const uint32_t address = shared_address(storage_.dq[warpgroup_]) + row * kSliceRowBytes +
-                             (lane % 4 / 2 ^ row % 8) * 16 + lane % 2 * 8;
+    const uint32_t address =
+        shared_address(storage_.dq[warpgroup_]) + row * kSliceRowBytes + (lane % 4 / 2 ^ row % 8) * 16 + lane % 2 * 8;
 #pragma unroll
     for (int i = 0; i < C::kDqColumns / 2; i += 4) {
       const uint32_t at = (address ^ i / 4 % 4 * 32) + C::dq_slice(warpgroup_, i / 16) * C::kQuerySliceBytes;
@@ -264,9 +280,7 @@ class MathWarpgroup {
   }
 
   // Of the item: the first of the thread's two keys, the other is 8 further.
-  __device__ __forceinline__ int key() const {
-    return warpgroup_ * C::kWarpgroupKeys + thread_row() + lane() / 4;
-  }
+  __device__ __forceinline__ int key() const { return warpgroup_ * C::kWarpgroupKeys + thread_row() + lane() / 4; }
 
   static constexpr int kDsBarrier = 1;
 

@@ -1,16 +1,18 @@
-// The warps that move data: one thread issues all TMA loads, one warp hands out items, one cleans rows beyond a
-// sequence's end, one thread adds gradients of Q to those in global memory.
+// What moves data: a thread that issues all TMA loads, one that hands out items, one that adds gradients of Q to those
+// in global memory, and a warp for row terms and for rows beyond a sequence's end.
 #pragma once
 
+#include "device/numeric.cuh"
 #include "device/sm90/copy.cuh"
 #include "sm90/dense_prefill_backward/storage.h"
 #include "sm90/items.cuh"
 
 namespace flash_mla::sm90::dense_prefill_backward {
 
-// Calls f(item) for one thread. Items stay where they lie: these warps have few registers.
+// Calls f(item) for a warp, or for a thread on its own as lane 0. Items stay where they lie: these warps have few
+// registers.
 template <class Storage, class F>
-__device__ __forceinline__ void for_items(Storage& storage, F&& f) {
+__device__ __forceinline__ void for_items(Storage& storage, int lane, F&& f) {
   ItemReader items(storage);
 #pragma unroll 1
   while (true) {
@@ -19,7 +21,7 @@ __device__ __forceinline__ void for_items(Storage& storage, F&& f) {
       return;
     }
     f(item);
-    items.give_back(true);
+    items.give_back(lane == 0);
   }
 }
 
@@ -35,6 +37,13 @@ __device__ __forceinline__ void for_tiles(const Item& item, int group, F&& f) {
   }
 }
 
+// The math warps release a stage in the step behind its own, and in the first step the last stage, which was not used.
+template <class C>
+__device__ __forceinline__ void wait_for_empty_rows(Storage<C>& storage, uint32_t step) {
+  const uint32_t stage = step % C::kStages, round = step / C::kStages;
+  mbarrier_wait(shared_address(&storage.rows_empty[stage]), (round & 1) ^ (stage != C::kStages - 1));
+}
+
 template <class C>
 class TmaThread {
  public:
@@ -43,7 +52,7 @@ class TmaThread {
       : params_(params), maps_(maps), storage_(storage) {}
 
   __device__ __forceinline__ void run() {
-    for_items(storage_, [&](const Item& item) {
+    for_items(storage_, 0, [&](const Item& item) {
       bool first = true;
       for_tiles(item, params_.forward.group, [&](int head, int tile) {
         load_rows(item, head, tile);
@@ -70,8 +79,7 @@ class TmaThread {
   __device__ __forceinline__ void load_keys(const Item& item) {
     mbarrier_wait(shared_address(&storage_.keys_empty), keys_parity_ ^ 1);
     keys_parity_ ^= 1;
-    const uint32_t full =
-        shared_address(item.num_keys < C::kKeys ? &storage_.keys_landed : &storage_.keys_full);
+    const uint32_t full = shared_address(item.num_keys < C::kKeys ? &storage_.keys_landed : &storage_.keys_full);
     mbarrier_arrive_expect_bytes(full, C::kKBytes + C::kVBytes);
 #pragma unroll
     for (int slice = 0; slice < C::kSlices; ++slice) {
@@ -82,25 +90,21 @@ class TmaThread {
   }
 
   __device__ __forceinline__ void load_rows(const Item& item, int head, int tile) {
-    // A stage is released in the step behind its own, and in the first step there is the last stage, which was not used.
-    const bool last_stage = rows_.stage == C::kStages - 1;
-    mbarrier_wait(shared_address(&storage_.rows_empty[rows_.stage]), rows_.parity ^ (last_stage ? 0 : 1));
+    const int stage = step_ % C::kStages;
+    wait_for_empty_rows(storage_, step_);
+    ++step_;
     const bool to_clean = (tile + 1) * C::kQueries > item.num_queries;
-    const uint32_t full =
-        shared_address(to_clean ? &storage_.rows_landed[rows_.stage] : &storage_.rows_full[rows_.stage]);
+    const uint32_t full = shared_address(to_clean ? &storage_.rows_landed[stage] : &storage_.rows_full[stage]);
     const int token = item.first_query + tile * C::kQueries;
-    mbarrier_arrive_expect_bytes(full, C::kQBytes + C::kOutBytes + C::kRowTermBytes);
-    tma_load(shared_address(storage_.q[rows_.stage]), &maps_.q, {0, token, 0, head, 0}, full);
-    tma_load(shared_address(storage_.row_terms[rows_.stage]), &maps_.row_terms, {token, 0, head, 0, 0}, full);
-    tma_load(shared_address(storage_.d_out[rows_.stage]), &maps_.d_out, {0, token, 0, head, 0}, full);
-    rows_.advance();
+    mbarrier_arrive_expect_bytes(full, C::kQBytes + C::kOutBytes);
+    tma_load(shared_address(storage_.q[stage]), &maps_.q, {0, token, 0, head, 0}, full);
+    tma_load(shared_address(storage_.d_out[stage]), &maps_.d_out, {0, token, 0, head, 0}, full);
   }
 
   const DensePrefillBackwardParams& params_;
   const TensorMaps& maps_;
   Storage<C>& storage_;
-  Ring<C::kStages> rows_;
-  uint32_t keys_parity_ = 0;
+  uint32_t step_ = 0, keys_parity_ = 0;
 };
 
 // One thread. Items differ in length, so which one a CTA takes next is decided when it needs one.
@@ -127,69 +131,86 @@ __device__ __forceinline__ void schedule(const DensePrefillBackwardParams& param
   }
 }
 
-// Behind a sequence's last row come those of another one, or none at all. What is computed of them is 0 or not stored,
-// but 0 times what is no number is none: they become zeros before any product reads them, and their row terms those of
-// a row without keys.
+// One warp. It loads the row terms, which TMA cannot: it wants starts that are multiples of 16 bytes. And it cleans:
+// behind a sequence's last row come those of another one, or none at all. What is computed of them is 0 or not stored,
+// but 0 times what is no number is none, so they become zeros before any product reads them.
 template <class C>
-class Cleaner {
+class RowWarp {
  public:
-  static __device__ __forceinline__ void run(Storage<C>& storage, int group, int lane) {
-    ItemReader items(storage);
-    uint32_t tiles = 0;  // before this item, in the order of use
-    uint32_t keys_parity = 0, rows_parities = 0;
-    for (Item item; items.next(item, lane);) {
-      const int num_tiles = item.end_tile() - item.first_tile;
-      if (num_tiles == 0) {
-        continue;
+  __device__ __forceinline__ RowWarp(const DensePrefillBackwardParams& params, Storage<C>& storage, int lane)
+      : params_(params), storage_(storage), lane_(lane) {}
+
+  __device__ __forceinline__ void run() {
+    for_items(storage_, lane_, [&](const Item& item) {
+      if (item.num_queries > 0 && item.num_keys < C::kKeys) {
+        wait_for_landing(storage_.keys_landed, C::kStages);
+        clean<C::kSlices, C::kKeySliceBytes>(storage_.k, item.num_keys);
+        clean<C::kValueSlices, C::kKeySliceBytes>(storage_.v, item.num_keys);
+        hand_over(&storage_.keys_full, true);
       }
-      if (item.num_keys < C::kKeys) {
-        mbarrier_wait(shared_address(&storage.keys_landed), keys_parity);
-        keys_parity ^= 1;
-        clean<C::kSlices, C::kKeySliceBytes>(storage.k, item.num_keys, lane);
-        clean<C::kValueSlices, C::kKeySliceBytes>(storage.v, item.num_keys, lane);
-        hand_over(&storage.keys_full, lane);
-      }
-      const int end = item.num_queries % C::kQueries;
-#pragma unroll 1
-      for (int head = 0; head < group; ++head) {
-        tiles += num_tiles;
-        if (end > 0) {
-          const int stage = (tiles - 1) % C::kStages;
-          mbarrier_wait(shared_address(&storage.rows_landed[stage]), rows_parities >> stage & 1);
-          rows_parities ^= 1u << stage;
-          clean<C::kSlices, C::kQuerySliceBytes>(storage.q[stage], end, lane);
-          clean<C::kValueSlices, C::kQuerySliceBytes>(storage.d_out[stage], end, lane);
-#pragma unroll 1
-          for (int row = end + lane; row < C::kQueries; row += 32) {
-            storage.row_terms[stage][0][row] = INFINITY;
-            storage.row_terms[stage][1][row] = 0;
-          }
-          hand_over(&storage.rows_full[stage], lane);
-        }
-      }
-    }
+      for_tiles(item, params_.forward.group, [&](int head, int tile) { load(item, head, tile); });
+      __syncwarp();
+    });
   }
 
  private:
+  __device__ __forceinline__ void load(const Item& item, int head, int tile) {
+    const int num_rows = item.num_queries - tile * C::kQueries, stage = step_ % C::kStages;
+    const int64_t first = static_cast<int64_t>(head) * params_.forward.tokens_q + item.first_query + tile * C::kQueries;
+    wait_for_empty_rows(storage_, step_);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = lane_ + 32 * i;
+      // Rows that there are not have probabilities of 0.
+      storage_.log_sums[stage][row] = row < num_rows ? params_.forward.lse[first + row] * kLog2E : INFINITY;
+      storage_.deltas[stage][row] = row < num_rows ? params_.deltas[first + row] : 0;
+    }
+    const bool to_clean = num_rows < C::kQueries;
+    if (to_clean) {
+      wait_for_landing(storage_.rows_landed[stage], stage);
+      clean<C::kSlices, C::kQuerySliceBytes>(storage_.q[stage], num_rows);
+      clean<C::kValueSlices, C::kQuerySliceBytes>(storage_.d_out[stage], num_rows);
+    }
+    hand_over(&storage_.rows_full[stage], to_clean);
+    if (lane_ == 0) {
+      mbarrier_arrive(shared_address(&storage_.rows_full[stage]));
+    }
+    ++step_;
+  }
+
+  // `slot`: of the parities.
+  __device__ __forceinline__ void wait_for_landing(uint64_t& landed, int slot) {
+    mbarrier_wait(shared_address(&landed), parities_ >> slot & 1);
+    parities_ ^= 1u << slot;
+  }
+
   template <int kSlices, int kSliceBytes>
-  static __device__ __forceinline__ void clean(unsigned char* slices, int end, int lane) {
+  __device__ __forceinline__ void clean(unsigned char* slices, int end) {
 #pragma unroll 1
     for (int slice = 0; slice < kSlices; ++slice) {
       auto* rows = reinterpret_cast<uint4*>(slices + slice * kSliceBytes);
 #pragma unroll 1
-      for (int unit = end * (kSliceRowBytes / 16) + lane; unit < kSliceBytes / 16; unit += 32) {
+      for (int unit = end * (kSliceRowBytes / 16) + lane_; unit < kSliceBytes / 16; unit += 32) {
         rows[unit] = make_uint4(0, 0, 0, 0);
       }
     }
   }
 
-  static __device__ __forceinline__ void hand_over(uint64_t* full, int lane) {
-    fence_async_proxy();
+  // In place of TMA, where there was something to clean.
+  __device__ __forceinline__ void hand_over(uint64_t* full, bool cleaned) {
+    if (cleaned) {
+      fence_async_proxy();
+    }
     __syncwarp();
-    if (lane == 0) {
+    if (lane_ == 0 && cleaned) {
       mbarrier_arrive(shared_address(full));
     }
   }
+
+  const DensePrefillBackwardParams& params_;
+  Storage<C>& storage_;
+  const int lane_;
+  uint32_t step_ = 0, parities_ = 0;
 };
 
 // One thread. Sums of float32 depend on their order: where it matters, tiles of keys take turns.
@@ -199,7 +220,7 @@ class Adder {
   static __device__ __forceinline__ void run(const DensePrefillBackwardParams& params, const TensorMaps& maps,
                                              Storage<C>& storage) {
     uint32_t parity = 0;
-    for_items(storage, [&](const Item& item) {
+    for_items(storage, 0, [&](const Item& item) {
       for_tiles(item, params.forward.group, [&](int head, int tile) {
         const int token = item.first_query + tile * C::kQueries;
         int32_t* turn = nullptr;

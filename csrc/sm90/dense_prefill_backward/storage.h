@@ -22,11 +22,12 @@ struct Storage {
   alignas(1024) unsigned char d_out[C::kStages][C::kOutBytes];
   alignas(1024) unsigned char ds[C::kDsBytes];
   alignas(1024) unsigned char dq[C::kWarpgroups][C::kDqBytes];
-  alignas(128) float row_terms[C::kStages][2][C::kQueries];
+  alignas(16) float log_sums[C::kStages][C::kQueries];  // log2(e) * lse
+  alignas(16) float deltas[C::kStages][C::kQueries];
   alignas(16) Item items[2];
   uint64_t item_full[2], item_empty[2];
-  uint64_t item_wanted;             // the loads of the item before are nearly all issued
-  uint64_t keys_full, keys_empty;   // K and V
+  uint64_t item_wanted;                                    // the loads of the item before are nearly all issued
+  uint64_t keys_full, keys_empty;                          // K and V
   uint64_t rows_full[C::kStages], rows_empty[C::kStages];  // Q, the output's gradient, row terms
   // The same for what goes beyond a sequence's end and is to be cleaned.
   uint64_t keys_landed, rows_landed[C::kStages];
@@ -35,7 +36,7 @@ struct Storage {
 };
 
 struct TensorMaps {
-  CUtensorMap q, k, v, d_out, row_terms, dq_sum;
+  CUtensorMap q, k, v, d_out, dq_sum;
 };
 
 template <class C>

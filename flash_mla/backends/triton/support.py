@@ -22,9 +22,7 @@ second.
 MIN_CAPABILITY = 80
 """bfloat16 on tensor cores."""
 
-NOT_SERVED = {
-    "kv_cache": "no kernel for kv_cache is written yet",
-}
+NOT_SERVED = {op: f"no kernel for {op} is written yet" for op in ("kv_cache", "dense_prefill_backward")}
 """Operations, and variants of them, that the backend declines on every device so far, each with its reason."""
 
 BY_NAME_ONLY = {
@@ -73,7 +71,7 @@ def why_not_on(device_type: str, compute_capability: int | None) -> str | None:
 
 def why_not(wanted: Problem) -> str | None:
     """None when a kernel takes `wanted`, else the reason."""
-    if not isinstance(wanted, _Attention):
+    if wanted.op in NOT_SERVED or not isinstance(wanted, _Attention):
         return NOT_SERVED[wanted.op]
     reason = why_not_on(wanted.device_type, wanted.compute_capability)
     if reason is not None:
