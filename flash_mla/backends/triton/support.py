@@ -22,7 +22,9 @@ second.
 MIN_CAPABILITY = 80
 """bfloat16 on tensor cores."""
 
-NOT_SERVED = {op: f"no kernel for {op} is written yet" for op in ("kv_cache", "dense_prefill_backward")}
+NOT_SERVED = {
+    "kv_cache": "no kernel for kv_cache is written yet",
+}
 """Operations, and variants of them, that the backend declines on every device so far, each with its reason."""
 
 BY_NAME_ONLY = {
@@ -32,6 +34,9 @@ BY_NAME_ONLY = {
 """Operations, and variants of them ("dense_decode_fp8"), that the backend serves only where it is asked for by name,
 each with its reason: those whose compiled kernels have not run on a GPU yet.
 """
+
+
+NO_GRADIENTS = "has no kernel for gradients: the reference computes those of its calls"
 
 
 def by_name_only(wanted: Problem) -> str | None:
@@ -71,8 +76,10 @@ def why_not_on(device_type: str, compute_capability: int | None) -> str | None:
 
 def why_not(wanted: Problem) -> str | None:
     """None when a kernel takes `wanted`, else the reason."""
-    if wanted.op in NOT_SERVED or not isinstance(wanted, _Attention):
+    if not isinstance(wanted, _Attention):
         return NOT_SERVED[wanted.op]
+    if isinstance(wanted, problem_prefill.DensePrefillBackwardProblem):
+        return NO_GRADIENTS
     reason = why_not_on(wanted.device_type, wanted.compute_capability)
     if reason is not None:
         return reason
