@@ -17,6 +17,7 @@ from test_schedule import check_schedule, random_lengths
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flash_mla import (
+    DensePrefillBackwardProblem,
     DensePrefillProblem,
     FlashMLASchedMeta,
     KVCacheProblem,
