@@ -15,16 +15,16 @@ from typing import Any
 import torch
 
 from benchmarks.inputs import Inputs, contiguous_inputs, paged_inputs
-from benchmarks.prefill_inputs import PrefillInputs, prefill_inputs
-from benchmarks.shapes import AnyShape, PrefillShape, SparsePrefillShape, SparseShape
+from benchmarks.prefill_inputs import PrefillBackwardInputs, PrefillInputs, prefill_backward_inputs, prefill_inputs
+from benchmarks.shapes import AnyShape, PrefillBackwardShape, PrefillShape, SparsePrefillShape, SparseShape
 from benchmarks.sparse_inputs import SparseInputs, sparse_inputs
 from benchmarks.sparse_prefill_inputs import SparsePrefillInputs, sparse_prefill_inputs
 
 AnyInputs = Inputs | SparseInputs | PrefillInputs | SparsePrefillInputs
 
 # One call: out [b, s_q, h_q, d_v] and lse [b, h_q, s_q] (None where the implementation does not return it); of prefill
-# [tokens, h_q, d_v] and [tokens, h_q].
-Call = Callable[[], tuple[torch.Tensor, "torch.Tensor | None"]]
+# [tokens, h_q, d_v] and [tokens, h_q], of its backward the gradients of q, k and v and None.
+Call = Callable[[], tuple[Any, "torch.Tensor | None"]]
 
 
 class NotServed(Exception):
@@ -77,6 +77,8 @@ class Ours(Implementation):
     def inputs(self, shape: AnyShape, device: torch.device, sets: int) -> AnyInputs:
         if isinstance(shape, SparseShape):
             return sparse_inputs(shape, device, sets)
+        if isinstance(shape, PrefillBackwardShape):
+            return prefill_backward_inputs(shape, device, sets)
         if isinstance(shape, PrefillShape):
             return prefill_inputs(shape, device, sets)
         if isinstance(shape, SparsePrefillShape):
@@ -86,6 +88,8 @@ class Ours(Implementation):
     def variants(self, inputs: AnyInputs) -> list[Callable[[], Variant]]:
         if isinstance(inputs, SparseInputs):
             return [lambda: Variant("default", self._sparse_calls(inputs))]
+        if isinstance(inputs, PrefillBackwardInputs):
+            return [lambda: Variant("default", self._prefill_backward_calls(inputs))]
         if isinstance(inputs, PrefillInputs):
             return [lambda: Variant("default", self._prefill_calls(inputs))]
         if isinstance(inputs, SparsePrefillInputs):
@@ -127,6 +131,23 @@ class Ours(Implementation):
         def call(index: int) -> Call:
             q, k, v = inputs.q[index], inputs.k[index], inputs.v[index]
             return lambda: attend(q, k, v, running, running, longest, longest, causal=inputs.shape.causal)
+
+        return [call(index) for index in range(inputs.sets)]
+
+    def _prefill_backward_calls(self, inputs: PrefillBackwardInputs) -> list[Call]:
+        """The operator that autograd calls."""
+        attend, differentiate = torch.ops.flash_mla.dense_prefill, torch.ops.flash_mla.dense_prefill_backward
+        longest, running, shape = max(inputs.lengths), inputs.cu_seqlens, inputs.shape
+        assert isinstance(shape, PrefillBackwardShape)
+        first = {"q": inputs.q[0], "k": inputs.k[0], "v": inputs.v[0], "cu_seqlens_qo": running}
+        self._require_kernel("dense_prefill_backward", **first)
+        options = (running, running, longest, longest, shape.d_qk**-0.5, shape.causal, shape.deterministic)
+
+        def call(index: int) -> Call:
+            tensors = (inputs.q[index], inputs.k[index], inputs.v[index])
+            out, lse = attend(*tensors, *options)
+            d_out, d_lse = inputs.d_out[index], torch.zeros_like(lse)
+            return lambda: (differentiate(d_out, d_lse, *tensors, out, lse, *options), None)
 
         return [call(index) for index in range(inputs.sets)]
 
@@ -290,6 +311,8 @@ class FlashAttention3(Implementation):
     def inputs(self, shape: AnyShape, device: torch.device, sets: int) -> AnyInputs:
         if isinstance(shape, (SparseShape, SparsePrefillShape)):
             raise NotServed("reads no indices and no such cache formats")
+        if isinstance(shape, PrefillBackwardShape):
+            raise NotServed("the wheel has no backward")
         if isinstance(shape, PrefillShape):
             return prefill_inputs(shape, device, sets)
         if shape.d_qk == shape.d_v:

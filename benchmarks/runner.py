@@ -18,7 +18,15 @@ from typing import IO, Any
 
 from benchmarks.clock import Clock, query
 from benchmarks.measuring import ROOT, progress, roofline
-from benchmarks.shapes import ITEM_SIZE, AnyShape, PrefillShape, Shape, SparsePrefillShape, SparseShape
+from benchmarks.shapes import (
+    ITEM_SIZE,
+    AnyShape,
+    PrefillBackwardShape,
+    PrefillShape,
+    Shape,
+    SparsePrefillShape,
+    SparseShape,
+)
 
 HOST_SHAPE = Shape("host_h16_b1_64", 1, 1, 16, 64, varied=False)
 SPARSE_PREFILL_HOST_SHAPE = SparsePrefillShape("host_sparse_prefill_h64", 1, 64, 64, 64)
@@ -296,7 +304,10 @@ def _work(shape: AnyShape) -> Any:
             bytes_per_token=shape.bytes_per_token,
         )
     if isinstance(shape, PrefillShape):
-        return roofline.dense_prefill_work(
+        work_of = roofline.dense_prefill_work
+        if isinstance(shape, PrefillBackwardShape):
+            work_of = roofline.dense_prefill_backward_work
+        return work_of(
             shape.lengths(),
             h_q=shape.h_q,
             h_kv=shape.h_kv,

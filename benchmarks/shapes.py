@@ -164,6 +164,14 @@ class PrefillShape:
 
 
 @dataclass(frozen=True)
+class PrefillBackwardShape(PrefillShape):
+    """The gradients of q, k and v of such a call, whose results are given."""
+
+    deterministic: bool = False
+    op: str = "dense_prefill_backward"
+
+
+@dataclass(frozen=True)
 class SparsePrefillShape:
     """One sparse prefill call: each of `s_q` queries selects `topk` different rows of `s_kv`.
 
@@ -210,6 +218,7 @@ AnyShape = Shape | SparseShape | PrefillShape | SparsePrefillShape
 _KINDS: dict[str, Any] = {
     "sparse_decode": SparseShape,
     "dense_prefill": PrefillShape,
+    "dense_prefill_backward": PrefillBackwardShape,
     "sparse_prefill": SparsePrefillShape,
 }
 
@@ -313,6 +322,30 @@ DENSE_PREFILL = [
     for b, length, name in ((1, 8192, "1x8k"), (1, 16384, "1x16k"), (4, 4096, "4x4k"), (32, 1024, "32x1k"))
 ] + [_prefill(64, 8192, "varied", 16, causal, 1.1, varied=True) for causal in (True, False)]
 
+
+def _backward(
+    b: int, length: int, name: str, h_q: int, causal: bool, deterministic: bool = False, **options: Any
+) -> PrefillBackwardShape:
+    words = ["causal" if causal else "full", f"h{h_q}", name, *["deterministic"] * deterministic]
+    name = "_".join(["prefill_backward", *words])
+    return PrefillBackwardShape(name, b, length, h_q, causal, deterministic=deterministic, **options)
+
+
+DENSE_PREFILL_BACKWARD = [
+    *(
+        _backward(1, length, name, 128, True, deterministic)
+        for length, name in ((8192, "1x8k"), (16384, "1x16k"))
+        for deterministic in (False, True)
+    ),
+    _backward(4, 4096, "4x4k", 128, True),
+    _backward(32, 1024, "32x1k", 128, True),
+    *(_backward(1, 8192, "1x8k", 128, False, deterministic) for deterministic in (False, True)),
+    *(_backward(1, 8192, "1x8k", 16, causal) for causal in (True, False)),
+    _backward(64, 8192, "varied", 16, True, varied=True),
+    _backward(1, 8192, "1x8k_d128", 128, True, d_qk=128),
+    _backward(1, 8192, "1x8k_fp16", 128, True, dtype="fp16"),
+]
+
 _S_KV = {"8k": 8192, "64k": 65536, "128k": 131072}
 
 SPARSE_PREFILL = [
@@ -342,6 +375,7 @@ SMOKE = [
         "smoke_sparse_model1_h4_sq2_b2", 2, 2, 4, "MODEL1", 64, 128, 2, True, context=100, extra_context=150, sink=True
     ),
     PrefillShape("smoke_prefill_h2_b3", 3, 60, 2, True, varied=True, shortest=1),
+    PrefillBackwardShape("smoke_prefill_backward_h2_b3", 3, 60, 2, True, varied=True, shortest=1),
     SparsePrefillShape("smoke_sparse_prefill_h4", 6, 4, 40, 100),
     SparsePrefillShape("smoke_sparse_prefill_v32_h4", 6, 4, 40, 100, source="V32"),
 ]
@@ -353,6 +387,7 @@ GROUPS: dict[str, list[AnyShape]] = {
     "variants": VARIANTS,
     "sparse": SPARSE,
     "dense_prefill": DENSE_PREFILL,
+    "dense_prefill_backward": DENSE_PREFILL_BACKWARD,
     "sparse_prefill": SPARSE_PREFILL,
     "smoke": SMOKE,
 }

@@ -16,12 +16,13 @@ from flash_mla.prefill import (
 )
 from flash_mla.problem import DenseDecodeProblem
 from flash_mla.problem_kv_cache import KVCacheProblem
-from flash_mla.problem_prefill import DensePrefillProblem
+from flash_mla.problem_prefill import DensePrefillBackwardProblem, DensePrefillProblem
 from flash_mla.problem_sparse import SparseDecodeProblem, SparsePrefillProblem
 from flash_mla.schedule import FlashMLASchedMeta, get_mla_decoding_metadata, get_mla_metadata
 
 __all__ = [
     "DenseDecodeProblem",
+    "DensePrefillBackwardProblem",
     "DensePrefillProblem",
     "FlashMLASchedMeta",
     "KVCacheProblem",

@@ -187,7 +187,8 @@ _REFERENCE_PLANS = {
 def define_twins(backend: str, names: Collection[str], fake_plans: dict[str, Any]) -> None:
     """Define `<backend>_x` for these operators `x`: the same schemas, to be served by one backend whatever the device.
 
-    Where the backend has no `x_backward`, gradients are those of the operator `x` itself.
+    Where the backend has no `x_backward`, gradients are those of the operator `x`, if no kernel may decline them, else
+    the reference's.
 
     `fake_plans`: the fake functions of operators that plan, since the size of a plan is the backend's own.
     """
@@ -197,7 +198,11 @@ def define_twins(backend: str, names: Collection[str], fake_plans: dict[str, Any
         _library.register_fake(f"{NAMESPACE}::{backend}_{name}", fake, lib=_definitions)
     for name in names:
         backward = f"{name}_backward"
-        _register_autograd(name, f"{backend}_{name}", f"{backend}_{backward}" if backward in names else backward)
+        if backward in names:
+            backward = f"{backend}_{backward}"
+        elif backward in NATIVE:
+            backward = f"reference_{backward}"
+        _register_autograd(name, f"{backend}_{name}", backward)
 
 
 def _register() -> None:

@@ -219,7 +219,8 @@ def dense_prefill_gradient(backward_op: Callable[..., Any]) -> Gradient:
 
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Any, ...]:
         _, _, _, out, lse, _, _ = ctx.saved_tensors
-        d_out, d_lse = _or_zeros(d_out, out), _or_zeros(d_lse, lse)
+        # A gradient of a sum or a slice may be expanded or strided, which kernels do not take.
+        d_out, d_lse = _or_zeros(d_out, out).contiguous(), _or_zeros(d_lse, lse)
         d_q, d_k, d_v = backward_op(d_out, d_lse, *ctx.saved_tensors, *ctx.options)
         return d_q, d_k, d_v, *[None] * 7
 

@@ -127,8 +127,12 @@ def flash_attn_varlen_func(
 
     `lse = ln(sum_i exp(scale * q . k_i))` and `out = sum_i exp(scale * q . k_i - lse) v_i` over the keys of the query's
     sequence; with `causal`, query j of a sequence of s_q queries and s_kv keys sees keys `<= j + s_kv - s_q`. A query
-    that sees no key, or that stands in no sequence, gets out 0 and lse +inf. Differentiable in q, k and v; no
-    kernel has the gradients so far: on any device the reference computes them, and the forward again.
+    that sees no key, or that stands in no sequence, gets out 0 and lse +inf, and has no gradients.
+
+    Differentiable in q, k and v. On Hopper kernels compute the gradients. Their workspace: per query token and head
+    `4 * d_qk` bytes (twice the size of q) for float32 sums, 4 more for a sum over out, 4 more where `deterministic`;
+    32 bytes per key head for every 128 keys and every sequence. Elsewhere the reference computes them, and the forward
+    again.
 
     Args:
         q: `[tokens_q, h_q, d_qk]`, bfloat16 or float16, last dimension contiguous; d_qk 192 or 128.
@@ -141,7 +145,7 @@ def flash_attn_varlen_func(
         dropout_p: 0.
         softmax_scale: factor on the scores; None stands for `d_qk ** -0.5`.
         causal: mask aligned to the bottom right.
-        deterministic: gradients with the same bits on every run.
+        deterministic: gradients with the same bits on every run. Otherwise those of q are sums in any order.
         is_varlen: whether the sequences differ in length. Makes no difference.
 
     Returns:

@@ -33,8 +33,9 @@ class DensePrefillProblem:
     needs_gradient: bool
     softmax_scale: float
 
-    @staticmethod
+    @classmethod
     def of(
+        cls,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -50,7 +51,14 @@ class DensePrefillProblem:
         sequences = cu_seqlens_qo.shape[0] - 1
         shape = (sequences, h_q, k.shape[1], d_qk, v.shape[2])
         scale = problem.default_softmax_scale(d_qk) if softmax_scale is None else softmax_scale
-        return DensePrefillProblem(*where, q.dtype, *shape, causal, deterministic, gradient, scale)
+        return cls(*where, q.dtype, *shape, causal, deterministic, gradient, scale)
+
+
+@dataclass(frozen=True)
+class DensePrefillBackwardProblem(DensePrefillProblem):
+    """The same for the gradients of q, k and v."""
+
+    op: ClassVar[str] = "dense_prefill_backward"
 
 
 def check_dense_prefill(

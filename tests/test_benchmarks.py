@@ -15,6 +15,7 @@ import torch
 import flash_mla
 from benchmarks import inputs, prefill_inputs, report, runner, shapes, sparse_inputs, sparse_prefill_inputs
 from benchmarks.__main__ import main
+from flash_mla.backends.capability import OPERATIONS
 from flash_mla.testing import roofline, timing
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -116,6 +117,12 @@ class TestShapes:
             assert min(shape.lengths()) >= 100
             assert max(shape.lengths()) <= 8192
         assert sum(goals[0].lengths()) == 8192
+
+    def test_dense_prefill_backward_shapes(self):
+        group = shapes.GROUPS["dense_prefill_backward"]
+        assert len({shape.name for shape in group}) == len(group) == 13
+        assert all(shapes.from_json(shape.to_json()) == shape for shape in group)
+        assert [shape.deterministic for shape in group if shape.length == 16384] == [False, True]
 
     def test_sparse_prefill_goals(self):
         goals = shapes.GROUPS["sparse_prefill"]
@@ -228,6 +235,11 @@ class TestRoofline:
         assert work.bytes == 4 * (4 + 2) * (5 + 7) * 2
         full = roofline.dense_prefill_work([3], h_q=1, h_kv=1, causal=False)
         assert full.flop == 2 * 9 * 320
+
+    def test_dense_prefill_backward_work_by_hand(self):
+        forward = roofline.dense_prefill_work([3, 1], h_q=4, h_kv=2)
+        backward = roofline.dense_prefill_backward_work([3, 1], h_q=4, h_kv=2)
+        assert (backward.flop, backward.bytes) == (2.5 * forward.flop, 2 * forward.bytes)
 
     def test_sparse_prefill_work_by_hand(self):
         work = roofline.sparse_prefill_work(3, 100, 5, h_q=2, d_qk=6, d_v=4, bytes_per_token=12)
@@ -391,6 +403,22 @@ class TestPrefillInputs:
         assert inputs.check(made, 0, out, lse)[0] > 0.5
         out[-1] = math.nan
         assert inputs.check(made, 1, out, lse + 1) == (math.inf, pytest.approx(1.0, abs=1e-3))
+
+
+class TestPrefillBackwardInputs:
+    @pytest.mark.parametrize("causal", [True, False])
+    def test_check_tells_right_from_wrong(self, causal):
+        shape = shapes.PrefillBackwardShape("x", 4, 50, 2, causal, varied=True, shortest=1)
+        made = prefill_inputs.prefill_backward_inputs(shape, CPU, 2)
+        longest, running = max(made.lengths), made.cu_seqlens
+        leaves = [tensor[1].requires_grad_() for tensor in (made.q, made.k, made.v)]
+        out, _ = flash_mla.flash_attn_varlen_func(*leaves, running, running, longest, longest, causal=causal)
+        gradients = torch.autograd.grad(out, leaves, made.d_out[1])
+        assert inputs.check(made, 1, gradients, None)[0] < 5e-3
+        assert inputs.check(made, 0, gradients, None)[0] > 0.5
+        for gradient in gradients:
+            wrong = [torch.zeros_like(other) if other is gradient else other for other in gradients]
+            assert inputs.check(made, 1, wrong, None)[0] > 0.1
 
 
 class TestSparsePrefillInputs:
@@ -620,5 +648,5 @@ class TestDemo:
             assert run["check"]["passed"] is True
             assert run["time_us"] > 0
             assert run["backend"] == "reference"
-        operations = {"dense_decode", "sparse_decode", "sparse_prefill", "dense_prefill", "kv_cache"}
+        operations = set(OPERATIONS)
         assert set(result["operations"]) == operations

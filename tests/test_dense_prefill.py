@@ -1,6 +1,7 @@
 """flash_attn_varlen_func and its packed forms on every backend: outputs, gradients, errors."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,12 +18,16 @@ from flash_mla import (
     flash_attn_varlen_qkvpacked_func,
 )
 from flash_mla.backends import reference_prefill
+from flash_mla.errors import from_native
 from flash_mla.testing import (
     DensePrefillInputs,
     check_dense_prefill,
+    check_dense_prefill_gradients,
+    dense_prefill_gradients,
     expected_dense_prefill,
     expected_dense_prefill_gradients,
     make_dense_prefill_inputs,
+    random_dense_prefill_gradients,
 )
 
 OP = "dense_prefill"
@@ -338,6 +343,188 @@ def test_gradients(backend: Target, d_qk: int, dtype: torch.dtype, h_q: int, h_k
         assert error <= torch.finfo(dtype).eps * true.abs().max()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp16"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("h_q", "h_kv"), [(1, 1), (3, 1), (8, 2)])
+@pytest.mark.parametrize("d_qk", [192, 128])
+def test_gradients_of_heads(backend: Target, d_qk: int, h_q: int, h_kv: int, causal: bool, dtype: torch.dtype) -> None:
+    inputs = make_dense_prefill_inputs(
+        MIXED, h_q=h_q, h_kv=h_kv, d_qk=d_qk, causal=causal, dtype=dtype, device=backend.device
+    )
+    for deterministic in (False, True):
+        check_dense_prefill_gradients(inputs, deterministic=deterministic)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("d_qk", [192, 128])
+def test_gradients_over_many_tiles(backend: Target, d_qk: int, causal: bool) -> None:
+    lengths = [(65, 130), (64, 129), (129, 64), (70, 0)]
+    if backend.on_gpu:
+        lengths += [(63, 65), (1, 900), (900, 1), (300, 700), (700, 300), (1000, 1000), (128, 128)] + [(2, 2)] * 40
+    inputs = make_dense_prefill_inputs(lengths, h_q=4, h_kv=2, d_qk=d_qk, causal=causal, device=backend.device)
+    for deterministic in (False, True):
+        check_dense_prefill_gradients(inputs, deterministic=deterministic)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5])
+def test_gradients_with_a_scale(backend: Target, scale: float) -> None:
+    inputs = make_dense_prefill_inputs(MIXED, causal=True, device=backend.device)
+    inputs.softmax_scale = scale
+    check_dense_prefill_gradients(inputs)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradients_of_neighbours_do_not_leak(backend: Target, causal: bool) -> None:
+    """Other sequences, in the same tile of a kernel, hold no numbers, and neither do their gradients."""
+    lengths = [(70, 100), (200, 131), (64, 190), (3, 1)]
+    inputs = make_dense_prefill_inputs(lengths, causal=causal, device=backend.device)
+    d_out, d_lse = random_dense_prefill_gradients(inputs)
+    wanted = dense_prefill_gradients(inputs, d_out, d_lse, deterministic=True)
+    starts_q, starts_k = inputs.cu_seqlens_qo.tolist(), inputs.cu_seqlens_kv.tolist()
+    for sequence in range(len(lengths)):
+        own_q = slice(starts_q[sequence], starts_q[sequence + 1])
+        own_k = slice(starts_k[sequence], starts_k[sequence + 1])
+
+        def alone(tensor: Tensor, own: slice) -> Tensor:
+            poisoned = torch.full_like(tensor, math.nan)
+            poisoned[own] = tensor[own]
+            return poisoned
+
+        q, k, v = alone(inputs.q, own_q), alone(inputs.k, own_k), alone(inputs.v, own_k)
+        poisoned = replace(inputs, q=q, k=k, v=v)
+        gradients = dense_prefill_gradients(poisoned, alone(d_out, own_q), alone(d_lse, own_q), deterministic=True)
+        for own, one, other in zip((own_q, own_k, own_k), gradients, wanted, strict=True):
+            assert torch.equal(bits(one[own]), bits(other[own]))
+
+
+def test_queries_without_keys_have_no_gradients(backend: Target) -> None:
+    """Whatever stands in their rows."""
+    inputs = make_dense_prefill_inputs([(100, 30), (6, 0)], causal=True, spare=0, device=backend.device)
+    d_out, d_lse = random_dense_prefill_gradients(inputs)
+    wanted = dense_prefill_gradients(inputs, d_out, d_lse)
+    for rows in (slice(0, 70), slice(100, 106)):
+        assert not wanted[0][rows].any()
+        for tensor in (inputs.q, d_out, d_lse):
+            tensor[rows] = math.nan
+    for one, other in zip(dense_prefill_gradients(inputs, d_out, d_lse), wanted, strict=True):
+        assert torch.equal(bits(one), bits(other))
+
+
+@pytest.mark.parametrize("lengths", [[], [(0, 5)], [(5, 0)], [(0, 0)]])
+@pytest.mark.parametrize("spare", [0, 3])
+def test_gradients_where_nothing_meets(backend: Target, lengths: list[tuple[int, int]], spare: int) -> None:
+    inputs = make_dense_prefill_inputs(lengths, spare=spare, device=backend.device)
+    for gradient in dense_prefill_gradients(inputs, *random_dense_prefill_gradients(inputs)):
+        assert not gradient.any()
+
+
+def test_gradients_of_strided_tensors(backend: Target) -> None:
+    inputs = make_dense_prefill_inputs(MIXED, causal=True, device=backend.device)
+    d_out, d_lse = random_dense_prefill_gradients(inputs)
+    wanted = dense_prefill_gradients(inputs, d_out, d_lse, deterministic=True)
+
+    def strided(tensor: Tensor) -> Tensor:
+        tokens, heads, width = tensor.shape
+        room = torch.full((tokens, heads + 1, width + 8), math.nan, dtype=tensor.dtype, device=backend.device)
+        room[:, 1:, :width] = tensor
+        return room[:, 1:, :width]
+
+    for name in ("q", "k", "v"):
+        setattr(inputs, name, strided(getattr(inputs, name)))
+    d_lse = d_lse.repeat_interleave(2, 1)[:, ::2]
+    for one, other in zip(
+        dense_prefill_gradients(inputs, strided(d_out), d_lse, deterministic=True), wanted, strict=True
+    ):
+        assert torch.equal(bits(one), bits(other))
+
+
+def test_gradients_of_a_sum(backend: Target) -> None:
+    """Gradients of out and lse that are expanded from one number."""
+    inputs = make_dense_prefill_inputs([(70, 130), (5, 64)], spare=0, device=backend.device)
+    leaf = inputs.q.requires_grad_()
+    out, lse = flash_attn_varlen_func(**inputs.call())
+    (gradient,) = torch.autograd.grad(out.sum(dtype=torch.float32) + lse.sum(), leaf)
+    ones = torch.ones_like(out), torch.ones_like(lse)
+    out, lse = flash_attn_varlen_func(**inputs.call())
+    (wanted,) = torch.autograd.grad((out, lse), leaf, ones)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("h_q", "h_kv", "d_qk"), [(8, 8, 192), (6, 2, 192), (4, 4, 128)])
+def test_deterministic_gradients(cuda: Target, h_q: int, h_kv: int, d_qk: int, causal: bool) -> None:
+    lengths = [(1500, 1500), (300, 2000), (2000, 300), (64, 128)] + [(130, 257)] * 9
+    inputs = make_dense_prefill_inputs(lengths, h_q=h_q, h_kv=h_kv, d_qk=d_qk, causal=causal, device="cuda")
+    gradients = random_dense_prefill_gradients(inputs)
+    first = dense_prefill_gradients(inputs, *gradients, deterministic=True)
+    for _ in range(5):
+        for one, other in zip(dense_prefill_gradients(inputs, *gradients, deterministic=True), first, strict=True):
+            assert torch.equal(bits(one), bits(other))
+    check_dense_prefill_gradients(inputs, result=first)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("values", [[5, -7, 10**9, 3, 200], [0, 300, 0, 300, 0], [-(2**31), 2**31 - 1, 9, 0, -1]])
+@pytest.mark.parametrize("which", ["q", "kv", "both"])
+def test_gradients_of_nonsense_running_lengths_are_numbers(cuda: Target, which: str, values: list[int]) -> None:
+    inputs = make_dense_prefill_inputs([(60, 90), (70, 10), (80, 50), (90, 150)], spare=0, causal=True, device="cuda")
+    gradients = random_dense_prefill_gradients(inputs)
+    nonsense = torch.tensor(values, dtype=torch.int32, device="cuda")
+    if which != "kv":
+        inputs.cu_seqlens_qo = nonsense
+    if which != "q":
+        inputs.cu_seqlens_kv = nonsense
+    for gradient in dense_prefill_gradients(inputs, *gradients):
+        assert bool(gradient.isfinite().all())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_graph_of_gradients_is_right_for_other_lengths(cuda: Target, deterministic: bool) -> None:
+    inputs = make_dense_prefill_inputs([(300, 300), (500, 700), (30, 1)], spare=0, causal=True, device="cuda")
+    inputs.max_seqlen_qo, inputs.max_seqlen_kv = 1000, 1001
+    given = random_dense_prefill_gradients(inputs)
+    dense_prefill_gradients(inputs, *given)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = dense_prefill_gradients(inputs, *given, deterministic=deterministic)
+    for queries, keys in (
+        ([0, 300, 800, 830], [0, 300, 1000, 1001]),
+        ([0, 1, 2, 830], [0, 0, 5, 1001]),
+        ([0, 10, 10, 830], [0, 1001, 1001, 1001]),
+        ([0, 0, 0, 830], [0, 0, 0, 0]),
+    ):
+        inputs.cu_seqlens_qo.copy_(torch.tensor(queries, dtype=torch.int32))
+        inputs.cu_seqlens_kv.copy_(torch.tensor(keys, dtype=torch.int32))
+        for tensor in captured:
+            tensor.fill_(math.nan)
+        graph.replay()
+        check_dense_prefill_gradients(inputs, result=captured)
+
+
+@pytest.mark.gpu
+def test_gradients_of_tensors_beyond_4_gib(cuda: Target) -> None:
+    if torch.cuda.mem_get_info()[0] < 60 << 30:
+        pytest.skip("needs 60 GiB of free device memory")
+    heads, length, sequences = 128, 1000, 90
+    tokens = length * sequences
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def rows(width: int) -> Tensor:
+        return torch.empty((tokens, heads, width), dtype=torch.bfloat16, device="cuda").normal_(generator=generator)
+
+    running = torch.arange(0, tokens + 1, length, dtype=torch.int32, device="cuda")
+    inputs = DensePrefillInputs(rows(192), rows(192), rows(128), running, running, length, length, causal=True)
+    d_out, d_lse = rows(128), torch.zeros((1, 1), device="cuda").expand(tokens, heads)
+    gradients = dense_prefill_gradients(inputs, d_out, d_lse, deterministic=True)
+    for sequence in (0, sequences // 2, sequences - 1):
+        own = slice(sequence * length, (sequence + 1) * length)
+        part = dense_prefill_gradients(inputs.sequence(sequence), d_out[own], d_lse[own], deterministic=True)
+        for one, other in zip(part, gradients, strict=True):
+            assert torch.equal(bits(one), bits(other[own]))
+
+
 def test_the_true_gradients_are_those_of_the_naive_loop() -> None:
     inputs = make_dense_prefill_inputs(MIXED, causal=True)
     exact = [leaf.requires_grad_() for leaf in doubles(inputs)]
@@ -397,6 +584,16 @@ def test_opcheck(backend: Target) -> None:
     for prefix in ("triton_",) if backend.name == "triton" else ("", "reference_"):
         operator = getattr(torch.ops.flash_mla, f"{prefix}dense_prefill").default
         torch.library.opcheck(operator, (*tensors, *lengths, 0.07, True, True))
+
+
+def test_opcheck_of_gradients(backend: Target) -> None:
+    inputs = make_dense_prefill_inputs([(3, 5), (0, 2)], spare=0, causal=True, device=backend.device)
+    lengths = (inputs.cu_seqlens_qo, inputs.cu_seqlens_kv, 3, 5)
+    out, lse = flash_attn_varlen_func(**inputs.call())
+    arguments = (*random_dense_prefill_gradients(inputs), inputs.q, inputs.k, inputs.v, out, lse, *lengths)
+    for prefix in ("reference_",) if backend.name == "triton" else ("", "reference_"):
+        operator = getattr(torch.ops.flash_mla, f"{prefix}dense_prefill_backward").default
+        torch.library.opcheck(operator, (*arguments, 0.07, True, True))
 
 
 def test_compiled_without_graph_breaks(backend: Target) -> None:
@@ -487,6 +684,38 @@ def test_wrong_calls(backend: Target, case: str) -> None:
     with pytest.raises(error, match=text):
         flash_attn_varlen_func(**{**call, **spoiled})
     flash_attn_varlen_func(**call)
+
+
+WRONG_RESULTS = {
+    "d_out dtype": (0, lambda d: d.float(), TypeError, "d_out must have dtype BFloat16, got Float"),
+    "d_out heads": (
+        0,
+        lambda d: d[:, :1],
+        ValueError,
+        r"d_out must have shape \[tokens_q, h_q, 128\] = \[11, 4, ...\]",
+    ),
+    "d_out width": (0, lambda d: d[..., :64], ValueError, r"d_out must have shape .*, so size 128 in dimension 2"),
+    "d_out stride": (0, lambda d: d.repeat(1, 1, 2)[..., ::2], ValueError, "d_out must be contiguous in its last"),
+    "d_out expanded": (0, lambda d: d[:, :1].expand(-1, 4, -1), UnsupportedError, "d_out must not be expanded"),
+    "d_lse dtype": (1, lambda d: d.double(), TypeError, "d_lse must have dtype Float, got Double"),
+    "out tokens": (5, lambda out: out[1:], ValueError, r"out must have shape \[tokens_q, h_q, 128\] = \[11, 4"),
+    "lse layout": (6, lambda lse: lse.contiguous(), ValueError, "out and lse must be laid out as dense_prefill gives"),
+    "q device": (2, lambda q: q.cpu(), ValueError, "q must be on CUDA"),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", WRONG_RESULTS)
+def test_wrong_calls_for_gradients(cuda: Target, case: str) -> None:
+    position, change, error, text = WRONG_RESULTS[case]
+    inputs = make_dense_prefill_inputs([(5, 9), (3, 6)], device="cuda")
+    lengths = (inputs.cu_seqlens_qo, inputs.cu_seqlens_kv, 5, 9)
+    out, lse = flash_attn_varlen_func(**inputs.call())
+    arguments = [*random_dense_prefill_gradients(inputs), inputs.q, inputs.k, inputs.v, out, lse, *lengths]
+    arguments[position] = change(arguments[position])
+    with pytest.raises(Exception, match=text) as caught:
+        torch.ops.flash_mla.dense_prefill_backward(*arguments, 0.07, True, False)
+    assert isinstance(from_native(caught.value), error)
 
 
 def test_wrong_running_lengths() -> None:

@@ -17,6 +17,7 @@ from test_schedule import check_schedule, random_lengths
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flash_mla import (
+    DensePrefillBackwardProblem,
     DensePrefillProblem,
     FlashMLASchedMeta,
     KVCacheProblem,
@@ -108,6 +109,7 @@ def test_reasons_of_the_problem() -> None:
     assert triton.why_not(replace(mha, dtype=torch.float32)) == "dtype must be bfloat16 or float16, got float32"
     assert triton.why_not(replace(mha, d_qk=64)) == "d_qk must be 192 or 128, got 64"
     assert triton.why_not(replace(mha, d_v=64)) == "d_v must be 128, got 64"
+    assert triton.why_not(DensePrefillBackwardProblem(**vars(mha))) == triton.support.NO_GRADIENTS
     prefill = SparsePrefillProblem("cuda", 90, KVFormat.V32, None, 4, 2, 576, 576, 9, 0, 0.04)
     assert triton.why_not(prefill) is None
     assert triton.why_not(replace(prefill, d_v=577)) == "d_v must be 1 to 576, got 577"

@@ -6,6 +6,7 @@
 
 #include "core/params/dense_decode.h"
 #include "core/params/dense_prefill.h"
+#include "core/params/dense_prefill_backward.h"
 #include "core/params/kv_cache.h"
 #include "core/params/sparse_attention.h"
 
@@ -32,6 +33,11 @@ void launch_plan(const PlanParams& params, void* stream);
 
 // Fills `params.plan` and `params.planned`.
 void launch_prefill_plan(const DensePrefillParams& params, void* stream);
+void launch_prefill_backward_plan(const DensePrefillBackwardParams& params, void* stream);
+
+// What the backward's kernel starts from: items, deltas, zeros in `dq_sum` and `turns`. Then, from the sums, dq.
+void launch_prefill_backward_prepare(const DensePrefillBackwardParams& params, void* stream);
+void launch_prefill_backward_finish(const DensePrefillBackwardParams& params, void* stream);
 
 // Joins the partial results of split requests into `out` and `lse`.
 void launch_combine(const DenseDecodeParams& params, void* stream);

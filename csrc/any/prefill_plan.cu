@@ -1,9 +1,10 @@
 // The plan of dense prefill, made on the device by one CTA: any number of sequences, no word from the host.
 //
 // Running lengths are taken as they come, so nothing is believed: an end is clamped to the tensor, and no sequence
-// begins before the one in front of it has ended. Query tokens that no sequence has form one more, without keys.
-// Sequences are put in the order of falling numbers of keys (in steps of 128, counted up to 131,072), so that the last
-// items that are handed out are small ones.
+// begins before the one in front of it has ended. Query tokens that no sequence has form one more, without keys; in the
+// backward keys that no sequence has form one without queries. An item is a tile of query rows, which meets the keys,
+// in the backward a tile of keys, which meets the queries. Sequences are put in the order of falling numbers of what
+// their items meet (in steps of 128, counted up to 131,072), so that the last items that are handed out are small ones.
 #include <cuda_runtime.h>
 
 #include "any/kernels.h"
@@ -15,9 +16,9 @@ namespace {
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
 constexpr int kClasses = kThreads;  // of length
-constexpr int kKeysPerClass = 128;
+constexpr int kTokensPerClass = 128;
 
-// Keys and values of the heads that are computed together take so many bytes of L2. It is also about the least that
+// What the heads that are computed together read again and again, or add to, takes so many bytes of L2. It is also about the least that
 // keeps the last CTAs of a causal call equally busy: heads_together * tiles^2 / 2 items' work is worth a whole item to
 // each of 132 CTAs, where tiles is the number of row tiles of a sequence.
 constexpr int64_t kBytesTogether = 24 << 20;
@@ -69,31 +70,42 @@ struct Running {
   __device__ int end(int i) const { return min(max(ends[i], 0), tokens); }
 };
 
-__device__ int length_class(int keys) { return kClasses - 1 - min(ceil_div(keys, kKeysPerClass), kClasses - 1); }
+template <bool kBackward>
+__device__ int length_class(const PrefillSequence& sequence) {
+  const int met = kBackward ? sequence.q_length : sequence.k_length;
+  return kClasses - 1 - min(ceil_div(met, kTokensPerClass), kClasses - 1);
+}
 
 // Calls f(sequence) for this thread's run of sequences, in order.
-template <class F>
+template <bool kBackward, class F>
 __device__ void for_own_sequences(const DensePrefillParams& params, int begin, int end, int q_start, int k_start,
                                   F&& f) {
   const Running q{params.cu_seqlens_qo + 1, params.tokens_q}, k{params.cu_seqlens_kv + 1, params.tokens_kv};
   for (int i = begin; i < end; ++i) {
     const bool rest = i == params.num_sequences;
-    const int q_end = max(q_start, rest ? params.tokens_q : q.end(i)), k_end = max(k_start, rest ? 0 : k.end(i));
-    if (q_end > q_start) {
-      f(PrefillSequence{0, q_start, q_end - q_start, k_start, k_end - k_start,
-                        ceil_div(q_end - q_start, kPrefillRowTile), 0, 0});
+    const int q_rest = kBackward ? 0 : params.tokens_q, k_rest = kBackward ? params.tokens_kv : 0;
+    const int q_end = max(q_start, rest ? q_rest : q.end(i)), k_end = max(k_start, rest ? k_rest : k.end(i));
+    const int tiles =
+        kBackward ? ceil_div(k_end - k_start, kBackwardKeyTile) : ceil_div(q_end - q_start, kPrefillRowTile);
+    if (tiles > 0) {
+      f(PrefillSequence{0, q_start, q_end - q_start, k_start, k_end - k_start, tiles, 0, 0});
     }
     q_start = q_end, k_start = k_end;
   }
 }
 
-__device__ int heads_together(const DensePrefillParams& params, int keys) {
-  const int64_t bytes_per_head = static_cast<int64_t>(max(keys, 1)) * (params.d_qk + kPrefillHeadDimV) * 2;
+// Keys and values, or queries, gradients of the output and float32 gradients of the queries.
+template <bool kBackward>
+__device__ int heads_together(const DensePrefillParams& params, const PrefillSequence& sequence) {
+  const int64_t met = kBackward ? static_cast<int64_t>(sequence.q_length) * params.group : sequence.k_length;
+  const int64_t bytes_per_head =
+      max(met, int64_t{1}) * ((params.d_qk + kPrefillHeadDimV) * 2 + (kBackward ? params.d_qk * 4 : 0));
   const int64_t at_once = min(max(kBytesTogether / bytes_per_head, int64_t{1}), static_cast<int64_t>(params.h_kv));
   const int rounds = ceil_div(params.h_kv, static_cast<int>(at_once));
-  return ceil_div(params.h_kv, rounds) * params.group;
+  return ceil_div(params.h_kv, rounds) * (kBackward ? 1 : params.group);
 }
 
+template <bool kBackward>
 __global__ void __launch_bounds__(kThreads) prefill_plan_kernel(const __grid_constant__ DensePrefillParams params) {
   __shared__ Shared shared;
   shared.class_size[threadIdx.x] = 0;
@@ -112,8 +124,8 @@ __global__ void __launch_bounds__(kThreads) prefill_plan_kernel(const __grid_con
   const int q_start = exclusive_scan<Larger>(shared, q_largest, unused),
             k_start = exclusive_scan<Larger>(shared, k_largest, unused);
 
-  for_own_sequences(params, begin, end, q_start, k_start, [&](const PrefillSequence& sequence) {
-    atomicAdd(&shared.class_size[length_class(sequence.k_length)], 1);
+  for_own_sequences<kBackward>(params, begin, end, q_start, k_start, [&](const PrefillSequence& sequence) {
+    atomicAdd(&shared.class_size[length_class<kBackward>(sequence)], 1);
   });
   __syncthreads();
   int num_sequences;
@@ -121,24 +133,25 @@ __global__ void __launch_bounds__(kThreads) prefill_plan_kernel(const __grid_con
   const int position = exclusive_scan<Sum>(shared, own_size, num_sequences);
   shared.class_size[threadIdx.x] = position;
   __syncthreads();
-  for_own_sequences(params, begin, end, q_start, k_start, [&](const PrefillSequence& sequence) {
-    PrefillSequence& place = params.planned[atomicAdd(&shared.class_size[length_class(sequence.k_length)], 1)];
+  for_own_sequences<kBackward>(params, begin, end, q_start, k_start, [&](const PrefillSequence& sequence) {
+    PrefillSequence& place = params.planned[atomicAdd(&shared.class_size[length_class<kBackward>(sequence)], 1)];
     place = sequence;
-    place.heads_together = heads_together(params, sequence.k_length);
+    place.heads_together = heads_together<kBackward>(params, sequence);
   });
   __syncthreads();
 
   const int planned_run = ceil_div(num_sequences, kThreads);
   const int first = min(static_cast<int>(threadIdx.x) * planned_run, num_sequences),
             last = min(first + planned_run, num_sequences);
+  const int heads = kBackward ? params.h_kv : params.h_q;
   int items = 0, num_items;
   for (int i = first; i < last; ++i) {
-    items += params.planned[i].row_tiles * params.h_q;
+    items += params.planned[i].tiles * heads;
   }
   int item = exclusive_scan<Sum>(shared, items, num_items);
   for (int i = first; i < last; ++i) {
     params.planned[i].first_item = item;
-    item += params.planned[i].row_tiles * params.h_q;
+    item += params.planned[i].tiles * heads;
   }
   if (threadIdx.x == 0) {
     *params.plan = {num_items, num_sequences, 0, {}};
@@ -148,7 +161,11 @@ __global__ void __launch_bounds__(kThreads) prefill_plan_kernel(const __grid_con
 }  // namespace
 
 void launch_prefill_plan(const DensePrefillParams& params, void* stream) {
-  device::launch_dependent("prefill_plan", prefill_plan_kernel, 1, kThreads, 0, stream, params);
+  device::launch_dependent("prefill_plan", prefill_plan_kernel<false>, 1, kThreads, 0, stream, params);
+}
+
+void launch_prefill_backward_plan(const DensePrefillBackwardParams& params, void* stream) {
+  device::launch_dependent("prefill_backward_plan", prefill_plan_kernel<true>, 1, kThreads, 0, stream, params.forward);
 }
 
 }  // namespace flash_mla

@@ -83,6 +83,13 @@ STABLE_TORCH_LIBRARY(flash_mla, m) {
       "dense_prefill(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_qo, Tensor cu_seqlens_kv, int max_seqlen_qo, int "
       "max_seqlen_kv, float softmax_scale, bool causal, bool deterministic) -> (Tensor, Tensor)");
   m.def(
+      "dense_prefill_backward(Tensor d_out, Tensor d_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor "
+      "cu_seqlens_qo, Tensor cu_seqlens_kv, int max_seqlen_qo, int max_seqlen_kv, float softmax_scale, bool causal, "
+      "bool deterministic) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "dense_prefill_backward_why_not(int compute_capability, int scalar_type, int h_q, int h_kv, int d_qk, int d_v, "
+      "float softmax_scale) -> str");
+  m.def(
       "dense_prefill_why_not(int compute_capability, int scalar_type, int h_q, int h_kv, int d_qk, int d_v, "
       "float softmax_scale) -> str");
   m.def("append_kv_cache(Tensor kv, Tensor(a!) cache, Tensor slot_mapping, str kv_format, bool exact_scale) -> ()");
@@ -104,6 +111,7 @@ STABLE_TORCH_LIBRARY_IMPL(flash_mla, CUDA, m) {
   m.impl("sparse_prefill", TORCH_BOX(&sparse_prefill));
   m.impl("sparse_prefill_out", TORCH_BOX(&sparse_prefill_out));
   m.impl("dense_prefill", TORCH_BOX(&dense_prefill));
+  m.impl("dense_prefill_backward", TORCH_BOX(&dense_prefill_backward));
   m.impl("append_kv_cache", TORCH_BOX(&append_kv_cache));
   m.impl("dequantize_kv_cache", TORCH_BOX(&dequantize_kv_cache));
 }
@@ -113,6 +121,7 @@ STABLE_TORCH_LIBRARY_IMPL(flash_mla, CompositeExplicitAutograd, m) {
   m.impl("dense_decode_why_not", TORCH_BOX(&dense_decode_why_not));
   m.impl("sparse_decode_why_not", TORCH_BOX(&sparse_decode_why_not));
   m.impl("dense_prefill_why_not", TORCH_BOX(&dense_prefill_why_not));
+  m.impl("dense_prefill_backward_why_not", TORCH_BOX(&dense_prefill_backward_why_not));
   m.impl("kv_cache_why_not", TORCH_BOX(&kv_cache_why_not));
   m.impl("build_info", TORCH_BOX(&build_info));
 }

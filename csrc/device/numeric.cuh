@@ -30,6 +30,17 @@ __device__ __forceinline__ uint32_t pack2(float low, float high) {
   return packed;
 }
 
+// The other way round.
+template <class T>
+__device__ __forceinline__ float2 unpack2(uint32_t packed) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return make_float2(__uint_as_float(packed << 16), __uint_as_float(packed & 0xffff0000));
+  } else {
+    static_assert(std::is_same_v<T, __half>);
+    return __half22float2(*reinterpret_cast<const __half2*>(&packed));
+  }
+}
+
 // Transposes a 4 x 4 matrix of words that the four lanes of a quad hold by rows: lane t gets column t.
 __device__ __forceinline__ void transpose_quad(uint32_t (&w)[4], int lane) {
   const bool odd = lane & 1, high = lane & 2;

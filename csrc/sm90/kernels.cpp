@@ -2,6 +2,7 @@
 
 #include "sm90/dense_decode/launch.h"
 #include "sm90/dense_prefill/launch.h"
+#include "sm90/dense_prefill_backward/launch.h"
 #include "sm90/sparse_attention/launch.h"
 #include "sm90/sparse_attention_bf16/launch.h"
 #include "sm90/sparse_attention_bf16_few_heads/launch.h"
@@ -143,6 +144,17 @@ constexpr Kernel<DensePrefillProblem, DensePrefillParams> kDensePrefill[] = {
     {"sm90_dense_prefill_fp16_128", why_not_dense_prefill<Element::kFloat16, 128>, dense_prefill::launch_fp16_128},
 };
 
+constexpr Kernel<DensePrefillProblem, DensePrefillBackwardParams> kDensePrefillBackward[] = {
+    {"sm90_dense_prefill_backward_bf16_192", why_not_dense_prefill<Element::kBFloat16, 192>,
+     dense_prefill_backward::launch_bf16_192},
+    {"sm90_dense_prefill_backward_bf16_128", why_not_dense_prefill<Element::kBFloat16, 128>,
+     dense_prefill_backward::launch_bf16_128},
+    {"sm90_dense_prefill_backward_fp16_192", why_not_dense_prefill<Element::kFloat16, 192>,
+     dense_prefill_backward::launch_fp16_192},
+    {"sm90_dense_prefill_backward_fp16_128", why_not_dense_prefill<Element::kFloat16, 128>,
+     dense_prefill_backward::launch_fp16_128},
+};
+
 }  // namespace
 
 std::span<const Kernel<DenseDecodeProblem, DenseDecodeParams>> dense_decode_kernels() { return kDenseDecode; }
@@ -152,5 +164,9 @@ std::span<const Kernel<SparseAttentionProblem, SparseAttentionParams>> sparse_at
 }
 
 std::span<const Kernel<DensePrefillProblem, DensePrefillParams>> dense_prefill_kernels() { return kDensePrefill; }
+
+std::span<const Kernel<DensePrefillProblem, DensePrefillBackwardParams>> dense_prefill_backward_kernels() {
+  return kDensePrefillBackward;
+}
 
 }  // namespace flash_mla::sm90

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -13,7 +14,7 @@ from flash_mla.errors import wanted
 from flash_mla.kv_format import KVFormat
 from flash_mla.problem import DenseDecodeProblem, Problem
 from flash_mla.problem_kv_cache import KVCacheProblem
-from flash_mla.problem_prefill import HEAD_DIM_V, HEAD_DIMS_QK, DensePrefillProblem
+from flash_mla.problem_prefill import HEAD_DIM_V, HEAD_DIMS_QK, DensePrefillBackwardProblem, DensePrefillProblem
 from flash_mla.problem_sparse import SparseDecodeProblem, SparsePrefillProblem
 
 # By operation: its problem, the tensors of a call that it is made from, and the other arguments that matter.
@@ -25,6 +26,7 @@ _OPERATIONS: dict[str, tuple[Any, tuple[str, ...], tuple[str, ...]]] = {
     "sparse_decode": (SparseDecodeProblem, ("q", "k_cache", "indices"), (*_OPTIONS, *_EXTRA)),
     "sparse_prefill": (SparsePrefillProblem, ("q", "kv", "indices"), ("d_v", "sm_scale", *_EXTRA)),
     "dense_prefill": (DensePrefillProblem, ("q", "k", "v", "cu_seqlens_qo"), _PREFILL_OPTIONS),
+    "dense_prefill_backward": (DensePrefillBackwardProblem, ("q", "k", "v", "cu_seqlens_qo"), _PREFILL_OPTIONS),
     "kv_cache": (KVCacheProblem, ("cache",), ("format",)),
 }
 OPERATIONS = tuple(_OPERATIONS)
@@ -37,8 +39,8 @@ def why_not(op: str, problem: Problem | None = None, **call: Any) -> str | None:
 
     Args:
         op: "dense_decode" (`flash_mla_with_kvcache` without indices), "sparse_decode" (with them), "sparse_prefill"
-            (`flash_mla_sparse_fwd`), "dense_prefill" (`flash_attn_varlen_func`) or "kv_cache" (`append_kv_cache` and
-            `dequantize_kv_cache`).
+            (`flash_mla_sparse_fwd`), "dense_prefill" (`flash_attn_varlen_func`), "dense_prefill_backward" (its
+            gradients) or "kv_cache" (`append_kv_cache` and `dequantize_kv_cache`).
         problem: what is asked for, as a value of the operation's class; or else
         **call: the arguments of the call by name, the tensors at least. Those that make no difference are not looked
             at.
@@ -116,7 +118,8 @@ def kernels() -> list[KernelSupport]:
         _fp8_questions,
         _sparse_questions,
         _sparse_prefill_questions,
-        _dense_prefill_questions,
+        partial(_dense_prefill_questions, DensePrefillProblem),
+        partial(_dense_prefill_questions, DensePrefillBackwardProblem),
     )
     return [
         support for ask in questions for capability in ARCHITECTURES for support in _supported(list(ask(capability)))
@@ -173,10 +176,10 @@ def _pair(known: KVFormat, extra: KVFormat | None) -> str:
     return known.value if extra is None else f"{known.value} + {extra.value}"
 
 
-def _dense_prefill_questions(capability: int) -> Iterator[_Question]:
+def _dense_prefill_questions(kind: type[DensePrefillProblem], capability: int) -> Iterator[_Question]:
     for dtype, d_qk, h_kv in product((torch.bfloat16, torch.float16), HEAD_DIMS_QK, (1, 2, 3, 8)):
         shape = (4, 48, h_kv, d_qk, HEAD_DIM_V, True, False, False, d_qk**-0.5)
-        problem = DensePrefillProblem("cuda", capability, dtype, *shape)
+        problem = kind("cuda", capability, dtype, *shape)
         yield _Question(problem, str(dtype).removeprefix("torch."), d_qk, _NO_PAGE, h_kv)
 
 

@@ -12,7 +12,7 @@ from flash_mla import _ops
 from flash_mla.kv_format import KVFormat
 from flash_mla.problem import HEAD_DIM_V, DenseDecodeProblem, Problem
 from flash_mla.problem_kv_cache import KVCacheProblem
-from flash_mla.problem_prefill import DensePrefillProblem
+from flash_mla.problem_prefill import DensePrefillBackwardProblem, DensePrefillProblem
 from flash_mla.problem_sparse import SparseDecodeProblem, SparsePrefillProblem
 
 _SCALAR_TYPES = {torch.bfloat16: 0, torch.float16: 1}
@@ -42,6 +42,8 @@ def kernel_table(problem: Problem) -> dict[str, str]:
         return _parsed(torch.ops.flash_mla.sparse_decode_why_not(*_sparse_arguments(problem)))
     if isinstance(problem, SparsePrefillProblem):
         return _parsed(torch.ops.flash_mla.sparse_decode_why_not(*_sparse_prefill_arguments(problem)))
+    if isinstance(problem, DensePrefillBackwardProblem):
+        return _parsed(torch.ops.flash_mla.dense_prefill_backward_why_not(*_dense_prefill_arguments(problem)))
     if isinstance(problem, DensePrefillProblem):
         return _parsed(torch.ops.flash_mla.dense_prefill_why_not(*_dense_prefill_arguments(problem)))
     if not isinstance(problem, DenseDecodeProblem):

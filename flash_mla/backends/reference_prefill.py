@@ -138,6 +138,7 @@ def attend_backward(
     softmax_scale: float,
     causal: bool = False,
     compute_dtype: torch.dtype = torch.float32,
+    probability_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `attend`, with out and lse computed again: they carry no rounding of either.
 
@@ -148,11 +149,17 @@ def attend_backward(
         d_out: `[tokens_q, h_q, d_v]`.
         d_lse: `[tokens_q, h_q]`.
         q, k, v, cu_seqlens_qo, cu_seqlens_kv, softmax_scale, causal, compute_dtype: as in `attend`.
+        probability_dtype: round out, the probabilities and the gradients of the unscaled scores to it, as tensor-core
+            kernels do.
 
     Returns:
         Gradients of q, k and v, of `compute_dtype`.
     """
-    call = _call(q, k, v, softmax_scale, causal, compute_dtype, None)
+    call = _call(q, k, v, softmax_scale, causal, compute_dtype, probability_dtype)
+
+    def rounded(tensor: Tensor) -> Tensor:
+        return tensor if probability_dtype is None else tensor.to(probability_dtype).to(compute_dtype)
+
     d_out_by_head, d_lse_by_head = _by_kv_head(d_out, k.shape[1]), _by_kv_head(d_lse[..., None], k.shape[1])
     gradients = tuple(torch.zeros(tensor.shape, dtype=compute_dtype, device=q.device) for tensor in (q, k, v))
     d_q, d_k, d_v = _by_kv_head(gradients[0], k.shape[1]), gradients[1].transpose(0, 1), gradients[2].transpose(0, 1)
@@ -160,15 +167,16 @@ def attend_backward(
         rows, out, lse = call.attend(block)
         dout, dlse = call.rows(d_out_by_head, block), call.rows(d_lse_by_head, block)
         sees_a_key = (lse != float("inf"))[..., None]
-        delta = (dout * out).sum(-1, keepdim=True)
+        rows, dout = torch.where(sees_a_key, rows, 0.0), torch.where(sees_a_key, dout, 0.0)
+        delta = (dout * rounded(out)).sum(-1, keepdim=True)
         d_rows = torch.zeros_like(rows)
         for where, keys, values, masked in call.key_steps(block):
-            p = (call.scores(rows, keys, masked) - lse[..., None]).exp_()
+            p = rounded((call.scores(rows, keys, masked) - lse[..., None]).exp_())
             d_p = torch.bmm(dout, values.transpose(1, 2))
-            d_s = torch.where(sees_a_key, p * (d_p - delta + dlse), 0.0).mul_(softmax_scale)
+            d_s = rounded(torch.where(sees_a_key, p * (d_p - delta + dlse), 0.0)).mul_(softmax_scale)
             d_rows += torch.bmm(d_s, keys)
             d_k[:, where] += torch.bmm(d_s.transpose(1, 2), rows)
-            d_v[:, where] += torch.bmm(p.transpose(1, 2), torch.where(sees_a_key, dout, 0.0))
+            d_v[:, where] += torch.bmm(p.transpose(1, 2), dout)
         d_q[:, :, block.queries] = torch.unflatten(d_rows, 1, (call.q.shape[1], -1))
     return gradients[0], gradients[1], gradients[2]
 

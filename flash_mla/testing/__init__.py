@@ -4,7 +4,9 @@ from flash_mla.testing.check import (
     check_decode,
     check_dense_decode,
     check_dense_prefill,
+    check_dense_prefill_gradients,
     check_sparse_prefill,
+    dense_prefill_gradients,
     run_decode,
     run_dense_decode,
 )
@@ -22,6 +24,7 @@ from flash_mla.testing.prefill import (
     expected_dense_prefill,
     expected_dense_prefill_gradients,
     make_dense_prefill_inputs,
+    random_dense_prefill_gradients,
 )
 from flash_mla.testing.sparse import (
     Selected,
@@ -48,8 +51,10 @@ __all__ = [
     "check_decode",
     "check_dense_decode",
     "check_dense_prefill",
+    "check_dense_prefill_gradients",
     "check_sparse_prefill",
     "compare",
+    "dense_prefill_gradients",
     "expected_dense_decode",
     "expected_dense_fp8",
     "expected_dense_prefill",
@@ -64,6 +69,7 @@ __all__ = [
     "make_sparse_decode_inputs",
     "make_sparse_prefill_inputs",
     "poisoned_cache",
+    "random_dense_prefill_gradients",
     "run_decode",
     "run_dense_decode",
 ]

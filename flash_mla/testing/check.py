@@ -11,7 +11,12 @@ from flash_mla.schedule import FlashMLASchedMeta
 from flash_mla.testing.compare import Comparison, assert_close
 from flash_mla.testing.fp8 import DenseFP8Inputs, expected_dense_fp8
 from flash_mla.testing.inputs import DenseDecodeInputs, expected_dense_decode
-from flash_mla.testing.prefill import DensePrefillInputs, expected_dense_prefill
+from flash_mla.testing.prefill import (
+    DensePrefillInputs,
+    expected_dense_prefill,
+    expected_dense_prefill_gradients,
+    random_dense_prefill_gradients,
+)
 from flash_mla.testing.sparse import (
     SparseDecodeInputs,
     SparsePrefillInputs,
@@ -130,4 +135,37 @@ def check_dense_prefill(
     return (
         assert_close("out", out, answer.out, answer.emulated_out),
         assert_close("lse", lse, answer.lse, answer.emulated_lse),
+    )
+
+
+def dense_prefill_gradients(
+    inputs: DensePrefillInputs, d_out: Tensor, d_lse: Tensor, **options: Any
+) -> tuple[Tensor, ...]:
+    """Gradients of q, k and v by autograd through `flash_attn_varlen_func`."""
+    leaves = {name: getattr(inputs, name).detach().requires_grad_() for name in ("q", "k", "v")}
+    results = flash_attn_varlen_func(**{**inputs.call(), **leaves, **options})
+    return torch.autograd.grad(results, tuple(leaves.values()), (d_out, d_lse))
+
+
+def check_dense_prefill_gradients(
+    inputs: DensePrefillInputs, *, seed: int = 0, result: tuple[Tensor, ...] | None = None, **options: Any
+) -> tuple[Comparison, ...]:
+    """Gradients of q, k and v for random ones of out and lse, compared with the truth.
+
+    Args:
+        inputs: of the call.
+        seed: of the gradients of out and lse that `random_dense_prefill_gradients` gives.
+        result: check these gradients in place of calling.
+        **options: further arguments of the call.
+
+    Raises:
+        AssertionError: naming the first bad coordinate.
+    """
+    d_out, d_lse = random_dense_prefill_gradients(inputs, seed)
+    gradients = dense_prefill_gradients(inputs, d_out, d_lse, **options) if result is None else result
+    truth = expected_dense_prefill_gradients(inputs, d_out, d_lse)
+    emulation = expected_dense_prefill_gradients(inputs, d_out, d_lse, torch.float32, inputs.q.dtype)
+    return tuple(
+        assert_close(name, one, true, emulated.to(inputs.q.dtype))
+        for name, one, true, emulated in zip(("d_q", "d_k", "d_v"), gradients, truth, emulation, strict=True)
     )

@@ -46,7 +46,8 @@ def compare(name: str, actual: Tensor, truth: Tensor, emulation: Tensor) -> Comp
     """Compare an output or an lse with the truth.
 
     Args:
-        name: what it is called in messages; names that begin with "lse" or "max_logits" are compared as logarithms.
+        name: what it is called in messages; names that begin with "lse" or "max_logits" are compared as logarithms, and
+            the cosines of those that begin with "d_" (gradients: differences of nearly equal numbers) with emulation's.
         actual: the answer.
         truth: float64 (or float32) and not rounded; same shape.
         emulation: PyTorch's answer with the same dtypes; same shape.
@@ -77,6 +78,8 @@ def compare(name: str, actual: Tensor, truth: Tensor, emulation: Tensor) -> Comp
         cosine_allowed = max(torch.finfo(actual.dtype).eps ** 2 / 4, MIN_COSINE_ERROR)
         losses = _cosine_error(torch.where(finite, actual, 0.0).double(), truth64)
         cosine_error = float(losses.max())
+        if name.startswith("d_"):
+            cosine_allowed += 4 * float(_cosine_error(emulation.double(), truth64).max())
         if problem is None and cosine_error > cosine_allowed:
             where = _first(losses > cosine_allowed)
             problem = f"{name}: 1 - cosine of row {where} is {float(losses[where]):.3g}, allowed {cosine_allowed:.3g}"

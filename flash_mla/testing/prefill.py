@@ -107,9 +107,16 @@ def expected_dense_prefill(inputs: DensePrefillInputs, compute_dtype: torch.dtyp
 
 
 def expected_dense_prefill_gradients(
-    inputs: DensePrefillInputs, d_out: Tensor, d_lse: Tensor, compute_dtype: torch.dtype = torch.float64
+    inputs: DensePrefillInputs,
+    d_out: Tensor,
+    d_lse: Tensor,
+    compute_dtype: torch.dtype = torch.float64,
+    probability_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v for those of out `[tokens_q, h_q, 128]` and lse `[tokens_q, h_q]`."""
+    """Gradients of q, k and v for those of out `[tokens_q, h_q, 128]` and lse `[tokens_q, h_q]`.
+
+    `probability_dtype`: with the roundings of a kernel, for the tolerance.
+    """
     scale = inputs.softmax_scale
     tensors = (inputs.q, inputs.k, inputs.v, inputs.cu_seqlens_qo, inputs.cu_seqlens_kv)
     return reference_prefill.attend_backward(
@@ -119,4 +126,16 @@ def expected_dense_prefill_gradients(
         softmax_scale=default_softmax_scale(inputs.q.shape[-1]) if scale is None else scale,
         causal=inputs.causal,
         compute_dtype=compute_dtype,
+        probability_dtype=probability_dtype,
     )
+
+
+def random_dense_prefill_gradients(inputs: DensePrefillInputs, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Gradients of out, in q's dtype, and of lse, NaN for the tokens behind the last sequence."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens, h_q, _ = inputs.q.shape
+    d_out = torch.randn((tokens, h_q, HEAD_DIM_V), generator=generator)
+    d_lse = torch.randn((tokens, h_q), generator=generator)
+    behind = int(inputs.cu_seqlens_qo[-1])
+    d_out[behind:], d_lse[behind:] = float("nan"), float("nan")
+    return d_out.to(inputs.q).contiguous(), d_lse.to(inputs.q.device)

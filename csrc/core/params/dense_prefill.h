@@ -21,13 +21,14 @@ struct DensePrefillProblem {
   float softmax_scale;
 };
 
-// A sequence with queries. Running lengths come from the caller's tensors, which the host does not see: in a plan,
-// whatever they were, sequences lie within the tensors and do not overlap, and every query token is in one of them.
+// A sequence with queries, or in the backward one with keys. Running lengths come from the caller's tensors, which the
+// host does not see: in a plan, whatever they were, sequences lie within the tensors and do not overlap, and every query
+// token, or key, is in one of them.
 struct PrefillSequence {
-  int32_t first_item;  // of the plan's numbering; a sequence has row tiles * query heads items
+  int32_t first_item;  // of the plan's numbering; a sequence has tiles * heads items
   int32_t q_begin, q_length, k_begin, k_length;
-  int32_t row_tiles;
-  int32_t heads_together;  // query heads whose keys and values are meant to stay in L2 at one time
+  int32_t tiles;           // of query rows, in the backward of keys
+  int32_t heads_together;  // query heads, in the backward key heads, whose tensors are meant to stay in L2 at one time
   int32_t reserved;
 };
 static_assert(sizeof(PrefillSequence) == 32);
@@ -49,7 +50,7 @@ struct DensePrefillParams {
   void* out;   // [tokens_q, h_q, 128], contiguous
   float* lse;  // [tokens_q, h_q], the tokens next to each other
   PrefillPlan* plan;
-  PrefillSequence* planned;  // those with queries, the ones with the most keys first
+  PrefillSequence* planned;  // the longest ones first
 
   int64_t stride_q_t, stride_q_h;
   int64_t stride_k_t, stride_k_h;

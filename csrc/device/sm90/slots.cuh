@@ -1,4 +1,4 @@
-// The phases of a pair of shared-memory slots.
+// The phases of shared-memory slots that are filled again and again.
 #pragma once
 
 #include <cstdint>
@@ -11,6 +11,19 @@ struct SlotPhases {
   uint32_t bits = 0;
   __device__ __forceinline__ uint32_t parity(int slot) const { return bits >> slot & 1; }
   __device__ __forceinline__ void advance(int slot) { bits ^= 1u << slot; }
+};
+
+// The stages of a ring in the order of use.
+template <int kStages>
+struct Ring {
+  int stage = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
 };
 
 }  // namespace flash_mla::inline device

@@ -1,60 +1,10 @@
-// Work items: from a number of the plan to rows of a sequence and head, and from the scheduler warp to the others.
+// Work items: from a number of the plan to rows of a sequence and head.
 #pragma once
 
-#include "device/sm90/barrier.cuh"
 #include "sm90/dense_prefill/storage.h"
+#include "sm90/items.cuh"
 
 namespace flash_mla::sm90::dense_prefill {
-
-// The stages of a ring in the order of use.
-template <int kStages>
-struct Ring {
-  int stage = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
-// Every warp of a role walks the same sequence of items by itself.
-template <class C>
-class ItemReader {
- public:
-  explicit __device__ __forceinline__ ItemReader(Storage<C>& storage) : storage_(storage) {}
-
-  // The next item for a whole warp; false behind the last.
-  __device__ __forceinline__ bool next(Item& item, int lane) {
-    wait_and_read(item);
-    __syncwarp();
-    return finish(item, lane == 0);
-  }
-
-  // The same for a thread on its own.
-  __device__ __forceinline__ bool next(Item& item) {
-    wait_and_read(item);
-    return finish(item, true);
-  }
-
- private:
-  __device__ __forceinline__ void wait_and_read(Item& item) const {
-    mbarrier_wait(shared_address(&storage_.item_full[slot_.stage]), slot_.parity);
-    item = storage_.items[slot_.stage];
-  }
-
-  __device__ __forceinline__ bool finish(const Item& item, bool arrives) {
-    if (arrives) {
-      mbarrier_arrive(shared_address(&storage_.item_empty[slot_.stage]));
-    }
-    slot_.advance();
-    return item.num_rows > 0;
-  }
-
-  Storage<C>& storage_;
-  Ring<2> slot_;
-};
 
 // One warp. Which item a CTA takes next is decided when it needs one, since items differ in length: the first is that
 // of its own number, the others are counted.
@@ -112,10 +62,10 @@ class Scheduler {
     // Rounds of heads_together heads; in a round, row tiles from the last one, which in a causal call sees the most
     // keys; the heads of a row tile next to each other.
     const int within = number - sequence.first_item;
-    const int round_items = sequence.row_tiles * sequence.heads_together, round = within / round_items;
+    const int round_items = sequence.tiles * sequence.heads_together, round = within / round_items;
     const int first_head = round * sequence.heads_together,
               heads = min(sequence.heads_together, params_.h_q - first_head);
-    const int in_round = within - round * round_items, tile = sequence.row_tiles - 1 - in_round / heads;
+    const int in_round = within - round * round_items, tile = sequence.tiles - 1 - in_round / heads;
     const int first_row = tile * C::kRows;
     Item item{};
     item.first_token = sequence.q_begin + first_row;

@@ -20,7 +20,7 @@ class MathWarpgroup {
         row_(warpgroup * C::kWarpgroupRows + threadIdx.x / 32 % 4 * 16 + lane_ / 4) {}
 
   __device__ __forceinline__ void run() {
-    ItemReader<C> items(storage_);
+    ItemReader items(storage_);
     for (Item item; items.next(item, lane_);) {
       begin_rows();
       if (warpgroup_ * C::kWarpgroupRows >= item.num_rows) {
@@ -220,22 +220,14 @@ class MathWarpgroup {
 
   // `last`: of the item, so Q is not needed any more either.
   __device__ __forceinline__ void release_keys(bool last) {
-    arrive_if(shared_address(&storage_.k_empty[k_.stage]), lane_ == 0);
-    arrive_if(shared_address(&storage_.q_empty[warpgroup_]), lane_ == 0 && last);
+    mbarrier_arrive_if(shared_address(&storage_.k_empty[k_.stage]), lane_ == 0);
+    mbarrier_arrive_if(shared_address(&storage_.q_empty[warpgroup_]), lane_ == 0 && last);
     k_.advance();
   }
 
   __device__ __forceinline__ void release_values() {
-    arrive_if(shared_address(&storage_.v_empty[v_.stage]), lane_ == 0);
+    mbarrier_arrive_if(shared_address(&storage_.v_empty[v_.stage]), lane_ == 0);
     v_.advance();
-  }
-
-  // Without a branch: where one joins while products are in flight, the compiler waits for all of them.
-  static __device__ __forceinline__ void arrive_if(uint32_t barrier, bool arrives) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.u32 p, %1, 0;\n@p mbarrier.arrive.shared::cta.b64 _, [%0];\n}" ::"r"(barrier),
-        "r"(static_cast<uint32_t>(arrives))
-        : "memory");
   }
 
   static constexpr int kOutputs = kPrefillHeadDimV / 2;

@@ -14,7 +14,7 @@ class TmaThread {
       : params_(params), maps_(maps), storage_(storage) {}
 
   __device__ __forceinline__ void run() {
-    ItemReader<C> items(storage_);
+    ItemReader items(storage_);
     for (Item item; items.next(item);) {
       const int kv_head = item.head / params_.group;
       if (item.num_tiles == 0) {
@@ -83,7 +83,7 @@ template <class C>
 class Cleaner {
  public:
   static __device__ __forceinline__ void run(Storage<C>& storage, int lane) {
-    ItemReader<C> items(storage);
+    ItemReader items(storage);
     uint32_t first_tile = 0;  // of the item, in the order of use
     uint32_t parities = 0;
     for (Item item; items.next(item, lane); first_tile += item.num_tiles) {

@@ -18,10 +18,14 @@ struct Item {
   int num_tiles;  // of keys that any of the rows sees
   int limit;      // keys that row 0 sees, may be negative; each further row sees one more where the call is causal
   int reserved;
+
+  __device__ __forceinline__ bool exists() const { return num_rows > 0; }
 };
 
 template <class C>
 struct Storage {
+  using WorkItem = Item;
+
   alignas(1024) unsigned char q[C::kWarpgroups][C::kQBytes];
   alignas(1024) unsigned char k[C::kStages][C::kKBytes];
   alignas(1024) unsigned char v[C::kStages][C::kVBytes];

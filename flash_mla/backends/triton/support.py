@@ -36,6 +36,9 @@ each with its reason: those whose compiled kernels have not run on a GPU yet.
 """
 
 
+NO_GRADIENTS = "has no kernel for gradients: the reference computes those of its calls"
+
+
 def by_name_only(wanted: Problem) -> str | None:
     """Why the backend serves `wanted` only where it is asked for by name, or None."""
     is_fp8 = isinstance(wanted, DenseDecodeProblem) and wanted.fp8_cache is not None
@@ -75,6 +78,8 @@ def why_not(wanted: Problem) -> str | None:
     """None when a kernel takes `wanted`, else the reason."""
     if not isinstance(wanted, _Attention):
         return NOT_SERVED[wanted.op]
+    if isinstance(wanted, problem_prefill.DensePrefillBackwardProblem):
+        return NO_GRADIENTS
     reason = why_not_on(wanted.device_type, wanted.compute_capability)
     if reason is not None:
         return reason
