@@ -84,8 +84,6 @@ class Target:
             reason = cuda_backend.why_no_kernels(op)
             if reason is not None:
                 pytest.skip(f"cuda: {reason}")
-        if self.name == "triton" and op in triton.NOT_SERVED:
-            pytest.skip(f"triton: {triton.NOT_SERVED[op]}")
 
     def require_kernel(self, op: str, **call: Any) -> None:
         """Skip the test where the backend's kernels for an operation do not take a call."""

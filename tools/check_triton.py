@@ -204,6 +204,8 @@ def sparse_job(
     in_flight = tuple(Format[name].in_flight for name in (first, extra) if name != "NONE")
     tile = config.sparse_tile(gpu, heads, d_qk, in_flight)
     constants = {
+        "PAGE": 64 if first == "MODEL1" else 1,
+        "EXTRA_PAGE": 64 if extra == "MODEL1" else 1,
         "FORMAT": int(Format[first]),
         "EXTRA_FORMAT": int(Format[extra]),
         "HARDWARE": config.converts_fp8(gpu),

@@ -27,9 +27,10 @@ from flash_mla.backends.triton.language import (
     fixed_cut_blocks,
     jit,
     jit_for_any_value,
-    online_softmax,
     piece_of,
     rounded,
+    scores_of,
+    softmax_step,
     store_partial,
     store_result,
     wide,
@@ -229,12 +230,10 @@ def dense_decode_kernel(
                 WIDE_ROWS,
             )
             page = load_pages(table_row, start + BLOCK_N, end_key, num_pages, PAGE, BLOCK_N)
-            scores = dot(q_v, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
-            if ROPE:
-                scores = dot(q_rope, tl.trans(k_rope), scores)
+            scores = scores_of(q_v, q_rope, k, k_rope, scale_log2, ROPE, BLOCK_M, BLOCK_N)
             position = start + tl.arange(0, BLOCK_N)
-            scores = tl.where(position[None, :] < limit[:, None], scores * scale_log2, float("-inf"))
-            p, rescale, row_max, row_sum = online_softmax(scores, row_max, row_sum)
+            scores = tl.where(position[None, :] < limit[:, None], scores, float("-inf"))
+            p, rescale, row_max, row_sum = softmax_step(scores, row_max, row_sum, start < end_key, BLOCK_M)
             acc = dot(rounded(p, k.dtype), k, acc * rescale[:, None])
         if DESCALE:
             acc *= tl.load(descale + 1)

@@ -10,6 +10,7 @@ from enum import IntEnum
 from typing import Any
 
 import triton.language as tl
+from torch import Tensor
 
 from flash_mla.backends.triton.language import D_ROPE, D_V, jit, rounded
 
@@ -32,10 +33,7 @@ class Format(IntEnum):
 
     @property
     def in_flight(self) -> int:
-        """Bytes of shared memory that a key takes while it is loaded, or 0 for keys that are multiplied from there.
-
-        MODEL1's RoPE values are loaded in their place among 512 columns of bfloat16.
-        """
+        """Bytes of shared memory that a key takes while it is loaded, or 0 for keys that are multiplied from there."""
         return _IN_FLIGHT.get(self.name, 0)
 
     @staticmethod
@@ -48,12 +46,20 @@ class Format(IntEnum):
 _IN_FLIGHT = {
     "V32": 704,
     "V32_NO_ROPE": 576,
-    "MODEL1": 1600,
+    "MODEL1": 648,
     "V41": 576,
     "V41_FP4": 320,
     "E4M3_576": 576,
     "E4M3_512": 512,
 }
+
+
+def pages_of(cache: Tensor, format: Format | None) -> tuple[int, int, int]:
+    """Rows of a page, and the strides of pages and rows. Evenly spaced rows are pages of one: nothing to divide."""
+    page, (stride_page, stride_row) = cache.shape[1], cache.stride()[:2]
+    if page > 1 and stride_page == page * stride_row and format is not Format.MODEL1:
+        return 1, stride_row, stride_row
+    return page, stride_page, stride_row
 
 
 NONE = tl.constexpr(int(Format.NONE))
@@ -167,10 +173,12 @@ def load_tokens(
         code = tl.load(tokens[:, None] + column, mask=live & (column < MODEL1_NOPE), other=0)
         scale = tl.load(scale_bytes[:, None] + tl.arange(0, 8)[None, :], mask=live, other=0)
         nope = scaled(e4m3_to_float32(code, HARDWARE), ue8m0_to_float32(scale), BLOCK_N, 8)
-        # The RoPE part is the end of V too: its 64 values are loaded in their columns, behind 448 bytes of codes.
+        # The RoPE part is the end of V too: the last of eight groups of columns.
         rope = (tokens + MODEL1_NOPE).to(tl.pointer_type(tl.bfloat16))
-        tail = tl.load(rope[:, None] + (column - MODEL1_NOPE), mask=live & (column >= MODEL1_NOPE), other=0.0)
-        k = tl.where(column < MODEL1_NOPE, nope, tail)
+        tail = tl.load(rope[:, None] + rope_column, mask=live, other=0.0)
+        is_tail = tl.arange(0, 8)[None, :, None] == 7
+        k = tl.where(is_tail, tail[:, None, :], tl.reshape(nope, [BLOCK_N, 8, D_ROPE]))
+        k = tl.reshape(k, [BLOCK_N, D_V])
         k_rope = k
     elif FORMAT == V41:
         code = tl.load(tokens[:, None] + column, mask=live, other=0)

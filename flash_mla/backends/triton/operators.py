@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_mla import _ops, errors, problem, problem_prefill, problem_sparse
+from flash_mla import _ops, errors, problem, problem_kv_cache, problem_prefill, problem_sparse
 from flash_mla.backends import reference_sparse
 from flash_mla.backends.triton import config, support
+from flash_mla.kv_format import KVFormat
 
 
 def _check_serves(tensor: Tensor, name: str) -> None:
@@ -187,6 +188,24 @@ def dense_prefill(*inputs: Any) -> tuple[Tensor, Tensor]:
     return kernels.dense_prefill(q, k, v, cu_seqlens_qo, cu_seqlens_kv, softmax_scale, causal)
 
 
+def append_kv_cache(kv: Tensor, cache: Tensor, slot_mapping: Tensor, kv_format: str, exact_scale: bool) -> None:
+    """`torch.ops.flash_mla.triton_append_kv_cache`."""
+    problem_kv_cache.check_append(kv, cache, slot_mapping, kv_format, exact_scale)
+    _check_serves(kv, "kv cache")
+    from flash_mla.backends.triton import kv_cache as kernels
+
+    kernels.append_kv_cache(kv, cache, slot_mapping, KVFormat(kv_format), exact_scale)
+
+
+def dequantize_kv_cache(cache: Tensor, kv_format: str) -> Tensor:
+    """`torch.ops.flash_mla.triton_dequantize_kv_cache`."""
+    problem_kv_cache.check_dequantize(cache, kv_format)
+    _check_serves(cache, "kv cache")
+    from flash_mla.backends.triton import kv_cache as kernels
+
+    return kernels.dequantize_kv_cache(cache, KVFormat(kv_format))
+
+
 def plan_sparse_decode(
     requests: Tensor,
     topk_length: Tensor | None,
@@ -235,12 +254,11 @@ _FUNCTIONS = {
     "sparse_prefill": sparse_prefill,
     "sparse_prefill_out": sparse_prefill_out,
     "dense_prefill": dense_prefill,
+    "append_kv_cache": append_kv_cache,
+    "dequantize_kv_cache": dequantize_kv_cache,
 }
 OPERATORS = tuple(_FUNCTIONS)
 """Operators that the backend has."""
-
-UNASKED = tuple(name for name in OPERATORS if not any(op in name for op in support.BY_NAME_ONLY))
-"""Those that serve calls without being asked for by name."""
 
 
 def _register() -> None:

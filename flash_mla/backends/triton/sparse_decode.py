@@ -14,7 +14,7 @@ from torch import Tensor
 from flash_mla.backends.reference_schedule import blocks_of
 from flash_mla.backends.triton.combine import MAX_CUTS, launch_combine
 from flash_mla.backends.triton.config import Gpu, Tile, converts_fp8, sparse_tile
-from flash_mla.backends.triton.dequant import NONE, Format, load_tokens
+from flash_mla.backends.triton.dequant import NONE, Format, load_tokens, pages_of
 from flash_mla.backends.triton.language import (
     D_ROPE,
     D_V,
@@ -28,9 +28,10 @@ from flash_mla.backends.triton.language import (
     fixed_cut_blocks,
     jit,
     jit_for_any_value,
-    online_softmax,
     piece_of,
     rounded,
+    scores_of,
+    softmax_step,
     store_partial,
     store_result,
     wide,
@@ -61,9 +62,9 @@ def attend_lanes(
     end: tl.tensor,
     cache: tl.tensor,
     num_slots: tl.tensor,
-    page: tl.tensor,
     stride_page: tl.tensor,
     stride_token: tl.tensor,
+    PAGE: tl.constexpr,
     FORMAT: tl.constexpr,
     HARDWARE: tl.constexpr,
     ROPE: tl.constexpr,
@@ -80,14 +81,12 @@ def attend_lanes(
     for start in range(begin, end, BLOCK_N):
         valid = index >= 0
         slot = tl.where(valid, index, 0)
-        first = cache + (slot // page).to(tl.int64) * stride_page
-        k, k_rope = load_tokens(first, slot % page, valid, stride_token, page, FORMAT, HARDWARE, BLOCK_N)
+        first = cache + (slot // PAGE).to(tl.int64) * stride_page
+        k, k_rope = load_tokens(first, slot % PAGE, valid, stride_token, PAGE, FORMAT, HARDWARE, BLOCK_N)
         index = load_indices(row, start + BLOCK_N, end, num_slots, BLOCK_N)
-        scores = dot(q_v, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
-        if ROPE:
-            scores = dot(q_rope, tl.trans(k_rope), scores)
-        scores = tl.where(valid[None, :], scores * scale_log2, float("-inf"))
-        p, rescale, row_max, row_sum = online_softmax(scores, row_max, row_sum)
+        scores = scores_of(q_v, q_rope, k, k_rope, scale_log2, ROPE, BLOCK_M, BLOCK_N)
+        scores = tl.where(valid[None, :], scores, float("-inf"))
+        p, rescale, row_max, row_sum = softmax_step(scores, row_max, row_sum, num_slots > 0, BLOCK_M)
         probabilities = rounded(p, k.dtype)
         acc = dot(probabilities, k, acc * rescale[:, None])
         if WIDE_V:
@@ -123,10 +122,8 @@ def lanes_of(
     "has_extra_length",
     "topk",
     "num_slots",
-    "page",
     "extra_topk",
     "extra_num_slots",
-    "extra_page",
     "stride_indices_b",
     "stride_indices_s",
     "stride_extra_indices_b",
@@ -165,10 +162,8 @@ def sparse_decode_kernel(
     has_extra_length: tl.tensor,
     topk: tl.tensor,
     num_slots: tl.tensor,
-    page: tl.tensor,
     extra_topk: tl.tensor,
     extra_num_slots: tl.tensor,
-    extra_page: tl.tensor,
     stride_q_b: tl.tensor,
     stride_q_s: tl.tensor,
     stride_q_h: tl.tensor,
@@ -190,6 +185,8 @@ def sparse_decode_kernel(
     stride_lse_b: tl.tensor,
     stride_lse_h: tl.tensor,
     stride_lse_s: tl.tensor,
+    PAGE: tl.constexpr,
+    EXTRA_PAGE: tl.constexpr,
     FORMAT: tl.constexpr,
     EXTRA_FORMAT: tl.constexpr,
     HARDWARE: tl.constexpr,
@@ -267,9 +264,9 @@ def sparse_decode_kernel(
             tl.minimum(tl.minimum(end, blocks) * SCHEDULE_BLOCK, lanes),
             cache,
             num_slots,
-            page,
             stride_page,
             stride_token,
+            PAGE,
             FORMAT,
             HARDWARE,
             ROPE,
@@ -291,9 +288,9 @@ def sparse_decode_kernel(
                 tl.minimum((end - blocks) * SCHEDULE_BLOCK, extra_lanes),
                 extra_cache,
                 extra_num_slots,
-                extra_page,
                 stride_extra_page,
                 stride_extra_token,
+                EXTRA_PAGE,
                 EXTRA_FORMAT,
                 HARDWARE,
                 ROPE,
@@ -378,12 +375,11 @@ class Keys:
         """From an operator's arguments; `kv_format` is the name of a `KVFormat`."""
         return Keys(cache, Format.of(kv_format, cache.shape[-1]), indices, length)
 
-    def arguments(self) -> tuple[tuple[Any, ...], tuple[int, int, int]]:
-        """(cache, indices, length) and (topk, slots, page) for the kernel."""
+    def arguments(self) -> tuple[tuple[Any, ...], tuple[int, int]]:
+        """(cache, indices, length) and (topk, slots) for the kernel."""
         cache = self.cache if self.cache.dtype == torch.bfloat16 else self.cache.view(torch.uint8)
         length = self.indices if self.length is None else self.length
-        num_blocks, page = self.cache.shape[:2]
-        return (cache, self.indices, length), (self.indices.shape[2], num_blocks * page, page)
+        return (cache, self.indices, length), (self.indices.shape[2], self.cache.shape[0] * self.cache.shape[1])
 
     def tokens(self, some: slice) -> "Keys":
         """The same cache for some of the queries of each request."""
@@ -485,7 +481,7 @@ def _compacted(keys: Keys) -> Keys:
     b, s_q, topk = keys.indices.shape
     indices = torch.empty_like(keys.indices, memory_format=torch.contiguous_format)
     count = keys.indices.new_empty((b, s_q))
-    (_, *lists), (_, slots, _) = keys.arguments()
+    (_, *lists), (_, slots) = keys.arguments()
     compact_kernel[(b * s_q,)](
         *lists,
         indices,
@@ -533,6 +529,8 @@ def _launch(
     keys, extra = call.keys, call.extra or call.keys
     tensors, sizes = keys.arguments()
     extra_tensors, extra_sizes = extra.arguments()
+    page, *strides = pages_of(keys.cache, keys.format)
+    extra_page, *extra_strides = pages_of(extra.cache, extra.format)
     head_tiles = -(-h_q // tile.block_m)
     sparse_decode_kernel[(head_tiles * s_q, parts)](
         call.q,
@@ -556,14 +554,16 @@ def _launch(
         *sizes,
         *extra_sizes,
         *call.q.stride()[:3],
-        *keys.cache.stride()[:2],
-        *extra.cache.stride()[:2],
+        *strides,
+        *extra_strides,
         *keys.indices.stride()[:2],
         *extra.indices.stride()[:2],
         *keys.length_strides(),
         *extra.length_strides(),
         *call.out.stride()[:3],
         *call.lse.stride(),
+        PAGE=page,
+        EXTRA_PAGE=extra_page,
         FORMAT=int(keys.format),
         EXTRA_FORMAT=int(Format.NONE if call.extra is None else extra.format),
         HARDWARE=converts_fp8(Gpu.of(call.q.device)),

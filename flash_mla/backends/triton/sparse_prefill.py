@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flash_mla.backends.triton.config import Gpu, Tile, converts_fp8, sparse_tile
-from flash_mla.backends.triton.dequant import NONE, Format
+from flash_mla.backends.triton.dequant import NONE, Format, pages_of
 from flash_mla.backends.triton.language import (
     D_ROPE,
     D_V,
@@ -37,10 +37,8 @@ from flash_mla.problem import HEAD_DIM_V
     "has_extra_length",
     "topk",
     "num_slots",
-    "page",
     "extra_topk",
     "extra_num_slots",
-    "extra_page",
     "stride_indices",
     "stride_extra_indices",
     "stride_length",
@@ -72,10 +70,8 @@ def sparse_prefill_kernel(
     has_extra_length: tl.tensor,
     topk: tl.tensor,
     num_slots: tl.tensor,
-    page: tl.tensor,
     extra_topk: tl.tensor,
     extra_num_slots: tl.tensor,
-    extra_page: tl.tensor,
     stride_q_s: tl.tensor,
     stride_q_h: tl.tensor,
     stride_page: tl.tensor,
@@ -92,6 +88,8 @@ def sparse_prefill_kernel(
     stride_max_logits_h: tl.tensor,
     stride_lse_s: tl.tensor,
     stride_lse_h: tl.tensor,
+    PAGE: tl.constexpr,
+    EXTRA_PAGE: tl.constexpr,
     FORMAT: tl.constexpr,
     EXTRA_FORMAT: tl.constexpr,
     HARDWARE: tl.constexpr,
@@ -138,9 +136,9 @@ def sparse_prefill_kernel(
         lanes_of(length, has_length, query, 0, stride_length, 0, topk),
         cache,
         num_slots,
-        page,
         stride_page,
         stride_token,
+        PAGE,
         FORMAT,
         HARDWARE,
         ROPE,
@@ -162,9 +160,9 @@ def sparse_prefill_kernel(
             lanes_of(extra_length, has_extra_length, query, 0, stride_extra_length, 0, extra_topk),
             extra_cache,
             extra_num_slots,
-            extra_page,
             stride_extra_page,
             stride_extra_token,
+            EXTRA_PAGE,
             EXTRA_FORMAT,
             HARDWARE,
             ROPE,
@@ -217,6 +215,8 @@ def sparse_prefill(call: Call, tile: Tile | None = None) -> None:
     tile = tile or sparse_tile(gpu, h_q, d_qk, (keys.format.in_flight, extra.format.in_flight))
     tensors, sizes = keys.arguments()
     extra_tensors, extra_sizes = extra.arguments()
+    page, *strides = pages_of(keys.cache, keys.format)
+    extra_page, *extra_strides = pages_of(extra.cache, extra.format)
     head_tiles = -(-h_q // tile.block_m)
     with device_of(call.q):
         sparse_prefill_kernel[(head_tiles * s_q,)](
@@ -238,8 +238,8 @@ def sparse_prefill(call: Call, tile: Tile | None = None) -> None:
             *sizes,
             *extra_sizes,
             *call.q.stride()[:2],
-            *keys.cache.stride()[:2],
-            *extra.cache.stride()[:2],
+            *strides,
+            *extra_strides,
             keys.indices.stride(0),
             extra.indices.stride(0),
             keys.length_strides()[0],
@@ -247,6 +247,8 @@ def sparse_prefill(call: Call, tile: Tile | None = None) -> None:
             *call.out.stride()[:2],
             *call.max_logits.stride(),
             *call.lse.stride(),
+            PAGE=page,
+            EXTRA_PAGE=extra_page,
             FORMAT=int(keys.format),
             EXTRA_FORMAT=int(Format.NONE if call.extra is None else extra.format),
             HARDWARE=converts_fp8(gpu),
