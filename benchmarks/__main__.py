@@ -41,6 +41,12 @@ def _parser() -> argparse.ArgumentParser:
             metavar="[LABEL=]LIBRARY",
             help="another build of our library, measured like a peer",
         )
+        command.add_argument(
+            "--backend",
+            action="append",
+            default=[],
+            help="also this backend of ours, such as triton",
+        )
         command.add_argument("--calls", type=int, default=2000, help="eager calls for the CPU time")
         command.add_argument("--device", default="cuda")
     for command in (run, host, *(commands.add_parser(name) for name in ("table", "plot"))):
@@ -133,6 +139,7 @@ def _contenders(options: argparse.Namespace) -> list:
             sys.exit(f"--baseline: no file {library}")
         environment = {"FLASH_MLA_LIBRARY": str(Path(library).resolve())}
         contenders.append(Contender(label, "ours", environment=environment))
+    contenders += [Contender(name, "ours", environment={"FLASH_MLA_BACKEND": name}) for name in options.backend]
     return contenders
 
 

@@ -11,7 +11,7 @@ from benchmarks import shapes
 from benchmarks.runner import gpu_slug
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
-NAMES = {"ours": "flash_mla", "flashmla": "FlashMLA", "fa3": "FlashAttention-3"}
+NAMES = {"ours": "flash_mla", "flashmla": "FlashMLA", "fa3": "FlashAttention-3", "triton": "Triton backend"}
 _COLORS = {"ours": "#0b6e4f", "flashmla": "#d1495b", "fa3": "#3a6ea5"}
 
 Record = dict[str, Any]
