@@ -1,4 +1,4 @@
-"""``python -m benchmarks run | host | call | table | plot | list``: see README.md beside this file."""
+"""``python -m benchmarks run | host | call | table | plot | portable | list``: see README.md beside this file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from benchmarks import shapes
 from benchmarks.measuring import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
+PORTABLE = RESULTS / "portable"
 PLOTS = ROOT / "benchmarks" / "plots"
+PORTABLE_NOTES = ROOT / "flash_mla" / "backends" / "triton" / "design.md"
 PEERS = ("flashmla", "fa3")
 
 
@@ -54,6 +56,11 @@ def _parser() -> argparse.ArgumentParser:
     commands.choices["plot"].add_argument("--plots", type=Path, default=PLOTS)
     commands.choices["plot"].add_argument("--readme", type=Path, default=ROOT / "README.md")
     commands.choices["table"].add_argument("--gpu", help="only this one, such as h100")
+    portable = commands.add_parser(
+        "portable", help="the portable backend: what was measured, and a model of other cards"
+    )
+    portable.add_argument("--out", type=Path, default=PORTABLE, help="folder of the results")
+    portable.add_argument("--notes", type=Path, default=PORTABLE_NOTES, help="file whose marked section is written")
     commands.add_parser("list", help="groups and shapes")
 
     call = commands.add_parser("call", help="a few checked eager calls in this process, for profilers and sanitizers")
@@ -75,6 +82,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     if options.command == "table":
         print(report.tables(report.latest(options.out), gpu=options.gpu))
+        return 0
+    if options.command == "portable":
+        print(report.portable(options.out, options.notes))
         return 0
     return report.plot(options.out, options.plots, options.readme)
 

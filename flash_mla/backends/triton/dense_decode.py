@@ -12,8 +12,9 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from flash_mla.backends.triton import tuning
 from flash_mla.backends.triton.combine import MAX_CUTS, launch_combine
-from flash_mla.backends.triton.config import LONG_KEYS, Gpu, Tile, converts_fp8, dense_tile, sparse_tile
+from flash_mla.backends.triton.config import LONG_KEYS, Gpu, Tile, converts_fp8, dense_tiles, sparse_tiles
 from flash_mla.backends.triton.dequant import NONE, Format, load_tokens
 from flash_mla.backends.triton.language import (
     D_ROPE,
@@ -43,12 +44,7 @@ INT32_MAX = 2**31 - 1
 
 @jit
 def load_pages(
-    table_row: tl.tensor,
-    start: tl.tensor,
-    end: tl.tensor,
-    num_pages: tl.tensor,
-    PAGE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    table_row: tl.tensor, start: tl.tensor, end: tl.tensor, PAGE: tl.constexpr, BLOCK_N: tl.constexpr
 ) -> Any:
     """Pages of the keys `[start, start + BLOCK_N)` of a request: one number where they all lie in one page.
 
@@ -59,8 +55,7 @@ def load_pages(
     else:
         position = tl.minimum(start + tl.arange(0, BLOCK_N), end - 1)
         pages = tl.load(table_row + position // PAGE, mask=position >= 0, other=0)
-    # An entry that names no page is the caller's mistake. It must not become a wild address.
-    return tl.minimum(tl.maximum(pages, 0), num_pages - 1)
+    return pages
 
 
 @jit
@@ -69,6 +64,7 @@ def load_keys(
     page: tl.tensor,
     start: tl.tensor,
     end: tl.tensor,
+    num_pages: tl.tensor,
     stride_k_page: tl.tensor,
     stride_k_row: tl.tensor,
     FORMAT: tl.constexpr,
@@ -77,17 +73,21 @@ def load_keys(
     BLOCK_N: tl.constexpr,
     ROPE: tl.constexpr,
     WIDE_ROWS: tl.constexpr,
+    AS_WORDS: tl.constexpr,
 ) -> Any:
     """Keys `[start, start + BLOCK_N)` of a request: V's part `[BLOCK_N, 512]` and the rest.
 
     In place of keys at and past `end` stands the last one before it. What lies in unused slots could be NaN, and their
     probability of 0 would not keep it out of the sum. This costs no predicate for each load, as a mask does.
     """
+    # An entry that names no page is the caller's mistake. It must not become a wild address.
+    page = tl.minimum(tl.maximum(page, 0), num_pages - 1)
     row = tl.minimum(tl.arange(0, BLOCK_N), end - 1 - start)
     if FORMAT != NONE:
         first = k_head + page.to(tl.int64) * stride_k_page
         all_valid = tl.full([BLOCK_N], 1, tl.int1)
-        k, k_rope = load_tokens(first, (start + row) % PAGE, all_valid, stride_k_row, PAGE, FORMAT, HARDWARE, BLOCK_N)
+        in_page = (start + row) % PAGE
+        k, k_rope = load_tokens(first, in_page, all_valid, stride_k_row, PAGE, FORMAT, HARDWARE, BLOCK_N, AS_WORDS)
     else:
         if PAGE % BLOCK_N == 0:  # one 64-bit address and 32-bit distances from it save registers
             first = k_head + (page.to(tl.int64) * stride_k_page + wide(start % PAGE) * stride_k_row)
@@ -212,14 +212,16 @@ def dense_decode_kernel(
         row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
         row_sum = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, D_V], tl.float32)
-        # Loaded one tile ahead: the keys' addresses must not wait for the table.
-        page = load_pages(table_row, begin * SCHEDULE_BLOCK, end_key, num_pages, PAGE, BLOCK_N)
+        # Loaded one tile ahead: the keys' addresses must not wait for the table. Handed on as it was loaded: the
+        # compiler loads it early enough only where nothing is computed with it before the next tile.
+        page = load_pages(table_row, begin * SCHEDULE_BLOCK, end_key, PAGE, BLOCK_N)
         for start in range(begin * SCHEDULE_BLOCK, visible, BLOCK_N):
             k, k_rope = load_keys(
                 k_head,
                 page,
                 start,
                 end_key,
+                num_pages,
                 stride_k_page,
                 stride_k_row,
                 FORMAT,
@@ -228,8 +230,9 @@ def dense_decode_kernel(
                 BLOCK_N,
                 ROPE,
                 WIDE_ROWS,
+                BLOCK_M < 64,
             )
-            page = load_pages(table_row, start + BLOCK_N, end_key, num_pages, PAGE, BLOCK_N)
+            page = load_pages(table_row, start + BLOCK_N, end_key, PAGE, BLOCK_N)
             scores = scores_of(q_v, q_rope, k, k_rope, scale_log2, ROPE, BLOCK_M, BLOCK_N)
             position = start + tl.arange(0, BLOCK_N)
             scores = tl.where(position[None, :] < limit[:, None], scores, float("-inf"))
@@ -302,8 +305,14 @@ def dense_decode(call: Call, schedule: Tensor, num_splits: Tensor, tile: Tile | 
     """
     if call.q.shape[0] == 0:
         return
-    tile = tile or _tile(call, _max_keys(call) >= LONG_KEYS)
     parts = schedule.shape[0]
+    if tile is None:
+        b, s_q, h_q, d_qk = call.q.shape
+        page, h_kv = call.k_cache.shape[1:3]
+        classes = tuning.size_class(b), tuning.size_class(_max_keys(call))
+        kind = ("dense_decode", call.format.name, d_qk, s_q, h_q, h_kv, page, *classes)
+        tiles = _tiles(call, _max_keys(call) >= LONG_KEYS)
+        tile = tuning.choose(kind, tiles, call.q.device, lambda tile: dense_decode(call, schedule, num_splits, tile))
     partials = _partials(call, tile, 2 * parts) if parts > 1 else (call.lse, call.lse)
     with device_of(call.q):
         _launch(call, tile, partials, parts, schedule=schedule)
@@ -314,7 +323,7 @@ def dense_decode(call: Call, schedule: Tensor, num_splits: Tensor, tile: Tile | 
 def dense_decode_batch_invariant(call: Call, tile: Tile | None = None) -> None:
     """Decode with cuts that depend on each request's length alone, in as many rounds as bounded memory needs."""
     b, s_q, h_q, _ = call.q.shape
-    tile = tile or _tile(call)
+    tile = tile or _tiles(call)[0]
     h_kv = call.k_cache.shape[2]
     tiles = h_kv * -(-s_q * (h_q // h_kv) // tile.block_m)
     limit = 2 * Gpu.of(call.q.device).num_sms
@@ -329,12 +338,12 @@ def dense_decode_batch_invariant(call: Call, tile: Tile | None = None) -> None:
                 _join(call, tile, partials, requests, max_cuts=max_cuts, first=first)
 
 
-def _tile(call: Call, long: bool = False) -> Tile:
+def _tiles(call: Call, long: bool = False) -> tuple[Tile, ...]:
     _, s_q, h_q, d_qk = call.q.shape
     gpu, rows = Gpu.of(call.q.device), s_q * (h_q // call.k_cache.shape[2])
     if call.format is not Format.NONE:
-        return sparse_tile(gpu, rows, d_qk, (call.format.in_flight,))
-    return dense_tile(gpu, rows, d_qk, long)
+        return sparse_tiles(gpu, rows, d_qk, call.format.in_flight)
+    return dense_tiles(gpu, rows, d_qk, long)
 
 
 def _row_tiles(call: Call, tile: Tile) -> int:

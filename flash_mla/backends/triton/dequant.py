@@ -137,6 +137,22 @@ def token_bytes(
 
 
 @jit
+def load_bytes(
+    first: tl.tensor, live: tl.tensor, BLOCK_N: tl.constexpr, BYTES: tl.constexpr, AS_WORDS: tl.constexpr
+) -> Any:
+    """uint8 `[BLOCK_N, BYTES]`. With AS_WORDS loads are of four bytes each (`live` is a mask of words then): narrower
+    ones the compiler does not always make ahead of their use.
+    """
+    if AS_WORDS:
+        words = first.to(tl.pointer_type(tl.uint32))[:, None] + tl.arange(0, BYTES // 4)[None, :]
+        parts = tl.load(words, mask=live, other=0)[:, :, None] >> (8 * tl.arange(0, 4))[None, None, :]
+        loaded = tl.reshape(parts.to(tl.uint8), [BLOCK_N, BYTES])
+    else:
+        loaded = tl.load(first[:, None] + tl.arange(0, BYTES)[None, :], mask=live, other=0)
+    return loaded
+
+
+@jit
 def load_tokens(
     first: tl.tensor,
     in_page: tl.tensor,
@@ -146,11 +162,14 @@ def load_tokens(
     FORMAT: tl.constexpr,
     HARDWARE: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    AS_WORDS: tl.constexpr,
 ) -> Any:
     """Keys `[BLOCK_N]` at `in_page` of the pages that begin at `first`: V's part bfloat16 `[BLOCK_N, 512]` and the RoPE
     part behind it, where the format has one. Keys that are not `valid` are not read, and are 0.
 
     `first` points to bfloat16 for BF16 formats and to bytes for the others; the stride counts elements of that.
+    AS_WORDS: how codes are loaded. Perf: needed where tiles of keys have many readers, warps that multiply 16 or 32
+    rows; warpgroups, that read the keys from shared memory, do with fewer instructions without.
     """
     tokens, scale_bytes = token_bytes(first, in_page, stride_token, page, FORMAT)
     column = tl.arange(0, D_V)[None, :]
@@ -162,7 +181,7 @@ def load_tokens(
         if FORMAT == BF16_576:
             k_rope = tl.load(tokens[:, None] + D_V + rope_column, mask=live, other=0.0)
     elif FORMAT <= V32_NO_ROPE:
-        code = tl.load(tokens[:, None] + column, mask=live, other=0)
+        code = load_bytes(tokens, live, BLOCK_N, D_V, AS_WORDS)
         at = (tokens + D_V).to(tl.pointer_type(tl.float32))[:, None] + tl.arange(0, 4)[None, :]
         k = scaled(e4m3_to_float32(code, HARDWARE), tl.load(at, mask=live, other=0.0), BLOCK_N, 4)
         k_rope = k
@@ -170,8 +189,10 @@ def load_tokens(
             rope = (tokens + D_V + 16).to(tl.pointer_type(tl.bfloat16))
             k_rope = tl.load(rope[:, None] + rope_column, mask=live, other=0.0)
     elif FORMAT == MODEL1:
-        code = tl.load(tokens[:, None] + column, mask=live & (column < MODEL1_NOPE), other=0)
-        scale = tl.load(scale_bytes[:, None] + tl.arange(0, 8)[None, :], mask=live, other=0)
+        width: tl.constexpr = 4 if AS_WORDS else 1
+        is_nope = tl.arange(0, D_V // width)[None, :] < MODEL1_NOPE // width
+        code = load_bytes(tokens, live & is_nope, BLOCK_N, D_V, AS_WORDS)
+        scale = load_bytes(scale_bytes, live, BLOCK_N, 8, True)
         nope = scaled(e4m3_to_float32(code, HARDWARE), ue8m0_to_float32(scale), BLOCK_N, 8)
         # The RoPE part is the end of V too: the last of eight groups of columns.
         rope = (tokens + MODEL1_NOPE).to(tl.pointer_type(tl.bfloat16))
@@ -181,19 +202,19 @@ def load_tokens(
         k = tl.reshape(k, [BLOCK_N, D_V])
         k_rope = k
     elif FORMAT == V41:
-        code = tl.load(tokens[:, None] + column, mask=live, other=0)
-        scale = tl.load((tokens + D_V)[:, None] + tl.arange(0, 16)[None, :], mask=live, other=0)
+        code = load_bytes(tokens, live, BLOCK_N, D_V, AS_WORDS)
+        scale = load_bytes(tokens + D_V, live, BLOCK_N, 16, True)
         k = scaled(e4m3_to_float32(code, HARDWARE), ue8m0_to_float32(scale), BLOCK_N, 16)
         k_rope = k
     elif FORMAT == V41_FP4:
-        pair = tl.load(tokens[:, None] + tl.arange(0, 256)[None, :], mask=live, other=0)
+        pair = load_bytes(tokens, live, BLOCK_N, 256, AS_WORDS)
         value = tl.interleave(e2m1_to_float32(pair & 0xF), e2m1_to_float32(pair >> 4))
-        scale = tl.load((tokens + 256)[:, None] + tl.arange(0, 32)[None, :], mask=live, other=0)
+        scale = load_bytes(tokens + 256, live, BLOCK_N, 32, True)
         k = scaled(value, e4m3_to_float32(scale, HARDWARE), BLOCK_N, 32)
         k_rope = k
     else:
         tl.static_assert(FORMAT >= E4M3_576)
-        code = tl.load(tokens[:, None] + column, mask=live, other=0)
+        code = load_bytes(tokens, live, BLOCK_N, D_V, AS_WORDS)
         k = e4m3_to_float32(code, HARDWARE).to(tl.bfloat16)  # exact
         k_rope = k
         if FORMAT == E4M3_576:

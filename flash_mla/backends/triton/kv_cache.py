@@ -94,12 +94,12 @@ def e4m3_groups(groups: tl.tensor, EXACT: tl.constexpr) -> Any:
 
 
 @jit
-def e2m1_groups(groups: tl.tensor, HARDWARE: tl.constexpr) -> Any:
+def e2m1_groups(groups: tl.tensor) -> Any:
     """The codes of float32 groups `[ROWS, GROUPS, values]`, and the e4m3 codes of their scales `[ROWS, GROUPS]`."""
     scale = largest_finite(groups)
     scale = tl.maximum(tl.div_rn(scale, tl.full(scale.shape, 6.0, tl.float32)), 0.001953125)
     stored = to_e4m3(scale)
-    scale = e4m3_to_float32(stored.to(tl.uint8), HARDWARE)
+    scale = e4m3_to_float32(stored.to(tl.uint8), False)
     codes = to_e2m1(tl.div_rn(groups, tl.broadcast_to(scale[:, :, None], groups.shape)))
     has_nan = tl.max((groups != groups).to(tl.int32), 2) > 0
     return codes, tl.where(has_nan, E4M3_NAN, stored)
@@ -133,7 +133,6 @@ def append_kernel(
     FORMAT: tl.constexpr,
     GROUPS: tl.constexpr,
     EXACT: tl.constexpr,
-    HARDWARE: tl.constexpr,
     ROWS: tl.constexpr,
 ) -> None:
     """Grid `(tokens / ROWS,)`. `cache` points to bytes; GROUPS share 512 values (MODEL1 does not quantise the last)."""
@@ -148,7 +147,7 @@ def append_kernel(
     x = tl.load(from_row + column, mask=taken[:, None], other=0.0).to(tl.float32)
     groups = tl.reshape(x, [ROWS, GROUPS, D_V // GROUPS])
     if FORMAT == V41_FP4:
-        codes, stored = e2m1_groups(groups, HARDWARE)
+        codes, stored = e2m1_groups(groups)
         low, high = tl.split(tl.reshape(codes, [ROWS, D_V // 2, 2]))
         pair_column = tl.arange(0, D_V // 2)[None, :]
         tl.store(values[:, None] + pair_column, (low | (high << 4)).to(tl.uint8), mask=taken[:, None])
@@ -219,7 +218,9 @@ def dequantize_kernel(
     slot = wide(tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
     exists = slot < num_slots
     first = cache + (slot // PAGE) * stride_page
-    k, k_rope = load_tokens(first, (slot % PAGE).to(tl.int32), exists, stride_token, PAGE, FORMAT, HARDWARE, ROWS)
+    k, k_rope = load_tokens(
+        first, (slot % PAGE).to(tl.int32), exists, stride_token, PAGE, FORMAT, HARDWARE, ROWS, False
+    )
     d_qk = D_V
     if FORMAT == V32:
         d_qk = D_V + D_ROPE
@@ -265,7 +266,6 @@ def append_kv_cache(kv: Tensor, cache: Tensor, slot_mapping: Tensor, known: KVFo
             FORMAT=int(format),
             GROUPS=512 // known.layout.group,
             EXACT=exact_scale,
-            HARDWARE=converts_fp8(Gpu.of(kv.device)),
             ROWS=rows,
             num_warps=ROWS,
             **OPTIONS,

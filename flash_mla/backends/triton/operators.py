@@ -27,37 +27,9 @@ def _new_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     return out, q.new_empty((b, h_q, s_q), dtype=torch.float32)
 
 
-def dense_decode_out(
-    q: Tensor,
-    k_cache: Tensor,
-    block_table: Tensor,
-    cache_seqlens: Tensor,
-    tile_scheduler_metadata: Tensor | None,
-    num_splits: Tensor | None,
-    attn_sink: Tensor | None,
-    head_dim_v: int,
-    softmax_scale: float,
-    causal: bool,
-    batch_invariant: bool,
-    out: Tensor,
-    lse: Tensor,
-) -> None:
-    """`torch.ops.flash_mla.triton_dense_decode_out`."""
-    problem.check_dense_decode(
-        q,
-        k_cache,
-        block_table,
-        cache_seqlens,
-        tile_scheduler_metadata,
-        num_splits,
-        attn_sink,
-        head_dim_v,
-        softmax_scale,
-        causal,
-        batch_invariant,
-        out,
-        lse,
-    )
+def _dense_decode(*arguments: Any) -> None:
+    q, k_cache, block_table, cache_seqlens, rows, splits, attn_sink, _, softmax_scale, causal, *rest = arguments
+    batch_invariant, out, lse = rest
     _check_serves(q, "dense decode")
     from flash_mla.backends.triton import dense_decode as kernels
 
@@ -65,14 +37,24 @@ def dense_decode_out(
     if batch_invariant:
         kernels.dense_decode_batch_invariant(call)
     else:
-        assert tile_scheduler_metadata is not None  # checked above
-        assert num_splits is not None
-        kernels.dense_decode(call, tile_scheduler_metadata, num_splits)
+        kernels.dense_decode(call, rows, splits)
 
 
-def dense_decode_fp8_out(*arguments: Any) -> None:
-    """`torch.ops.flash_mla.triton_dense_decode_fp8_out`."""
-    problem.check_dense_decode_fp8(*arguments)
+def dense_decode_out(*arguments: Any) -> None:
+    """`torch.ops.flash_mla.triton_dense_decode_out`."""
+    problem.check_dense_decode(*arguments)
+    _dense_decode(*arguments)
+
+
+def dense_decode(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """`torch.ops.flash_mla.triton_dense_decode`."""
+    problem.check_dense_decode(*inputs)
+    out, lse = _new_outputs(inputs[0])
+    _dense_decode(*inputs, out, lse)
+    return out, lse
+
+
+def _dense_decode_fp8(*arguments: Any) -> None:
     q, k_cache, block_table, cache_seqlens, rows, splits, attn_sink, _, softmax_scale, causal, *rest = arguments
     batch_invariant, descale_q, descale_k, kv_format, out, lse = rest
     _check_serves(q, "dense decode")
@@ -86,20 +68,17 @@ def dense_decode_fp8_out(*arguments: Any) -> None:
         kernels.dense_decode(call, rows, splits)
 
 
+def dense_decode_fp8_out(*arguments: Any) -> None:
+    """`torch.ops.flash_mla.triton_dense_decode_fp8_out`."""
+    problem.check_dense_decode_fp8(*arguments)
+    _dense_decode_fp8(*arguments)
+
+
 def dense_decode_fp8(*inputs: Any) -> tuple[Tensor, Tensor]:
     """`torch.ops.flash_mla.triton_dense_decode_fp8`."""
     problem.check_dense_decode_fp8(*inputs)
     out, lse = _new_outputs(inputs[0])
-    dense_decode_fp8_out(*inputs, out, lse)
-    return out, lse
-
-
-def dense_decode(q: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
-    """`torch.ops.flash_mla.triton_dense_decode`."""
-    problem.check_dense_decode(q, *inputs)
-    out, lse = _new_outputs(q)
-    arguments: Any = (q, *inputs, out, lse)
-    dense_decode_out(*arguments)
+    _dense_decode_fp8(*inputs, out, lse)
     return out, lse
 
 
@@ -132,9 +111,7 @@ def _keys_of(selected: tuple[Any, ...], kv_format: str, extra_kv_format: str | N
     return Keys.of(cache, kv_format, indices, length), extra
 
 
-def sparse_decode_out(*arguments: Any) -> None:
-    """`torch.ops.flash_mla.triton_sparse_decode_out`."""
-    problem_sparse.check_sparse_decode(*arguments)
+def _sparse_decode(*arguments: Any) -> None:
     q, *selected = arguments[:7]
     rows, splits, attn_sink, kv_format, extra_kv_format, _, softmax_scale, batch_invariant, out, lse = arguments[7:]
     _check_serves(q, "sparse decode")
@@ -148,17 +125,21 @@ def sparse_decode_out(*arguments: Any) -> None:
         kernels.sparse_decode(call, rows, splits)
 
 
+def sparse_decode_out(*arguments: Any) -> None:
+    """`torch.ops.flash_mla.triton_sparse_decode_out`."""
+    problem_sparse.check_sparse_decode(*arguments)
+    _sparse_decode(*arguments)
+
+
 def sparse_decode(*inputs: Any) -> tuple[Tensor, Tensor]:
     """`torch.ops.flash_mla.triton_sparse_decode`."""
     problem_sparse.check_sparse_decode(*inputs)
     out, lse = _new_outputs(inputs[0])
-    sparse_decode_out(*inputs, out, lse)
+    _sparse_decode(*inputs, out, lse)
     return out, lse
 
 
-def sparse_prefill_out(*arguments: Any) -> None:
-    """`torch.ops.flash_mla.triton_sparse_prefill_out`."""
-    problem_sparse.check_sparse_prefill(*arguments)
+def _sparse_prefill(*arguments: Any) -> None:
     q, *selected = arguments[:7]
     attn_sink, kv_format, extra_kv_format, _, sm_scale, lse_base, *outputs = arguments[7:]
     _check_serves(q, "sparse prefill")
@@ -168,13 +149,19 @@ def sparse_prefill_out(*arguments: Any) -> None:
     kernels.sparse_prefill(kernels.Call(q, *keys, attn_sink, sm_scale, lse_base, *outputs))
 
 
+def sparse_prefill_out(*arguments: Any) -> None:
+    """`torch.ops.flash_mla.triton_sparse_prefill_out`."""
+    problem_sparse.check_sparse_prefill(*arguments)
+    _sparse_prefill(*arguments)
+
+
 def sparse_prefill(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     """`torch.ops.flash_mla.triton_sparse_prefill`."""
     problem_sparse.check_sparse_prefill(*inputs)
     q, d_v = inputs[0], inputs[10]
     out = q.new_empty((*q.shape[:2], d_v))
     max_logits, lse = (q.new_empty(q.shape[:2], dtype=torch.float32) for _ in range(2))
-    sparse_prefill_out(*inputs, out, max_logits, lse)
+    _sparse_prefill(*inputs, out, max_logits, lse)
     return out, max_logits, lse
 
 

@@ -4,6 +4,7 @@ The rows of a tile are heads of one query, since the next query has other keys. 
 its first index list each, at least one, and then 64 lanes of the second: the schedule cuts that sequence.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,8 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from flash_mla.backends.reference_schedule import blocks_of
+from flash_mla.backends.triton import tuning
 from flash_mla.backends.triton.combine import MAX_CUTS, launch_combine
-from flash_mla.backends.triton.config import Gpu, Tile, converts_fp8, sparse_tile
+from flash_mla.backends.triton.config import Gpu, Tile, converts_fp8, sparse_tiles
 from flash_mla.backends.triton.dequant import NONE, Format, load_tokens, pages_of
 from flash_mla.backends.triton.language import (
     D_ROPE,
@@ -41,11 +43,10 @@ from flash_mla.problem import HEAD_DIM_V
 
 
 @jit
-def load_indices(row: tl.tensor, start: tl.tensor, end: tl.tensor, num_slots: tl.tensor, BLOCK_N: tl.constexpr) -> Any:
-    """Lanes `[start, start + BLOCK_N)` of an index list; -1 for lanes at and past `end`, and for what names no slot."""
+def load_lanes(row: tl.tensor, start: tl.tensor, end: tl.tensor, BLOCK_N: tl.constexpr) -> Any:
+    """Lanes `[start, start + BLOCK_N)` of an index list; -1 for those at and past `end`."""
     lane = start + tl.arange(0, BLOCK_N)
-    index = tl.load(row + lane, mask=lane < end, other=-1)
-    return tl.where((index >= 0) & (index < num_slots), index, -1)
+    return tl.load(row + lane, mask=lane < end, other=-1)
 
 
 @jit
@@ -76,14 +77,12 @@ def attend_lanes(
 
     With WIDE_V `acc_rope` `[BLOCK_M, 64]` goes on where `acc` ends, else it is handed back as it is.
     """
-    # Loaded one tile ahead: the keys' addresses must not wait for the list.
-    index = load_indices(row, begin, end, num_slots, BLOCK_N)
     for start in range(begin, end, BLOCK_N):
-        valid = index >= 0
+        index = load_lanes(row, start, end, BLOCK_N)
+        valid = (index >= 0) & (index < num_slots)
         slot = tl.where(valid, index, 0)
         first = cache + (slot // PAGE).to(tl.int64) * stride_page
-        k, k_rope = load_tokens(first, slot % PAGE, valid, stride_token, PAGE, FORMAT, HARDWARE, BLOCK_N)
-        index = load_indices(row, start + BLOCK_N, end, num_slots, BLOCK_N)
+        k, k_rope = load_tokens(first, slot % PAGE, valid, stride_token, PAGE, FORMAT, HARDWARE, BLOCK_N, BLOCK_M < 64)
         scores = scores_of(q_v, q_rope, k, k_rope, scale_log2, ROPE, BLOCK_M, BLOCK_N)
         scores = tl.where(valid[None, :], scores, float("-inf"))
         p, rescale, row_max, row_sum = softmax_step(scores, row_max, row_sum, num_slots > 0, BLOCK_M)
@@ -347,11 +346,11 @@ def compact_kernel(
     row = indices + wide(request) * stride_indices_b + wide(token) * stride_indices_s
     found = tl.full((), 0, tl.int32)
     for start in range(0, lanes, CHUNK):
-        index = load_indices(row, start, lanes, num_slots, CHUNK)
-        valid = (index >= 0).to(tl.int32)
-        place = found + tl.cumsum(valid, 0) - 1
-        tl.store(compacted + wide(query) * topk + place, index, mask=index >= 0)
-        found += tl.sum(valid, 0)
+        index = load_lanes(row, start, lanes, CHUNK)
+        valid = (index >= 0) & (index < num_slots)
+        place = found + tl.cumsum(valid.to(tl.int32), 0) - 1
+        tl.store(compacted + wide(query) * topk + place, index, mask=valid)
+        found += tl.sum(valid.to(tl.int32), 0)
     tl.store(count + query, found)
 
 
@@ -395,6 +394,13 @@ class Keys:
         return self.length.stride(0), self.length.stride(1) if self.length.dim() == 2 else 0
 
 
+def kinds_of(caches: Iterable[Keys]) -> Iterator[object]:
+    """What the choice of a tile depends on, of each cache: its format, and how many indices there are."""
+    for keys in caches:
+        yield keys.format.name
+        yield tuning.size_class(keys.indices.shape[2])
+
+
 @dataclass(frozen=True)
 class Call:
     """The tensors and numbers of one call, checked. Written: `out` `[b, s_q, h_q, 512]` and `lse` `[b, h_q, s_q]`."""
@@ -430,8 +436,12 @@ def sparse_decode(call: Call, schedule: Tensor, num_splits: Tensor, tile: Tile |
     """Decode as a schedule says: int32 `[parts, 8]` and `[b + 1]`, made for these lengths or for others."""
     if call.q.shape[0] == 0:
         return
-    tile = tile or _tile(call)
     parts = schedule.shape[0]
+    if tile is None:
+        b, s_q, h_q, _ = call.q.shape
+        kind = ("sparse_decode", *kinds_of(call.caches()), h_q, tuning.size_class(b * s_q))
+        tiles = _tiles(call)
+        tile = tuning.choose(kind, tiles, call.q.device, lambda tile: sparse_decode(call, schedule, num_splits, tile))
     partials = _partials(call, tile, 2 * parts) if parts > 1 else (call.lse, call.lse)
     with device_of(call.q):
         _launch(call, tile, partials, parts, schedule=schedule)
@@ -447,7 +457,7 @@ def sparse_decode_batch_invariant(call: Call, tile: Tile | None = None) -> None:
     b, s_q, h_q, _ = call.q.shape
     if b == 0:
         return
-    tile = tile or _tile(call)
+    tile = tile or _tiles(call)[0]
     head_tiles = -(-h_q // tile.block_m)
     limit = 2 * Gpu.of(call.q.device).num_sms
     # Lists too short for so many pieces do not get them anyway: the cuts are the same.
@@ -471,9 +481,9 @@ def sparse_decode_batch_invariant(call: Call, tile: Tile | None = None) -> None:
                     _join(some, tile, partials, requests, blocks=blocks[:, begin : begin + tokens].contiguous(), **cuts)
 
 
-def _tile(call: Call) -> Tile:
-    in_flight = tuple(keys.format.in_flight for keys in call.caches())
-    return sparse_tile(Gpu.of(call.q.device), call.q.shape[2], call.q.shape[3], in_flight)
+def _tiles(call: Call) -> tuple[Tile, ...]:
+    in_flight = max(keys.format.in_flight for keys in call.caches())
+    return sparse_tiles(Gpu.of(call.q.device), call.q.shape[2], call.q.shape[3], in_flight)
 
 
 def _compacted(keys: Keys) -> Keys:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import triton.language as tl
 from torch import Tensor
 
-from flash_mla.backends.triton.config import Gpu, Tile, converts_fp8, sparse_tile
+from flash_mla.backends.triton import tuning
+from flash_mla.backends.triton.config import Gpu, Tile, converts_fp8, sparse_tiles
 from flash_mla.backends.triton.dequant import NONE, Format, pages_of
 from flash_mla.backends.triton.language import (
     D_ROPE,
@@ -24,7 +25,7 @@ from flash_mla.backends.triton.language import (
     wide,
 )
 from flash_mla.backends.triton.launch import OPTIONS, device_of
-from flash_mla.backends.triton.sparse_decode import Keys, attend_lanes, lanes_of
+from flash_mla.backends.triton.sparse_decode import Keys, attend_lanes, kinds_of, lanes_of
 from flash_mla.problem import HEAD_DIM_V
 
 
@@ -212,7 +213,10 @@ def sparse_prefill(call: Call, tile: Tile | None = None) -> None:
         return
     gpu = Gpu.of(call.q.device)
     keys, extra = call.keys, call.extra or call.keys
-    tile = tile or sparse_tile(gpu, h_q, d_qk, (keys.format.in_flight, extra.format.in_flight))
+    if tile is None:
+        kind = ("sparse_prefill", *kinds_of((keys, extra)), h_q, call.out.shape[2], tuning.size_class(s_q))
+        tiles = sparse_tiles(gpu, h_q, d_qk, max(keys.format.in_flight, extra.format.in_flight))
+        tile = tuning.choose(kind, tiles, call.q.device, lambda tile: sparse_prefill(call, tile))
     tensors, sizes = keys.arguments()
     extra_tensors, extra_sizes = extra.arguments()
     page, *strides = pages_of(keys.cache, keys.format)
