@@ -400,6 +400,30 @@ def test_values_behind_the_first_512(triton_target: Target, h_q: int, known: str
     check_sparse_prefill(inputs)
 
 
+@pytest.mark.parametrize("known", ["V32", "MODEL1", "V41"])
+def test_caches_whose_rows_are_selected_often_are_converted_once(
+    triton_target: Target, known: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flash_mla.backends.triton import sparse_prefill
+
+    inputs = make_sparse_prefill_inputs(
+        3, h_q=5, topk=70, kv_format=known, invalid=0.3, extra_topk=20, sink=True, device=triton_target.device
+    )
+    converted = []
+    dequantize = sparse_prefill.dequantize_kv_cache
+    monkeypatch.setattr(
+        sparse_prefill, "dequantize_kv_cache", lambda cache, kind: converted.append(kind) or dequantize(cache, kind)
+    )
+    check_sparse_prefill(inputs)
+    assert converted == []
+    monkeypatch.setattr(sparse_prefill, "MIN_USES", 0)
+    check_sparse_prefill(inputs)
+    assert converted == [KVFormat[known]] * 2
+    monkeypatch.setattr(sparse_prefill, "MAX_COPY", 1000)
+    check_sparse_prefill(inputs)
+    assert len(converted) == 2
+
+
 # ---- Dense prefill: tiles, and running lengths that a kernel must survive. The contract's tests run here too.
 
 

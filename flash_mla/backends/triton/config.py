@@ -120,16 +120,15 @@ def dense_tile(gpu: Gpu, rows: int, d_qk: int, long: bool = False) -> Tile:
     return dense_tiles(gpu, rows, d_qk, long)[0]
 
 
-# With 3 stages the indices of a tile are loaded two tiles ahead, and its keys one; with 5 the keys two ahead.
 _SPARSE_CANDIDATES = {
-    16: (Tile(16, 64, 4, 3), Tile(16, 32, 4, 3), Tile(16, 16, 4, 3)),
-    32: (Tile(32, 64, 4, 3), Tile(32, 32, 4, 3), Tile(32, 16, 4, 3)),
-    64: (Tile(64, 64, 8, 3), Tile(64, 32, 8, 3)),
+    16: (Tile(16, 64, 4, 2), Tile(16, 32, 4, 3), Tile(16, 32, 4, 2), Tile(16, 16, 4, 2)),
+    32: (Tile(32, 64, 4, 2), Tile(32, 32, 4, 2), Tile(32, 16, 4, 2)),
+    64: (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
 }
 _QUANTISED_CANDIDATES = {
-    16: (Tile(16, 32, 4, 3), Tile(16, 16, 4, 3)),
-    32: (Tile(32, 32, 4, 3), Tile(32, 16, 4, 3)),
-    64: (Tile(64, 64, 8, 3), Tile(64, 32, 8, 3)),
+    16: (Tile(16, 32, 4, 3), Tile(16, 32, 4, 2), Tile(16, 16, 4, 3)),
+    32: (Tile(32, 32, 4, 2), Tile(32, 16, 4, 2)),
+    64: (Tile(64, 64, 8, 2), Tile(64, 32, 8, 3)),
 }
 
 
@@ -144,7 +143,7 @@ def sparse_tiles(gpu: Gpu, heads: int, d_qk: int, in_flight: int) -> tuple[Tile,
     height = 16 if heads <= 16 else 32 if heads <= 32 else _largest_height(gpu)
 
     def fits(tile: Tile) -> bool:
-        ahead = (tile.num_stages - 1) // 2
+        ahead = max(tile.num_stages - 1, 1)
         keys = 2 * d_qk + ahead * in_flight if in_flight else 2 * d_qk * (ahead + (height == 64))
         return 2 * d_qk * height + tile.block_n * keys + RESERVED_SHARED_MEMORY <= gpu.shared_memory
 

@@ -12,7 +12,7 @@ from typing import Any
 import triton.language as tl
 from torch import Tensor
 
-from flash_mla.backends.triton.language import D_ROPE, D_V, jit, rounded
+from flash_mla.backends.triton.language import D_ROPE, D_V, jit, rounded, widened
 
 
 class Format(IntEnum):
@@ -189,17 +189,16 @@ def load_tokens(
             rope = (tokens + D_V + 16).to(tl.pointer_type(tl.bfloat16))
             k_rope = tl.load(rope[:, None] + rope_column, mask=live, other=0.0)
     elif FORMAT == MODEL1:
-        width: tl.constexpr = 4 if AS_WORDS else 1
-        is_nope = tl.arange(0, D_V // width)[None, :] < MODEL1_NOPE // width
-        code = load_bytes(tokens, live & is_nope, BLOCK_N, D_V, AS_WORDS)
-        scale = load_bytes(scale_bytes, live, BLOCK_N, 8, True)
-        nope = scaled(e4m3_to_float32(code, HARDWARE), ue8m0_to_float32(scale), BLOCK_N, 8)
-        # The RoPE part is the end of V too: the last of eight groups of columns.
+        # The RoPE part is the end of V too: the last of eight groups of columns, where codes mean nothing.
+        code = load_bytes(tokens, live, BLOCK_N, D_V, AS_WORDS)
+        scale = ue8m0_to_float32(load_bytes(scale_bytes, live, BLOCK_N, 8, True))
         rope = (tokens + MODEL1_NOPE).to(tl.pointer_type(tl.bfloat16))
-        tail = tl.load(rope[:, None] + rope_column, mask=live, other=0.0)
-        is_tail = tl.arange(0, 8)[None, :, None] == 7
-        k = tl.where(is_tail, tail[:, None, :], tl.reshape(nope, [BLOCK_N, 8, D_ROPE]))
-        k = tl.reshape(k, [BLOCK_N, D_V])
+        tail = widened(tl.load(rope[:, None] + rope_column, mask=live, other=0.0))
+        values = tl.reshape(e4m3_to_float32(code, HARDWARE), [BLOCK_N, 8, D_ROPE])
+        group = tl.arange(0, 8)
+        values = tl.where(group[None, :, None] == 7, tail[:, None, :], values)
+        scale = tl.where(group[None, :] == 7, 1.0, scale)
+        k = scaled(tl.reshape(values, [BLOCK_N, D_V]), scale, BLOCK_N, 8)
         k_rope = k
     elif FORMAT == V41:
         code = load_bytes(tokens, live, BLOCK_N, D_V, AS_WORDS)

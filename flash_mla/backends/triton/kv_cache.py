@@ -22,7 +22,7 @@ from flash_mla.backends.triton.dequant import (
     pages_of,
     token_bytes,
 )
-from flash_mla.backends.triton.language import D_ROPE, D_V, jit, jit_for_any_value, wide
+from flash_mla.backends.triton.language import D_ROPE, D_V, jit, jit_for_any_value, wide, widened
 from flash_mla.backends.triton.launch import OPTIONS, device_of
 from flash_mla.kv_format import KVFormat
 
@@ -144,7 +144,7 @@ def append_kernel(
     group = tl.arange(0, GROUPS)[None, :]
     rope_column = tl.arange(0, D_ROPE)[None, :]
     from_row = kv + row[:, None] * stride_kv
-    x = tl.load(from_row + column, mask=taken[:, None], other=0.0).to(tl.float32)
+    x = widened(tl.load(from_row + column, mask=taken[:, None], other=0.0))
     groups = tl.reshape(x, [ROWS, GROUPS, D_V // GROUPS])
     if FORMAT == V41_FP4:
         codes, stored = e2m1_groups(groups)

@@ -76,6 +76,14 @@ def rounded(x: tl.tensor, DTYPE: tl.constexpr) -> Any:
 
 
 @jit
+def widened(x: tl.tensor) -> Any:
+    """bfloat16 `x` in float32. (The interpreter breaks subnormals.)"""
+    if INTERPRETED:
+        x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@jit
 def ceil_div(a: tl.tensor, b: tl.tensor) -> Any:
     """`a / b` rounded up, for numbers that are not negative."""
     return (a + b - 1) // b

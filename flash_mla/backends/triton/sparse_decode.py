@@ -77,12 +77,15 @@ def attend_lanes(
 
     With WIDE_V `acc_rope` `[BLOCK_M, 64]` goes on where `acc` ends, else it is handed back as it is.
     """
+    # Loaded one tile ahead: the keys' addresses must not wait for the list. Handed on as it was loaded: the compiler
+    # loads it early enough only where nothing is computed with it before the next tile.
+    index = load_lanes(row, begin, end, BLOCK_N)
     for start in range(begin, end, BLOCK_N):
-        index = load_lanes(row, start, end, BLOCK_N)
         valid = (index >= 0) & (index < num_slots)
         slot = tl.where(valid, index, 0)
         first = cache + (slot // PAGE).to(tl.int64) * stride_page
         k, k_rope = load_tokens(first, slot % PAGE, valid, stride_token, PAGE, FORMAT, HARDWARE, BLOCK_N, BLOCK_M < 64)
+        index = load_lanes(row, start + BLOCK_N, end, BLOCK_N)
         scores = scores_of(q_v, q_rope, k, k_rope, scale_log2, ROPE, BLOCK_M, BLOCK_N)
         scores = tl.where(valid[None, :], scores, float("-inf"))
         p, rescale, row_max, row_sum = softmax_step(scores, row_max, row_sum, num_slots > 0, BLOCK_M)

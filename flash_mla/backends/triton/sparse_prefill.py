@@ -4,7 +4,7 @@ There are queries enough to fill the machine, so nothing is split: one program c
 heads, over its list of rows, and then over its list of rows of a second cache.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import triton.language as tl
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from flash_mla.backends.triton import tuning
 from flash_mla.backends.triton.config import Gpu, Tile, converts_fp8, sparse_tiles
 from flash_mla.backends.triton.dequant import NONE, Format, pages_of
+from flash_mla.backends.triton.kv_cache import dequantize_kv_cache
 from flash_mla.backends.triton.language import (
     D_ROPE,
     D_V,
@@ -26,6 +27,7 @@ from flash_mla.backends.triton.language import (
 )
 from flash_mla.backends.triton.launch import OPTIONS, device_of
 from flash_mla.backends.triton.sparse_decode import Keys, attend_lanes, kinds_of, lanes_of
+from flash_mla.kv_format import KVFormat
 from flash_mla.problem import HEAD_DIM_V
 
 
@@ -206,11 +208,35 @@ class Call:
     lse: Tensor
 
 
+MAX_COPY = 256 << 20
+"""Bytes that the bfloat16 rows of quantised caches may take."""
+
+MIN_USES = 4
+"""How often a row of a quantised cache must be selected, at the mean, to be converted but once."""
+
+
+def with_plain_rows(call: Call) -> Call:
+    """The same call over bfloat16 rows, where its caches are quantised, small, and their rows are selected often."""
+    caches = (call.keys,) if call.extra is None else (call.keys, call.extra)
+    slots = sum(keys.cache.shape[0] * keys.cache.shape[1] for keys in caches)
+    selected = sum(keys.indices.numel() for keys in caches)
+    d_qk = call.q.shape[2]
+    if not call.keys.format.in_flight or selected < MIN_USES * slots or 2 * d_qk * slots > MAX_COPY:
+        return call
+    plain = Format.of("BF16", d_qk)
+    keys, *extra = (
+        replace(keys, cache=dequantize_kv_cache(keys.cache, KVFormat[keys.format.name]), format=plain)
+        for keys in caches
+    )
+    return replace(call, keys=keys, extra=extra[0] if extra else None)
+
+
 def sparse_prefill(call: Call, tile: Tile | None = None) -> None:
     """Attention of each query over its own rows. `tile`: how to cut, by default what suits the GPU."""
     s_q, h_q, d_qk = call.q.shape
     if s_q == 0:
         return
+    call = with_plain_rows(call)
     gpu = Gpu.of(call.q.device)
     keys, extra = call.keys, call.extra or call.keys
     if tile is None:
