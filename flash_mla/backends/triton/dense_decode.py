@@ -15,7 +15,7 @@ from torch import Tensor
 from flash_mla.backends.triton import tuning
 from flash_mla.backends.triton.combine import MAX_CUTS, launch_combine
 from flash_mla.backends.triton.config import LONG_KEYS, Gpu, Tile, converts_fp8, dense_tiles, sparse_tiles
-from flash_mla.backends.triton.dequant import NONE, Format, load_tokens
+from flash_mla.backends.triton.dequant import MODEL1, NONE, Format, load_tokens
 from flash_mla.backends.triton.language import (
     D_ROPE,
     D_V,
@@ -158,6 +158,7 @@ def dense_decode_kernel(
     Partial results are float32 `[parts * 2, h_kv, num_row_tiles * BLOCK_M, 512]` (with FIXED_CUTS one per part), each
     the attention over the keys of one piece; `partial_lse` `[...]` holds the base-2 logarithm of each row's sum.
     """
+    TAIL: tl.constexpr = FORMAT == MODEL1
     row_tile = tl.program_id(0) % num_row_tiles
     kv_head = tl.program_id(0) // num_row_tiles
     part = tl.program_id(1)
@@ -206,12 +207,16 @@ def dense_decode_kernel(
         q_rows = q + request64 * stride_q_b + token.to(tl.int64) * stride_q_s + head.to(tl.int64) * stride_q_h
         q_v = tl.load(q_rows[:, None] + columns[None, :], mask=row_exists[:, None], other=0.0)
         q_rope = q_v
-        if ROPE:
-            q_rope = tl.load(q_rows[:, None] + D_V + tl.arange(0, D_ROPE)[None, :], mask=row_exists[:, None], other=0.0)
+        if ROPE or TAIL:
+            rope_column = (D_V - D_ROPE if TAIL else D_V) + tl.arange(0, D_ROPE)[None, :]
+            q_rope = tl.load(q_rows[:, None] + rope_column, mask=row_exists[:, None], other=0.0)
 
         row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
         row_sum = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, D_V], tl.float32)
+        acc_rope = row_max
+        if TAIL:
+            acc_rope = tl.zeros([BLOCK_M, D_ROPE], tl.float32)
         # Loaded one tile ahead: the keys' addresses must not wait for the table. Handed on as it was loaded: the
         # compiler loads it early enough only where nothing is computed with it before the next tile.
         page = load_pages(table_row, begin * SCHEDULE_BLOCK, end_key, PAGE, BLOCK_N)
@@ -233,11 +238,14 @@ def dense_decode_kernel(
                 BLOCK_M < 64,
             )
             page = load_pages(table_row, start + BLOCK_N, end_key, PAGE, BLOCK_N)
-            scores = scores_of(q_v, q_rope, k, k_rope, scale_log2, ROPE, BLOCK_M, BLOCK_N)
+            scores = scores_of(q_v, q_rope, k, k_rope, scale_log2, ROPE or TAIL, BLOCK_M, BLOCK_N)
             position = start + tl.arange(0, BLOCK_N)
             scores = tl.where(position[None, :] < limit[:, None], scores, float("-inf"))
             p, rescale, row_max, row_sum = softmax_step(scores, row_max, row_sum, start < end_key, BLOCK_M)
-            acc = dot(rounded(p, k.dtype), k, acc * rescale[:, None])
+            probabilities = rounded(p, k.dtype)
+            acc = dot(probabilities, k, acc * rescale[:, None])
+            if TAIL:
+                acc_rope = dot(probabilities, k_rope, acc_rope * rescale[:, None])
         if DESCALE:
             acc *= tl.load(descale + 1)
 
@@ -248,10 +256,10 @@ def dense_decode_kernel(
             lse_rows = (
                 lse + request64 * stride_lse_b + token.to(tl.int64) * stride_lse_s + head.to(tl.int64) * stride_lse_h
             )
-            store_result(out_rows, lse_rows, acc, row_max, row_sum, sink, row_exists, HAS_SINK)
+            store_result(out_rows, lse_rows, acc, acc_rope, row_max, row_sum, sink, row_exists, HAS_SINK, TAIL)
         elif partial != NOTHING:
             tile = wide(partial) * tl.num_programs(0) + tl.program_id(0)
-            store_partial(partial_out, partial_lse, tile, acc, row_max, row_sum, row_exists, BLOCK_M)
+            store_partial(partial_out, partial_lse, tile, acc, acc_rope, row_max, row_sum, row_exists, BLOCK_M, TAIL)
 
 
 # ---- The launch.

@@ -12,7 +12,7 @@ from typing import Any
 import triton.language as tl
 from torch import Tensor
 
-from flash_mla.backends.triton.language import D_ROPE, D_V, jit, rounded, widened
+from flash_mla.backends.triton.language import D_ROPE, D_V, jit, rounded
 
 
 class Format(IntEnum):
@@ -46,7 +46,7 @@ class Format(IntEnum):
 _IN_FLIGHT = {
     "V32": 704,
     "V32_NO_ROPE": 576,
-    "MODEL1": 648,
+    "MODEL1": 776,
     "V41": 576,
     "V41_FP4": 320,
     "E4M3_576": 576,
@@ -165,7 +165,8 @@ def load_tokens(
     AS_WORDS: tl.constexpr,
 ) -> Any:
     """Keys `[BLOCK_N]` at `in_page` of the pages that begin at `first`: V's part bfloat16 `[BLOCK_N, 512]` and the RoPE
-    part behind it, where the format has one. Keys that are not `valid` are not read, and are 0.
+    part behind it, where the format has one. Keys that are not `valid` are not read, and are 0. MODEL1's RoPE part is
+    the end of V: it is 0 there, and comes by itself.
 
     `first` points to bfloat16 for BF16 formats and to bytes for the others; the stride counts elements of that.
     AS_WORDS: how codes are loaded. Perf: needed where tiles of keys have many readers, warps that multiply 16 or 32
@@ -189,17 +190,14 @@ def load_tokens(
             rope = (tokens + D_V + 16).to(tl.pointer_type(tl.bfloat16))
             k_rope = tl.load(rope[:, None] + rope_column, mask=live, other=0.0)
     elif FORMAT == MODEL1:
-        # The RoPE part is the end of V too: the last of eight groups of columns, where codes mean nothing.
-        code = load_bytes(tokens, live, BLOCK_N, D_V, AS_WORDS)
+        width: tl.constexpr = 4 if AS_WORDS else 1
+        is_nope = tl.arange(0, D_V // width)[None, :] < MODEL1_NOPE // width
+        code = load_bytes(tokens, live & is_nope, BLOCK_N, D_V, AS_WORDS)
         scale = ue8m0_to_float32(load_bytes(scale_bytes, live, BLOCK_N, 8, True))
+        scale = tl.where(tl.arange(0, 8)[None, :] == 7, 1.0, scale)
+        k = scaled(e4m3_to_float32(code, HARDWARE), scale, BLOCK_N, 8)
         rope = (tokens + MODEL1_NOPE).to(tl.pointer_type(tl.bfloat16))
-        tail = widened(tl.load(rope[:, None] + rope_column, mask=live, other=0.0))
-        values = tl.reshape(e4m3_to_float32(code, HARDWARE), [BLOCK_N, 8, D_ROPE])
-        group = tl.arange(0, 8)
-        values = tl.where(group[None, :, None] == 7, tail[:, None, :], values)
-        scale = tl.where(group[None, :] == 7, 1.0, scale)
-        k = scaled(tl.reshape(values, [BLOCK_N, D_V]), scale, BLOCK_N, 8)
-        k_rope = k
+        k_rope = tl.load(rope[:, None] + rope_column, mask=live, other=0.0)
     elif FORMAT == V41:
         code = load_bytes(tokens, live, BLOCK_N, D_V, AS_WORDS)
         scale = load_bytes(tokens + D_V, live, BLOCK_N, 16, True)

@@ -46,7 +46,7 @@ D_V = tl.constexpr(512)
 """V is the first so many values of a key."""
 
 D_ROPE = tl.constexpr(64)
-"""Values of a key behind V, where d_qk is 576."""
+"""Values of a key behind V, where d_qk is 576; of MODEL1, the last ones of V."""
 
 
 @jit
@@ -206,20 +206,34 @@ def times(acc: tl.tensor, factor: tl.tensor) -> Any:
 
 
 @jit
+def store_columns(
+    rows: tl.tensor, acc: tl.tensor, acc_rope: tl.tensor, factor: tl.tensor, exists: tl.tensor, TAIL: tl.constexpr
+) -> None:
+    """Write `[rows, 512]` times a factor for each row; with TAIL the last 64 columns come from `acc_rope`."""
+    column = tl.arange(0, D_V)[None, :]
+    stored = exists[:, None]
+    if TAIL:
+        tail = rows[:, None] + D_V - D_ROPE + tl.arange(0, D_ROPE)[None, :]
+        tl.store(tail, rounded(times(acc_rope, factor), rows.dtype.element_ty), mask=stored)
+        stored &= column < D_V - D_ROPE
+    tl.store(rows[:, None] + column, rounded(times(acc, factor), rows.dtype.element_ty), mask=stored)
+
+
+@jit
 def store_result(
     out_rows: tl.tensor,
     lse_rows: tl.tensor,
     acc: tl.tensor,
+    acc_rope: tl.tensor,
     row_max: tl.tensor,
     row_sum: tl.tensor,
     sink: tl.tensor,
     exists: tl.tensor,
     HAS_SINK: tl.constexpr,
+    TAIL: tl.constexpr,
 ) -> None:
     """Write the outputs `[rows, 512]` and logarithms of rows whose keys have all been seen."""
-    result = times(acc, final_factor(row_max, row_sum, sink, HAS_SINK))
-    at = out_rows[:, None] + tl.arange(0, D_V)[None, :]
-    tl.store(at, rounded(result, out_rows.dtype.element_ty), mask=exists[:, None])
+    store_columns(out_rows, acc, acc_rope, final_factor(row_max, row_sum, sink, HAS_SINK), exists, TAIL)
     tl.store(lse_rows, lse_base_2(row_max, row_sum, float("inf")) * LN2, mask=exists)
 
 
@@ -229,10 +243,12 @@ def store_partial(
     partial_lse: tl.tensor,
     tile: tl.tensor,
     acc: tl.tensor,
+    acc_rope: tl.tensor,
     row_max: tl.tensor,
     row_sum: tl.tensor,
     exists: tl.tensor,
     BLOCK_M: tl.constexpr,
+    TAIL: tl.constexpr,
 ) -> None:
     """Write tile number `tile` (64 bits) of the partial results: the attention over the piece's keys alone, and the
     base-2 logarithm of its sum; a row without keys there has 0 and -inf.
@@ -240,6 +256,6 @@ def store_partial(
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     lse = lse_base_2(row_max, row_sum, float("-inf"))
     # By the rounded logarithm, whose rounding the weights of the pieces then undo.
-    result = times(acc, tl.where(row_sum == 0.0, 0.0, tl.exp2(row_max - lse)))
-    tl.store(partial_out + rows[:, None] * D_V + tl.arange(0, D_V)[None, :], result, mask=exists[:, None])
+    factor = tl.where(row_sum == 0.0, 0.0, tl.exp2(row_max - lse))
+    store_columns(partial_out + rows * D_V, acc, acc_rope, factor, exists, TAIL)
     tl.store(partial_lse + rows, lse, mask=exists)

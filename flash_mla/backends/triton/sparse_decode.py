@@ -16,7 +16,7 @@ from flash_mla.backends.reference_schedule import blocks_of
 from flash_mla.backends.triton import tuning
 from flash_mla.backends.triton.combine import MAX_CUTS, launch_combine
 from flash_mla.backends.triton.config import Gpu, Tile, converts_fp8, sparse_tiles
-from flash_mla.backends.triton.dequant import NONE, Format, load_tokens, pages_of
+from flash_mla.backends.triton.dequant import MODEL1, NONE, Format, load_tokens, pages_of
 from flash_mla.backends.triton.language import (
     D_ROPE,
     D_V,
@@ -75,7 +75,7 @@ def attend_lanes(
 ) -> Any:
     """Add the keys of lanes `[begin, end)` of one index list to the online softmax.
 
-    With WIDE_V `acc_rope` `[BLOCK_M, 64]` goes on where `acc` ends, else it is handed back as it is.
+    With WIDE_V `acc_rope` `[BLOCK_M, 64]` sums the RoPE part, else it is handed back as it is.
     """
     # Loaded one tile ahead: the keys' addresses must not wait for the list. Handed on as it was loaded: the compiler
     # loads it early enough only where nothing is computed with it before the next tile.
@@ -198,11 +198,12 @@ def sparse_decode_kernel(
     BLOCK_N: tl.constexpr,
 ) -> None:
     """Grid `(num_head_tiles * s_q, parts)`: head tiles fastest, so that programs that read the same keys start
-    together.
+    together. MODEL1's RoPE part is multiplied by itself.
 
     With FIXED_CUTS part p is piece `p % max_cuts` of request `first + p // max_cuts`, and `schedule` is not read.
     Partial results are float32 `[parts * 2, s_q, num_head_tiles * BLOCK_M, 512]` (with FIXED_CUTS one per part).
     """
+    TAIL: tl.constexpr = FORMAT == MODEL1
     head_tile = tl.program_id(0) % num_head_tiles
     token = tl.program_id(0) // num_head_tiles
     part = tl.program_id(1)
@@ -248,14 +249,18 @@ def sparse_decode_kernel(
         q_rows = q + wide(request) * stride_q_b + wide(token) * stride_q_s + head.to(tl.int64) * stride_q_h
         q_v = tl.load(q_rows[:, None] + column, mask=exists[:, None], other=0.0)
         q_rope = q_v
-        if ROPE:
-            q_rope = tl.load(q_rows[:, None] + D_V + tl.arange(0, D_ROPE)[None, :], mask=exists[:, None], other=0.0)
+        if ROPE or TAIL:
+            rope_column = (D_V - D_ROPE if TAIL else D_V) + tl.arange(0, D_ROPE)[None, :]
+            q_rope = tl.load(q_rows[:, None] + rope_column, mask=exists[:, None], other=0.0)
         row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
         row_sum = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, D_V], tl.float32)
-        acc, _, row_max, row_sum = attend_lanes(
+        acc_rope = row_max
+        if TAIL:
+            acc_rope = tl.zeros([BLOCK_M, D_ROPE], tl.float32)
+        acc, acc_rope, row_max, row_sum = attend_lanes(
             acc,
-            row_max,
+            acc_rope,
             row_max,
             row_sum,
             q_v,
@@ -271,15 +276,15 @@ def sparse_decode_kernel(
             PAGE,
             FORMAT,
             HARDWARE,
-            ROPE,
-            False,
+            ROPE or TAIL,
+            TAIL,
             BLOCK_M,
             BLOCK_N,
         )
         if EXTRA_FORMAT != NONE:
-            acc, _, row_max, row_sum = attend_lanes(
+            acc, acc_rope, row_max, row_sum = attend_lanes(
                 acc,
-                row_max,
+                acc_rope,
                 row_max,
                 row_sum,
                 q_v,
@@ -295,8 +300,8 @@ def sparse_decode_kernel(
                 EXTRA_PAGE,
                 EXTRA_FORMAT,
                 HARDWARE,
-                ROPE,
-                False,
+                ROPE or TAIL,
+                TAIL,
                 BLOCK_M,
                 BLOCK_N,
             )
@@ -307,10 +312,10 @@ def sparse_decode_kernel(
             lse_rows = (
                 lse + wide(request) * stride_lse_b + wide(token) * stride_lse_s + head.to(tl.int64) * stride_lse_h
             )
-            store_result(out_rows, lse_rows, acc, row_max, row_sum, sink, exists, True)
+            store_result(out_rows, lse_rows, acc, acc_rope, row_max, row_sum, sink, exists, True, TAIL)
         elif partial != NOTHING:
             tile = wide(partial) * tl.num_programs(0) + tl.program_id(0)
-            store_partial(partial_out, partial_lse, tile, acc, row_max, row_sum, exists, BLOCK_M)
+            store_partial(partial_out, partial_lse, tile, acc, acc_rope, row_max, row_sum, exists, BLOCK_M, TAIL)
 
 
 @jit_for_any_value(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flash_mla.backends.triton import tuning
 from flash_mla.backends.triton.config import Gpu, Tile, converts_fp8, sparse_tiles
-from flash_mla.backends.triton.dequant import NONE, Format, pages_of
+from flash_mla.backends.triton.dequant import MODEL1, NONE, Format, pages_of
 from flash_mla.backends.triton.kv_cache import dequantize_kv_cache
 from flash_mla.backends.triton.language import (
     D_ROPE,
@@ -104,27 +104,28 @@ def sparse_prefill_kernel(
     """Grid `(num_head_tiles * s_q,)`: head tiles fastest, so that programs that read the same rows start together.
 
     `lse_unit` turns a base-2 logarithm into the one that is asked for. With WIDE_V some of V lies behind the first 512
-    values of a row.
+    values of a row. MODEL1's RoPE part is multiplied by itself.
     """
     head_tile = tl.program_id(0) % num_head_tiles
     query = tl.program_id(0) // num_head_tiles
     head = head_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     head64 = head.to(tl.int64)
     exists = head < h_q
+    TAIL: tl.constexpr = FORMAT == MODEL1
     column = tl.arange(0, D_V)[None, :]
-    rope_column = D_V + tl.arange(0, D_ROPE)[None, :]
+    rope_column = (D_V - D_ROPE if TAIL else D_V) + tl.arange(0, D_ROPE)[None, :]
     # A sink of -inf changes nothing.
     sink = tl.load(attn_sink + head, mask=exists & has_sink, other=float("-inf"))
     q_rows = q + wide(query) * stride_q_s + head64 * stride_q_h
     q_v = tl.load(q_rows[:, None] + column, mask=exists[:, None], other=0.0)
     q_rope = q_v
-    if ROPE:
+    if ROPE or TAIL:
         q_rope = tl.load(q_rows[:, None] + rope_column, mask=exists[:, None], other=0.0)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, D_V], tl.float32)
     acc_rope = row_max
-    if WIDE_V:
+    if WIDE_V or TAIL:
         acc_rope = tl.zeros([BLOCK_M, D_ROPE], tl.float32)
     acc, acc_rope, row_max, row_sum = attend_lanes(
         acc,
@@ -144,8 +145,8 @@ def sparse_prefill_kernel(
         PAGE,
         FORMAT,
         HARDWARE,
-        ROPE,
-        WIDE_V,
+        ROPE or TAIL,
+        WIDE_V or TAIL,
         BLOCK_M,
         BLOCK_N,
     )
@@ -168,16 +169,17 @@ def sparse_prefill_kernel(
             EXTRA_PAGE,
             EXTRA_FORMAT,
             HARDWARE,
-            ROPE,
-            WIDE_V,
+            ROPE or TAIL,
+            WIDE_V or TAIL,
             BLOCK_M,
             BLOCK_N,
         )
     factor = final_factor(row_max, row_sum, sink, True)
     out_rows = out + wide(query) * stride_out_s + head64 * stride_out_h
     result = rounded(times(acc, factor), out.dtype.element_ty)
-    tl.store(out_rows[:, None] + column, result, mask=exists[:, None] & (column < d_v))
-    if WIDE_V:
+    shown = tl.minimum(d_v, D_V - D_ROPE) if TAIL else d_v
+    tl.store(out_rows[:, None] + column, result, mask=exists[:, None] & (column < shown))
+    if WIDE_V or TAIL:
         result = rounded(times(acc_rope, factor), out.dtype.element_ty)
         tl.store(out_rows[:, None] + rope_column, result, mask=exists[:, None] & (rope_column < d_v))
     at = max_logits + wide(query) * stride_max_logits_s + head64 * stride_max_logits_h
