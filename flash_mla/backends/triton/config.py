@@ -125,9 +125,10 @@ _SPARSE_CANDIDATES = {
     32: (Tile(32, 64, 4, 2), Tile(32, 32, 4, 2), Tile(32, 16, 4, 2)),
     64: (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
 }
+# Perf: 205 us of 64 rows against 262 of 16 and 324 of 32 (H100, 32 heads, V32): registers that hold 32 rows of sums
+# leave too few to convert keys.
 _QUANTISED_CANDIDATES = {
     16: (Tile(16, 32, 4, 3), Tile(16, 32, 4, 2), Tile(16, 16, 4, 3)),
-    32: (Tile(32, 32, 4, 2), Tile(32, 16, 4, 2)),
     64: (Tile(64, 64, 8, 2), Tile(64, 32, 8, 3)),
 }
 
@@ -140,9 +141,9 @@ def sparse_tiles(gpu: Gpu, heads: int, d_qk: int, in_flight: int) -> tuple[Tile,
     `in_flight`: bytes that a quantised key takes while it is loaded, beside its place among the operands of products; 0
     for bfloat16, which is loaded to that place.
     """
-    # Perf: 205 us of 64 rows against 262 of 16 and 324 of 32 (H100, 32 heads, V32): warps that multiply 32 rows read
-    # the converted keys too often.
-    height = 16 if heads <= 16 else 32 if heads <= 32 and not in_flight else _largest_height(gpu)
+    height = 16 if heads <= 16 else 32 if heads <= 32 else _largest_height(gpu)
+    if in_flight and height > 16:
+        height = 64 if _largest_height(gpu) == 64 else 16
 
     def fits(tile: Tile) -> bool:
         ahead = max(tile.num_stages - 1, 1)
