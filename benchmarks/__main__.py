@@ -1,4 +1,4 @@
-"""``python -m benchmarks run | host | call | table | plot | list``: see README.md beside this file."""
+"""``python -m benchmarks run | host | call | table | plot | portable | list``: see README.md beside this file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from benchmarks import shapes
 from benchmarks.measuring import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
+PORTABLE = RESULTS / "portable"
 PLOTS = ROOT / "benchmarks" / "plots"
+PORTABLE_NOTES = ROOT / "flash_mla" / "backends" / "triton" / "design.md"
 PEERS = ("flashmla", "fa3")
 
 
@@ -41,6 +43,12 @@ def _parser() -> argparse.ArgumentParser:
             metavar="[LABEL=]LIBRARY",
             help="another build of our library, measured like a peer",
         )
+        command.add_argument(
+            "--backend",
+            action="append",
+            default=[],
+            help="also this backend of ours, such as triton",
+        )
         command.add_argument("--calls", type=int, default=2000, help="eager calls for the CPU time")
         command.add_argument("--device", default="cuda")
     for command in (run, host, *(commands.add_parser(name) for name in ("table", "plot"))):
@@ -48,6 +56,11 @@ def _parser() -> argparse.ArgumentParser:
     commands.choices["plot"].add_argument("--plots", type=Path, default=PLOTS)
     commands.choices["plot"].add_argument("--readme", type=Path, default=ROOT / "README.md")
     commands.choices["table"].add_argument("--gpu", help="only this one, such as h100")
+    portable = commands.add_parser(
+        "portable", help="the portable backend: what was measured, and a model of other cards"
+    )
+    portable.add_argument("--out", type=Path, default=PORTABLE, help="folder of the results")
+    portable.add_argument("--notes", type=Path, default=PORTABLE_NOTES, help="file whose marked section is written")
     commands.add_parser("list", help="groups and shapes")
 
     call = commands.add_parser("call", help="a few checked eager calls in this process, for profilers and sanitizers")
@@ -69,6 +82,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     if options.command == "table":
         print(report.tables(report.latest(options.out), gpu=options.gpu))
+        return 0
+    if options.command == "portable":
+        print(report.portable(options.out, options.notes))
         return 0
     return report.plot(options.out, options.plots, options.readme)
 
@@ -133,6 +149,7 @@ def _contenders(options: argparse.Namespace) -> list:
             sys.exit(f"--baseline: no file {library}")
         environment = {"FLASH_MLA_LIBRARY": str(Path(library).resolve())}
         contenders.append(Contender(label, "ours", environment=environment))
+    contenders += [Contender(name, "ours", environment={"FLASH_MLA_BACKEND": name}) for name in options.backend]
     return contenders
 
 

@@ -171,7 +171,8 @@ class Ours(Implementation):
         """Raises NotServed where another backend would serve a call on a GPU: right, but not what is to be timed."""
         if not call["q"].is_cuda:
             return
-        with self._module.backends.use("cuda"):
+        backends = self._module.backends
+        with backends.use("cuda" if backends.override is None else backends.override.name):
             reason = self._module.why_not(op, **call)
         if reason is not None:
             raise NotServed(reason)

@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import shapes
+from benchmarks import model, shapes
 from benchmarks.runner import gpu_slug
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
-NAMES = {"ours": "flash_mla", "flashmla": "FlashMLA", "fa3": "FlashAttention-3"}
+PORTABLE = "<!-- portable:begin -->", "<!-- portable:end -->"
+NAMES = {"ours": "flash_mla", "flashmla": "FlashMLA", "fa3": "FlashAttention-3", "triton": "Triton backend"}
 _COLORS = {"ours": "#0b6e4f", "flashmla": "#d1495b", "fa3": "#3a6ea5"}
 
 Record = dict[str, Any]
@@ -62,12 +63,12 @@ def table(records: list[Record]) -> str:
     parts = []
     if measured:
         head = ["shape", "time (us)", "TFLOPS", "GB/s", "of the floor", *(NAMES.get(x, x) for x in labels), "goal"]
-        parts.append(_markdown(head, [_row(record, labels) for record in measured]))
+        parts.append(markdown(head, [_row(record, labels) for record in measured]))
     host = [record for record in records if record["kind"] == "host"]
     if host:
         head = ["CPU time of one eager call (us)", NAMES["ours"], *(NAMES.get(x, x) for x in labels)]
         rows = [[r["shape"]["name"], _us(r), *(_us(r["peers"].get(x)) for x in labels)] for r in host]
-        parts.append(_markdown(head, rows))
+        parts.append(markdown(head, rows))
     return "\n\n".join(parts)
 
 
@@ -119,7 +120,8 @@ def _goal(record: Record) -> str:
     return f"{goal:.2f}x {'met' if reached >= goal else f'missed ({reached:.2f}x)'}"
 
 
-def _markdown(head: list[str], rows: list[list[str]]) -> str:
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A table; all columns but the first to the right."""
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
 
     def line(cells: list[str]) -> str:
@@ -133,17 +135,29 @@ def _markdown(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join([line(head), line(rule), *(line(row) for row in rows)])
 
 
-def fill_readme(readme: Path, text: str) -> bool:
-    """Puts `text` between the two markers of `readme`; False where it has no such markers."""
+def fill_readme(readme: Path, text: str, markers: tuple[str, str] = (BEGIN, END)) -> bool:
+    """Puts `text` between two markers of `readme`; False where it has no such markers."""
     if not readme.is_file():
         return False
     content = readme.read_text()
-    before, begin, rest = content.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, rest = content.partition(markers[0])
+    _, end, after = rest.partition(markers[1])
     if not begin or not end:
         return False
-    readme.write_text(f"{before}{BEGIN}\n{text.strip()}\n{END}{after}")
+    readme.write_text(f"{before}{begin}\n{text.strip()}\n{end}{after}")
     return True
+
+
+def portable(results: Path, notes: Path) -> str:
+    """What the portable backend was measured to do, per GPU, and the model of other cards; put into `notes` too."""
+    parts = []
+    for made in latest(results).values():
+        head, rows = model.rows(made)
+        if rows:
+            parts.append(f"{caption(made)}\n\n{markdown(head, rows)}")
+    text = "\n\n".join(parts) if parts else "no results"
+    fill_readme(notes, text, PORTABLE)
+    return text
 
 
 def _without_baselines(record: Record) -> Record:

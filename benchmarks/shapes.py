@@ -380,6 +380,12 @@ SMOKE = [
     SparsePrefillShape("smoke_sparse_prefill_v32_h4", 6, 4, 40, 100, source="V32"),
 ]
 
+# What the reference is expected to do on two cores in less than two seconds.
+CPU = [
+    Shape("cpu_dense_h128_b8_4k", 8, 1, 128, 4096, varied=False),
+    SparseShape("cpu_sparse_v32_h128_b8", 8, 1, 128, "V32", 2048),
+]
+
 GROUPS: dict[str, list[AnyShape]] = {
     "goals": GOALS,
     "heads": HEADS,
@@ -389,6 +395,7 @@ GROUPS: dict[str, list[AnyShape]] = {
     "dense_prefill": DENSE_PREFILL,
     "dense_prefill_backward": DENSE_PREFILL_BACKWARD,
     "sparse_prefill": SPARSE_PREFILL,
+    "cpu": CPU,
     "smoke": SMOKE,
 }
 _NAMED: dict[str, AnyShape] = {}
@@ -408,7 +415,34 @@ GROUPS["sparse_quick"] = [
         "sparse_model1_h128_sq2_b64",
     )
 ]
-GROUPS["all"] = [shape for shape in _NAMED.values() if shape not in SMOKE]
+# The portable backend beside the CUDA kernels: every operation, few heads and many, bound by memory and by arithmetic.
+GROUPS["portable"] = [
+    _NAMED[name]
+    for name in (
+        "dense_h16_b64_8k",
+        "dense_h16_b128_1k",
+        "dense_h16_b128_4k",
+        "dense_h32_b128_4k",
+        "dense_h64_b128_4k",
+        "dense_h128_sq1_4k",
+        "dense_h128_sq2_8k",
+        "sparse_v32_h16_sq1_b128",
+        "sparse_v32_h32_sq1_b128",
+        "sparse_v32_h64_sq1_b128",
+        "sparse_v32_h128_sq2_b128",
+        "sparse_model1_h64_sq2_b256",
+        "sparse_model1_h128_sq2_b128",
+        "sparse_prefill_d576_h16_8k",
+        "sparse_prefill_d576_h64_8k",
+        "sparse_prefill_d576_h128_8k",
+        "sparse_prefill_v32_h128_8k",
+        "sparse_prefill_d512_h128_topk1024_32k",
+        "prefill_causal_h16_4x4k",
+        "prefill_full_h16_1x8k",
+        "prefill_causal_h128_32x1k",
+    )
+]
+GROUPS["all"] = [shape for shape in _NAMED.values() if shape not in (*SMOKE, *CPU)]
 
 
 def select(groups: list[str], names: list[str]) -> list[AnyShape]:

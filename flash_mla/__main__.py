@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import flash_mla
-from flash_mla.backends import REGISTRY, cuda, select
+from flash_mla.backends import CUDA, REGISTRY, cuda, select
 from flash_mla.backends.capability import OPERATIONS
 from flash_mla.demonstration import V32_ROW_BYTES, Job, Prepared, jobs
 from flash_mla.kv_format import KVFormat
@@ -87,8 +87,10 @@ def _operation(op: str, device: torch.device) -> dict[str, Any]:
     backend = select(problem).name
     kernel = next((name for name, reason in table.items() if reason == ""), None) if backend == "cuda" else None
     against = {name: reason for name, reason in table.items() if reason}
-    if kernel is None and not against:
-        against = {other.name: reason for other in REGISTRY if (reason := other.why_not(problem)) is not None}
+    if kernel is None:
+        # The table says for each kernel of CUDA what the backend would say of all.
+        others = [other for other in REGISTRY if other is not CUDA or not against]
+        against |= {other.name: reason for other in others if (reason := other.why_not(problem)) is not None}
     return {"backend": backend, "kernel": kernel, "why_not": against}
 
 

@@ -30,6 +30,6 @@ def merge_attention_states(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tu
         out, lse = backends.active.merge_attention_states(outs, lses)
     except Exception as error:
         problem.check_merge(outs, lses)
-        operators = backends.behind_cuda(errors.from_native(error), "merge_attention_states", outs[0])
+        operators = backends.behind_cuda(errors.from_native(error), outs[0])
         out, lse = operators.merge_attention_states(outs, lses)
     return out, lse

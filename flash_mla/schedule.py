@@ -147,7 +147,7 @@ def get_mla_decoding_metadata(
     try:
         rows, num_splits = getattr(backends.active, op)(*inputs)
     except Exception as error:
-        operators = backends.behind_cuda(errors.from_native(error), op, seqlens_k)
+        operators = backends.behind_cuda(errors.from_native(error), seqlens_k)
         rows, num_splits = getattr(operators, op)(*inputs)
     return rows, num_splits
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,6 +30,22 @@ def by_reference(function: Callable[..., Any]) -> Callable[..., Any]:
 append_kv_cache = by_reference(flash_mla.append_kv_cache)
 dequantize_kv_cache = by_reference(flash_mla.dequantize_kv_cache)
 quantize_kv_cache = by_reference(flash_mla.quantize_kv_cache)
+
+
+def resident_growth(call: Callable[[], object]) -> int:
+    """By how many bytes the peak of resident memory exceeds what there was before a call."""
+
+    def status(field: str) -> int:
+        text = Path("/proc/self/status").read_text()
+        return 1024 * int(text.split(field + ":")[1].split()[0])
+
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    except OSError:
+        pytest.skip("the peak of resident memory cannot be reset here")
+    before = status("VmRSS")
+    call()
+    return status("VmHWM") - before
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -84,8 +101,6 @@ class Target:
             reason = cuda_backend.why_no_kernels(op)
             if reason is not None:
                 pytest.skip(f"cuda: {reason}")
-        if self.name == "triton" and op in triton.NOT_SERVED:
-            pytest.skip(f"triton: {triton.NOT_SERVED[op]}")
 
     def require_kernel(self, op: str, **call: Any) -> None:
         """Skip the test where the backend's kernels for an operation do not take a call."""

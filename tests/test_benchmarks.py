@@ -8,12 +8,13 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import flash_mla
-from benchmarks import inputs, prefill_inputs, report, runner, shapes, sparse_inputs, sparse_prefill_inputs
+from benchmarks import inputs, model, prefill_inputs, report, runner, shapes, sparse_inputs, sparse_prefill_inputs
 from benchmarks.__main__ import main
 from flash_mla.backends.capability import OPERATIONS
 from flash_mla.testing import roofline, timing
@@ -650,3 +651,49 @@ class TestDemo:
             assert run["backend"] == "reference"
         operations = set(OPERATIONS)
         assert set(result["operations"]) == operations
+
+
+# ---- The portable backend.
+
+
+def portable_record(**changes: object) -> dict[str, Any]:
+    record = {
+        "kind": "shape",
+        "gpu": "NVIDIA H100 80GB HBM3",
+        "shape": {"name": "a shape"},
+        "ceilings": {"gemm_tflops": 700.0, "read_gbps": 3000.0},
+        "flop": 7_000_000,
+        "bytes": 3_000_000_000,
+        "floor_us": 1000.0,
+        "bound": "memory",
+        "time_us": 1100.0,
+        "peers": {"triton": {"time_us": 1250.0}},
+    }
+    return {**record, **changes}
+
+
+def test_the_model_scales_the_floor_by_the_data_sheets() -> None:
+    half = model.Card("half of it", 989.0, 1675.0)
+    assert model.modelled_us(portable_record(), half) == pytest.approx(2500.0)
+    compute = portable_record(flop=700_000_000_000, bytes=3, bound="compute")
+    assert model.modelled_us(compute, half) == pytest.approx(1250.0)
+    assert model.modelled_us(portable_record(peers={}), half) is None
+    assert model.modelled_us(portable_record(gpu="NVIDIA L4"), half) is None
+
+
+def test_the_table_says_what_is_a_model() -> None:
+    head, rows = model.rows([portable_record(), portable_record(peers={}), portable_record(kind="host")])
+    assert head[1:4] == ["CUDA (us)", "Triton (us)", "of the floor"]
+    assert all(name.endswith("(model)") for name in head[4:])
+    assert [row[:4] for row in rows] == [["a shape", "1100", "1250 (0.88x)", "80 % (memory)"]]
+    assert len(rows[0]) == len(head)
+
+
+def test_the_groups_of_the_portable_backend() -> None:
+    assert {shape.op for shape in shapes.GROUPS["portable"]} == {
+        "dense_decode",
+        "sparse_decode",
+        "sparse_prefill",
+        "dense_prefill",
+    }
+    assert not set(shapes.GROUPS["cpu"]) & set(shapes.GROUPS["all"])

@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+from conftest import resident_growth
 from torch import Tensor
 
+from flash_mla import FlashMLASchedMeta, backends, flash_mla_with_kvcache
 from flash_mla.backends import reference
 from flash_mla.testing import DenseDecodeInputs, make_dense_decode_inputs
 
@@ -127,3 +129,13 @@ def test_a_used_block_table_entry_that_names_no_page_is_an_error() -> None:
     inputs.cache_seqlens.fill_(17)
     with pytest.raises(ValueError, match="block_table: wanted entries below num_blocks"):
         attend(inputs)
+
+
+def test_memory_of_a_long_request() -> None:
+    """What is allocated does not follow the keys, here 151 MB as float32."""
+    inputs = make_dense_decode_inputs([1 << 16], h_q=16)
+    with backends.use("reference"):
+        grown = resident_growth(
+            lambda: flash_mla_with_kvcache(**inputs.call(), tile_scheduler_metadata=FlashMLASchedMeta())
+        )
+    assert grown < 64 << 20

@@ -1,13 +1,11 @@
 """Sparse decode on every backend: formats, indices of every kind, traps, sinks, two caches, schedules, errors."""
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import Target, append_kv_cache, dequantize_kv_cache, quantize_kv_cache
+from conftest import Target, append_kv_cache, dequantize_kv_cache, quantize_kv_cache, resident_growth
 from test_dense_decode import assert_same_bits, guarded
 from torch import Tensor
 
@@ -440,22 +438,6 @@ def test_strided_tensors(backend: Target) -> None:
     inputs.q = room[:, :2, 1:5, :576]
     inputs.primary = replace(inputs.primary, indices=index_room[:, 1:, :70], lengths=length_room[:, 0])
     assert_same_bits(run_decode(inputs), wanted)
-
-
-def resident_growth(call: Callable[[], object]) -> int:
-    """By how many bytes the peak of resident memory exceeds what there was before a call."""
-
-    def status(field: str) -> int:
-        text = Path("/proc/self/status").read_text()
-        return 1024 * int(text.split(field + ":")[1].split()[0])
-
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    except OSError:
-        pytest.skip("the peak of resident memory cannot be reset here")
-    before = status("VmRSS")
-    call()
-    return status("VmHWM") - before
 
 
 def test_memory_of_a_long_call() -> None:

@@ -4,8 +4,8 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -26,14 +26,12 @@ from flash_mla import (
     SparsePrefillProblem,
     UnsupportedError,
     backends,
-    dequantize_kv_cache,
     flash_attn_varlen_func,
     flash_mla_with_kvcache,
     get_mla_decoding_metadata,
     merge_attention_states,
-    quantize_kv_cache,
 )
-from flash_mla.backends import reference, triton
+from flash_mla.backends import capability, reference, triton
 from flash_mla.backends.triton import config
 from flash_mla.backends.triton.config import Gpu, Tile
 from flash_mla.problem import Problem
@@ -116,51 +114,29 @@ def test_reasons_of_the_problem() -> None:
     assert triton.why_not(replace(prefill, d_qk=128)) == "d_qk must be 576 or 512, got 128"
 
 
-def test_it_says_what_it_does_not_serve_yet() -> None:
-    """A sentence for every operation without a kernel, on every device, with or without Triton."""
-    cache = quantize_kv_cache(torch.zeros((5, 512), dtype=torch.bfloat16), "V41", 4)
-    calls: dict[str, tuple[Problem, Callable[[], object]]] = {
-        "kv_cache": (KVCacheProblem.of(cache, "V41"), lambda: dequantize_kv_cache(cache, "V41")),
-    }
-    assert set(calls) == set(triton.NOT_SERVED)
-    for op, (problem, call) in calls.items():
-        assert triton.why_not(problem) == triton.NOT_SERVED[op]
-        assert triton.why_not(replace(problem, device_type="cuda", compute_capability=90)) == triton.NOT_SERVED[op]
-        with backends.use("triton"), pytest.raises(UnsupportedError) as caught:
-            call()
-        assert str(caught.value).endswith(f"no backend takes the problem; triton: {triton.NOT_SERVED[op]}")
-    with backends.use("triton"), pytest.raises(UnsupportedError, match="backend triton does not have this operator"):
-        backends.active.append_kv_cache()
-
-
-def test_what_is_served_by_name_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is listed goes to the reference, and to Triton where it is asked for; the rest to Triton."""
+def test_every_operation_is_served_without_being_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU without CUDA kernels; gradients alone have no operator of Triton's."""
     monkeypatch.setattr(triton.support, "missing", lambda: None)
     sparse, prefill = make_sparse_decode_inputs(2, h_q=2), make_sparse_prefill_inputs(2, h_q=2)
     dense = make_dense_prefill_inputs([(3, 5)])
-    problems: dict[str, Problem] = {
-        "sparse_decode": SparseDecodeProblem.of(sparse.q, sparse.primary.cache, sparse.primary.indices),
-        "dense_decode_fp8": replace(PROBLEM, fp8_cache="V32"),
-        "sparse_prefill": SparsePrefillProblem.of(prefill.q, prefill.primary.cache, prefill.primary.indices),
-        "dense_prefill": DensePrefillProblem.of(dense.q, dense.k, dense.v, dense.cu_seqlens_qo),
-    }
-    asked = {"sparse_prefill", "dense_prefill"}
-    assert set(triton.BY_NAME_ONLY) == asked
-    assert set(triton.OPERATORS) - set(triton.UNASKED) == asked | {"sparse_prefill_out"}
-    for op, problem in problems.items():
-        on_gpu = replace(problem, device_type="cuda", compute_capability=80)
-        assert backends.select(on_gpu) is (backends.REFERENCE if op in triton.BY_NAME_ONLY else backends.TRITON)
-        monkeypatch.setitem(triton.BY_NAME_ONLY, op, "it is new")
-        assert backends.select(on_gpu) is backends.REFERENCE
-        assert str(backends.why_no_kernel(on_gpu)).endswith("; triton: it is new")
-        with backends.use("triton"):
-            assert backends.select(on_gpu) is backends.TRITON
+    problems: list[Problem] = [
+        PROBLEM,
+        replace(PROBLEM, fp8_cache="V32"),
+        SparseDecodeProblem.of(sparse.q, sparse.primary.cache, sparse.primary.indices),
+        SparsePrefillProblem.of(prefill.q, prefill.primary.cache, prefill.primary.indices),
+        DensePrefillProblem.of(dense.q, dense.k, dense.v, dense.cu_seqlens_qo),
+        KVCacheProblem("cuda", 80, KVFormat.V41_FP4, 64),
+    ]
+    assert {problem.op for problem in problems} == set(capability.OPERATIONS)
+    for problem in problems:
+        assert backends.select(replace(problem, device_type="cuda", compute_capability=80)) is backends.TRITON
+    operators = {field.name for field in fields(backends.Operators)}
+    assert set(triton.OPERATORS) == operators
 
 
 def test_what_cuda_declines_goes_to_triton_else_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where CUDA's table has nothing against the problem: the operator sees more of the call."""
     declined, ampere = UnsupportedError("no kernel takes it"), replace(PROBLEM, compute_capability=80)
-    not_served = KVCacheProblem("cuda", 80, KVFormat.V32, 64)
     monkeypatch.setattr(triton.support, "missing", lambda: None)
     reference.forget_warnings()
     with warnings.catch_warnings():
@@ -168,8 +144,7 @@ def test_what_cuda_declines_goes_to_triton_else_to_the_reference(monkeypatch: py
         assert backends.after(declined, ampere) is backends.TRITON
         assert backends.after(declined, PROBLEM) is backends.TRITON
         assert backends.after(declined, replace(ampere, fp8_cache="V32")) is backends.TRITON
-    with pytest.warns(RuntimeWarning, match="the reference backend serves CUDA tensors"):
-        assert backends.after(declined, not_served) is backends.REFERENCE
+        assert backends.after(declined, KVCacheProblem("cuda", 80, KVFormat.V32, 64)) is backends.TRITON
     monkeypatch.setattr(triton.support, "missing", lambda: "triton is not installed")
     reference.forget_warnings()
     with pytest.warns(RuntimeWarning, match="the reference backend serves CUDA tensors"):
@@ -206,11 +181,10 @@ def test_without_the_library_cuda_tensors_go_to_triton(monkeypatch: pytest.Monke
     operators = backends.Operators.made_by(backends._triton_first)
     with FakeTensorMode():
         on_gpu, on_cpu = torch.empty(1, device="cuda"), torch.empty(1)
-    for name in triton.UNASKED:
+    for name in triton.OPERATORS:
         for first in ((lambda t: t), (lambda t: [t])):
             assert getattr(operators, name)(first(on_gpu)) == f"triton_{name}"
             assert getattr(operators, name)(first(on_cpu)) == name
-    assert operators.dequantize_kv_cache(on_gpu) == "dequantize_kv_cache"
 
 
 def test_without_triton_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,8 +235,10 @@ def test_tiles_fit_and_suit_the_rows(gpu: Gpu, d_qk: int) -> None:
         assert long.block_m == tile.block_m
         assert long == tile or (rows <= 16 and gpu.capability == 90)
         assert config.shared_bytes(long, d_qk, long.block_m == 64) <= gpu.shared_memory
-        for in_flight in ((0,), (704,), (1600, 1600), (576, 320)):
-            config.sparse_tile(gpu, rows, d_qk, in_flight)
+        for in_flight in (0, 320, 776):
+            (height,) = {tile.block_m for tile in config.sparse_tiles(gpu, rows, d_qk, in_flight)}
+            assert height in ((16, 64) if in_flight else (tile.block_m,))
+        assert {tile.block_m for tile in config.dense_tiles(gpu, rows, d_qk, long=True)} == {tile.block_m}
 
 
 @pytest.mark.parametrize("gpu", CARDS, ids=lambda gpu: f"sm{gpu.capability}")
@@ -426,13 +402,37 @@ def test_values_behind_the_first_512(triton_target: Target, h_q: int, known: str
     check_sparse_prefill(inputs)
 
 
+@pytest.mark.parametrize("known", ["V32", "MODEL1", "V41"])
+def test_caches_whose_rows_are_selected_often_are_converted_once(
+    triton_target: Target, known: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flash_mla.backends.triton import sparse_prefill
+
+    inputs = make_sparse_prefill_inputs(
+        3, h_q=5, topk=70, kv_format=known, invalid=0.3, extra_topk=20, sink=True, device=triton_target.device
+    )
+    converted = []
+    dequantize = sparse_prefill.dequantize_kv_cache
+    monkeypatch.setattr(
+        sparse_prefill, "dequantize_kv_cache", lambda cache, kind: converted.append(kind) or dequantize(cache, kind)
+    )
+    check_sparse_prefill(inputs)
+    assert converted == []
+    monkeypatch.setattr(sparse_prefill, "MIN_USES", 0)
+    check_sparse_prefill(inputs)
+    assert converted == [KVFormat[known]] * 2
+    monkeypatch.setattr(sparse_prefill, "MAX_COPY", 1000)
+    check_sparse_prefill(inputs)
+    assert len(converted) == 2
+
+
 # ---- Dense prefill: tiles, and running lengths that a kernel must survive. The contract's tests run here too.
 
 
 @pytest.mark.parametrize("gpu", CARDS, ids=lambda gpu: f"sm{gpu.capability}")
 @pytest.mark.parametrize("d_qk", [192, 128])
 def test_a_tile_of_dense_prefill_fits(gpu: Gpu, d_qk: int) -> None:
-    tile = config.prefill_tile(gpu, d_qk)
+    tile = config.prefill_tiles(gpu, d_qk)[0]
     assert tile.block_m == 128
     assert 2 * (d_qk * tile.block_m + tile.block_n * (d_qk + 128)) <= gpu.shared_memory
 
@@ -472,11 +472,14 @@ def test_nonsense_running_lengths(triton_target: Target, which: str, values: lis
 
 
 @needs_triton
-@pytest.mark.parametrize("kernel", ["dense_decode", "sparse_decode", "sparse_prefill", "dense_prefill"])
+@pytest.mark.parametrize(
+    "kernel", ["dense_decode", "sparse_decode", "sparse_prefill", "dense_prefill", "append", "deq"]
+)
 def test_kernels_compile_for_cards_that_are_not_here(kernel: str) -> None:
     """Ahead of time, within each card's limits; all of them: tools/check_triton.py without --quick."""
     command = [sys.executable, str(ROOT / "tools" / "check_triton.py"), "--quick", "--only", kernel]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count("registers") == 3
+    for card in ("sm80", "sm89", "sm120"):
+        assert f"{card} {kernel}" in result.stdout

@@ -2,7 +2,7 @@
 """Compile the Triton kernels for every architecture without such a GPU, and hold them against its limits.
 
 python tools/check_triton.py                   # all: the tiles that are chosen on each card, every cache format
-python tools/check_triton.py --quick           # the largest kernels of three cards
+python tools/check_triton.py --quick           # every kernel once, for SM80, SM89 and SM120
 python tools/check_triton.py --arch 89 --arch 120
 
 Fails where a kernel does not compile, needs more shared memory than a block may have, or spills more than
@@ -110,6 +110,13 @@ def jobs(card: Card, quick: bool) -> Iterator[Job]:
     from flash_mla.backends.triton import config
 
     gpu = config.Gpu(card.capability, card.shared_memory, card.num_sms)
+    yield append_job("BF16")
+    yield append_job("MODEL1")
+    yield dequantize_job(gpu, "MODEL1")
+    yield combine_job()
+    yield merge_job()
+    yield plan_job(config.num_parts(gpu, 1, 16, 1))
+    yield compact_job()
     for rows, d_qk in ((128, 576),) if quick else ((16, 576), (32, 576), (128, 576), (16, 512), (128, 512)):
         yield dense_job(gpu, rows, d_qk, page=64)
     if not quick:
@@ -119,11 +126,11 @@ def jobs(card: Card, quick: bool) -> Iterator[Job]:
         for format in ("V32", "V32_NO_ROPE", "MODEL1", "V41", "E4M3_576", "E4M3_512"):
             for rows in (16, 128):
                 yield dense_job(gpu, rows, 576 if format in ("V32", "E4M3_576") else 512, page=64, format=format)
-        yield combine_job()
         yield combine_job(fixed_cuts=True)
-        yield merge_job()
-        yield plan_job(config.num_parts(gpu, 1, 16, 1))
-        yield compact_job()
+        for format in ("V32", "V32_NO_ROPE", "V41", "V41_FP4"):
+            yield append_job(format)
+            yield dequantize_job(gpu, format)
+        yield append_job("V32", exact=True)
         yield sparse_job(gpu, 128, "V32", "NONE", fixed_cuts=True)
         yield prefill_job(gpu, 192, "bf16", causal=False)
         yield prefill_job(gpu, 128, "bf16", causal=True)
@@ -166,7 +173,7 @@ def dense_job(
 
     tile = config.dense_tile(gpu, rows, d_qk, long)
     if format != "NONE":
-        tile = config.sparse_tile(gpu, rows, d_qk, (Format[format].in_flight,))
+        tile = config.sparse_tiles(gpu, rows, d_qk, Format[format].in_flight)[0]
     constants = {
         "FORMAT": int(Format[format]),
         "HARDWARE": config.converts_fp8(gpu),
@@ -201,9 +208,10 @@ def sparse_job(
     from flash_mla.backends.triton.sparse_prefill import sparse_prefill_kernel
 
     d_qk = 576 if first in ("V32", "BF16_576") else 512
-    in_flight = tuple(Format[name].in_flight for name in (first, extra) if name != "NONE")
-    tile = config.sparse_tile(gpu, heads, d_qk, in_flight)
+    tile = config.sparse_tiles(gpu, heads, d_qk, max(Format[name].in_flight for name in (first, extra)))[0]
     constants = {
+        "PAGE": 64 if first == "MODEL1" else 1,
+        "EXTRA_PAGE": 64 if extra == "MODEL1" else 1,
         "FORMAT": int(Format[first]),
         "EXTRA_FORMAT": int(Format[extra]),
         "HARDWARE": config.converts_fp8(gpu),
@@ -226,11 +234,45 @@ def prefill_job(gpu: Any, d_qk: int, dtype: str, causal: bool) -> Job:
     from flash_mla.backends.triton import config
     from flash_mla.backends.triton.dense_prefill import dense_prefill_kernel
 
-    tile = config.prefill_tile(gpu, d_qk)
+    tile = config.prefill_tiles(gpu, d_qk)[0]
     constants = {"ROPE": d_qk > 128, "CAUSAL": causal, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
     types = POINTERS | dict.fromkeys(("q", "k", "v", "out"), f"*{dtype}")
     name = f"dense_prefill d{d_qk} {dtype} {tile.block_m}x{tile.block_n}{' causal' if causal else ''}"
     return Job(name, dense_prefill_kernel, constants, types, tile.num_warps, tile.num_stages)
+
+
+def append_job(format: str, exact: bool = False) -> Job:
+    from flash_mla.backends.triton.dequant import Format
+    from flash_mla.backends.triton.kv_cache import ROWS, append_kernel, append_rows_kernel
+    from flash_mla.kv_format import KVFormat
+
+    types = POINTERS | {"kv": "*bf16", "cache": "*bf16" if format == "BF16" else "*u8", "slot_mapping": "*i64"}
+    if format == "BF16":
+        constants = {"PAGE": 1, "D": 576, "COLUMNS": 1024, "ROWS": ROWS}
+        return Job("append BF16", append_rows_kernel, constants, types, ROWS, 3)
+    constants = {
+        "PAGE": 64 if format == "MODEL1" else 1,
+        "FORMAT": int(Format[format]),
+        "GROUPS": 512 // KVFormat[format].layout.group,
+        "EXACT": exact,
+        "ROWS": ROWS,
+    }
+    return Job(f"append {format}{' exact' if exact else ''}", append_kernel, constants, types, ROWS, 3)
+
+
+def dequantize_job(gpu: Any, format: str) -> Job:
+    from flash_mla.backends.triton import config
+    from flash_mla.backends.triton.dequant import Format
+    from flash_mla.backends.triton.kv_cache import ROWS, dequantize_kernel
+
+    constants = {
+        "PAGE": 64 if format == "MODEL1" else 1,
+        "FORMAT": int(Format[format]),
+        "HARDWARE": config.converts_fp8(gpu),
+        "ROWS": ROWS,
+    }
+    types = POINTERS | {"cache": "*u8", "values": "*bf16"}
+    return Job(f"dequantize {format}", dequantize_kernel, constants, types, ROWS, 3)
 
 
 def compact_job() -> Job:
@@ -336,7 +378,7 @@ def check(card: Card, job: Job) -> list[str]:
 def main() -> int:
     assert __doc__
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the largest kernels of three cards")
+    parser.add_argument("--quick", action="store_true", help="every kernel once, for three cards")
     parser.add_argument("--arch", type=int, action="append", help="compute capability, such as 89; may be repeated")
     parser.add_argument("--only", default="", help="jobs whose name contains this")
     arguments = parser.parse_args()

@@ -34,6 +34,7 @@ TRITON = {
     "sparse_decode": [(_ROWS, "576, 512", "any", "1")],
     "sparse_prefill": [(_ROWS, "576, 512", "any", "1")],
     "dense_prefill": [("bfloat16, float16", "192, 128", "-", "any")],
+    "kv_cache": [(_CACHES, "576, 512", "any", "1")],
 }
 REFERENCE = {
     "dense_decode": _DENSE_DECODE,
@@ -49,7 +50,6 @@ def render() -> str:
     """The matrix as Markdown; needs the built library, no GPU."""
     from flash_mla import KVCacheProblem, KVFormat, kernels
     from flash_mla.backends import cuda
-    from flash_mla.backends.triton import BY_NAME_ONLY
 
     rows: list[tuple[str, ...]] = []
     supported = kernels()
@@ -58,12 +58,11 @@ def render() -> str:
             if k.op == op and not k.reason:
                 takes = (listed(k.dtypes), listed(k.d_qk), pages(k), listed(k.h_kv))
                 rows.append((op, k.kernel, GPUS[k.compute_capability], *takes))
-        triton = "triton, where asked for by name" if op in BY_NAME_ONLY else "triton"
-        rows += [(op, triton, "SM80 and newer", *takes) for takes in TRITON.get(op, [])]
         if op == "kv_cache":
             for capability, gpu in GPUS.items():
                 if cuda.why_not(KVCacheProblem("cuda", capability, KVFormat.V32, 64)) is None:
                     rows.append((op, "any_kv_cache", gpu, _CACHES, "576, 512", "any", "1"))
+        rows += [(op, "triton", "SM80 and newer", *takes) for takes in TRITON.get(op, [])]
         rows += [(op, "reference (PyTorch)", "any device", *takes) for takes in served]
     return table(("op", "kernel", "GPU", "dtypes or cache formats", "d_qk", "page sizes", "h_kv"), rows)
 

@@ -2,8 +2,7 @@
 
 Order: the CUDA kernels, the Triton kernels, the reference. The first whose `why_not` has nothing against the problem
 serves it. `FLASH_MLA_BACKEND=cuda|triton|reference`, or `use(...)`, allows one backend only. Tensors on the CPU go to
-the reference unless Triton is asked for by name: there is only its interpreter to serve them. So would operations
-whose compiled Triton kernels have not run on a GPU yet (`triton.BY_NAME_ONLY`).
+the reference unless Triton is asked for by name: there is only its interpreter to serve them.
 
 The public functions do not walk this list on each call: they call `active`, whose operators torch dispatches by device
 and whose native implementation asks the kernel table. Only when that declines, before any launch, is the list
@@ -24,29 +23,24 @@ from flash_mla.errors import UnsupportedError, from_native, wanted
 from flash_mla.problem import Problem
 
 
-def _absent(*_args: Any) -> Any:
-    backend = "the backend" if override is None else f"backend {override.name}"
-    raise UnsupportedError(f"{backend} does not have this operator")
-
-
 @dataclass(frozen=True)
 class Operators:
-    """The operators that calls go to. A backend may leave out those that it does not have."""
+    """The operators that calls go to."""
 
     dense_decode: Callable[..., Any]
     dense_decode_out: Callable[..., Any]
     plan_dense_decode: Callable[..., Any]
     merge_attention_states: Callable[..., Any]
-    dense_decode_fp8: Callable[..., Any] = _absent
-    dense_decode_fp8_out: Callable[..., Any] = _absent
-    sparse_decode: Callable[..., Any] = _absent
-    sparse_decode_out: Callable[..., Any] = _absent
-    plan_sparse_decode: Callable[..., Any] = _absent
-    sparse_prefill: Callable[..., Any] = _absent
-    sparse_prefill_out: Callable[..., Any] = _absent
-    dense_prefill: Callable[..., Any] = _absent
-    append_kv_cache: Callable[..., Any] = _absent
-    dequantize_kv_cache: Callable[..., Any] = _absent
+    dense_decode_fp8: Callable[..., Any]
+    dense_decode_fp8_out: Callable[..., Any]
+    sparse_decode: Callable[..., Any]
+    sparse_decode_out: Callable[..., Any]
+    plan_sparse_decode: Callable[..., Any]
+    sparse_prefill: Callable[..., Any]
+    sparse_prefill_out: Callable[..., Any]
+    dense_prefill: Callable[..., Any]
+    append_kv_cache: Callable[..., Any]
+    dequantize_kv_cache: Callable[..., Any]
 
     @staticmethod
     def made_by(make: Callable[[str], Callable[..., Any]]) -> "Operators":
@@ -90,10 +84,7 @@ def _triton_first(name: str) -> Callable[..., Any]:
 
     Where Triton does not run either, its operator raises `UnsupportedError`, and the reference is next.
     """
-    op = _registered(name)
-    if name not in triton.UNASKED:
-        return op
-    through_triton = _registered(f"triton_{name}")
+    op, through_triton = _registered(name), _registered(f"triton_{name}")
 
     def call(first: Any, *rest: Any) -> Any:
         tensor = first[0] if isinstance(first, (list, tuple)) and first else first
@@ -112,9 +103,7 @@ AUTOMATIC = Operators.made_by(_registered if cuda_missing is None or triton.miss
 """What serves while no backend is asked for by name."""
 
 CUDA = Backend("cuda", cuda.why_not, Operators.made_by(_cuda_only))
-TRITON = Backend(
-    "triton", triton.why_not, Operators(**{name: _registered(f"triton_{name}") for name in triton.OPERATORS})
-)
+TRITON = Backend("triton", triton.why_not, Operators.made_by(lambda name: _registered(f"triton_{name}")))
 REFERENCE = Backend("reference", lambda problem: None, Operators.made_by(lambda name: _registered(f"reference_{name}")))
 
 REGISTRY = (CUDA, TRITON, REFERENCE)
@@ -173,11 +162,9 @@ def select(problem: Problem, behind: Backend | None = None) -> Backend:
 def _reason(backend: Backend, problem: Problem) -> str | None:
     """Why `backend` does not serve `problem`, or None."""
     reason = backend.why_not(problem)
-    if reason is not None or backend is not TRITON or override is TRITON:
-        return reason
-    if problem.device_type != "cuda":
+    if reason is None and backend is TRITON and override is not TRITON and problem.device_type != "cuda":
         return "only its interpreter serves tensors on the CPU, which is for tests: ask for the backend by name"
-    return triton.support.by_name_only(problem)
+    return reason
 
 
 def listed(reasons: dict[str, str]) -> str:
@@ -242,7 +229,7 @@ def after(failure: UnsupportedError, problem: Problem) -> Backend:
     return backend
 
 
-def behind_cuda(failure: Exception, op: str, tensor: torch.Tensor) -> Operators:
+def behind_cuda(failure: Exception, tensor: torch.Tensor) -> Operators:
     """`after` for a plan or a merge: the operators to call instead, of a backend that takes any call where it runs.
 
     Raises:
@@ -250,7 +237,7 @@ def behind_cuda(failure: Exception, op: str, tensor: torch.Tensor) -> Operators:
     """
     if override is not None or not isinstance(failure, UnsupportedError):
         raise failure from None
-    if tensor.is_cuda and op in triton.UNASKED and triton.serves(tensor.device):
+    if tensor.is_cuda and triton.serves(tensor.device):
         return TRITON.operators
     reference.warn_once(str(failure))
     return REFERENCE.operators

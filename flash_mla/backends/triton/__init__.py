@@ -14,10 +14,11 @@ environment when that happens, Triton's interpreter runs the kernels on any devi
 | `dequant` | cache formats: from bytes to keys, in registers |
 | `sparse_decode`, `sparse_prefill` | attention over index lists |
 | `dense_prefill` | attention over sequences laid end to end |
+| `kv_cache` | `append_kv_cache`, `dequantize_kv_cache` |
 | `merge` | `merge_attention_states` |
 """
 
-from flash_mla.backends.triton.operators import OPERATORS, UNASKED
-from flash_mla.backends.triton.support import BY_NAME_ONLY, NOT_SERVED, missing, serves, why_not, why_not_on
+from flash_mla.backends.triton.operators import OPERATORS
+from flash_mla.backends.triton.support import missing, serves, why_not, why_not_on
 
-__all__ = ["BY_NAME_ONLY", "NOT_SERVED", "OPERATORS", "UNASKED", "missing", "serves", "why_not", "why_not_on"]
+__all__ = ["OPERATORS", "missing", "serves", "why_not", "why_not_on"]

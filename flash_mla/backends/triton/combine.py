@@ -149,7 +149,7 @@ def combine_kernel(
         token64, head64 = token.to(tl.int64), head.to(tl.int64)
         out_rows = out + wide(request) * stride_out_b + token64 * stride_out_s + head64 * stride_out_h
         lse_rows = lse + wide(request) * stride_lse_b + token64 * stride_lse_s + head64 * stride_lse_h
-        store_result(out_rows, lse_rows, acc, row_max, row_sum, sink, splits > 0, HAS_SINK)
+        store_result(out_rows, lse_rows, acc, row_max, row_max, row_sum, sink, splits > 0, HAS_SINK, False)
 
 
 def launch_combine(

@@ -98,46 +98,60 @@ _LONG = Tile(16, 32, 4, 4)
 
 
 @lru_cache(maxsize=1024)
-def dense_tile(gpu: Gpu, rows: int, d_qk: int, long: bool = False) -> Tile:
-    """The tile of dense decode for `rows` (token, head) pairs per key head.
+def dense_tiles(gpu: Gpu, rows: int, d_qk: int, long: bool = False) -> tuple[Tile, ...]:
+    """The tiles of dense decode for `rows` (token, head) pairs per key head that fit, the preferred one first.
 
-    It depends on the shape of one request alone, so that a batch-invariant call may use it; unless it may be `long`, by
-    the width of the block table.
+    They depend on the shape of one request alone, so that a batch-invariant call may use the first; unless it may be
+    `long`, by the width of the block table.
     """
     height = 16 if rows <= 16 else 32 if rows <= 32 else _largest_height(gpu)
+
+    def fits(tile: Tile) -> bool:
+        return shared_bytes(tile, d_qk, height == 64) + RESERVED_SHARED_MEMORY <= gpu.shared_memory
+
+    tiles = tuple(tile for tile in _CANDIDATES[height] if fits(tile)) or _CANDIDATES[16][-1:]
     if long and height == 16 and _largest_height(gpu) == 64:  # measured on SM90 only
-        return _LONG
-    for tile in _CANDIDATES[height]:
-        warpgroups = height == 64
-        if shared_bytes(tile, d_qk, warpgroups) + RESERVED_SHARED_MEMORY <= gpu.shared_memory:
-            return tile
-    return _CANDIDATES[16][-1]
+        return (_LONG, *tiles)
+    return tiles
 
 
-# Dequantised keys lie in shared memory once; what is in flight is their bytes.
+def dense_tile(gpu: Gpu, rows: int, d_qk: int, long: bool = False) -> Tile:
+    """The preferred one of `dense_tiles`."""
+    return dense_tiles(gpu, rows, d_qk, long)[0]
+
+
 _SPARSE_CANDIDATES = {
-    16: (Tile(16, 64, 8, 2), Tile(16, 32, 8, 3), Tile(16, 32, 8, 2), Tile(16, 16, 8, 2)),
-    32: (Tile(32, 32, 8, 2), Tile(32, 16, 8, 2)),
+    16: (Tile(16, 64, 4, 2), Tile(16, 32, 4, 3), Tile(16, 32, 4, 2), Tile(16, 16, 4, 2)),
+    32: (Tile(32, 64, 4, 2), Tile(32, 32, 4, 2), Tile(32, 16, 4, 2)),
     64: (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
+}
+# Perf: 205 us of 64 rows against 262 of 16 and 324 of 32 (H100, 32 heads, V32): registers that hold 32 rows of sums
+# leave too few to convert keys.
+_QUANTISED_CANDIDATES = {
+    16: (Tile(16, 32, 4, 3), Tile(16, 32, 4, 2), Tile(16, 16, 4, 3)),
+    64: (Tile(64, 64, 8, 2), Tile(64, 32, 8, 3)),
 }
 
 
 @lru_cache(maxsize=1024)
-def sparse_tile(gpu: Gpu, heads: int, d_qk: int, in_flight: tuple[int, ...]) -> Tile:
-    """The tile of sparse decode for `heads` query heads; `dense_tile` says what limits it.
+def sparse_tiles(gpu: Gpu, heads: int, d_qk: int, in_flight: int) -> tuple[Tile, ...]:
+    """The tiles of sparse attention over `heads` query heads, and of dense decode over quantised caches, that fit, the
+    preferred one first; `dense_tiles` says what limits them.
 
-    `in_flight`: for each cache, bytes that a quantised key takes while it is loaded; 0 for bfloat16 and no cache.
+    `in_flight`: bytes that a quantised key takes while it is loaded, beside its place among the operands of products; 0
+    for bfloat16, which is loaded to that place.
     """
     height = 16 if heads <= 16 else 32 if heads <= 32 else _largest_height(gpu)
-    if height == 32 and max(in_flight) > 1024:
-        height = 16  # two wide loads for each key leave no registers for more rows
-    for tile in _SPARSE_CANDIDATES[height]:
-        staged = tile.num_stages * max(in_flight) + 2 * d_qk
-        plain = tile.num_stages * 2 * d_qk
-        needed = 2 * d_qk * tile.block_m + tile.block_n * max(staged, plain if 0 in in_flight else 0)
-        if needed + RESERVED_SHARED_MEMORY <= gpu.shared_memory:
-            return tile
-    return _SPARSE_CANDIDATES[16][-1]
+    if in_flight and height > 16:
+        height = 64 if _largest_height(gpu) == 64 else 16
+
+    def fits(tile: Tile) -> bool:
+        ahead = max(tile.num_stages - 1, 1)
+        keys = 2 * d_qk + ahead * in_flight if in_flight else 2 * d_qk * (ahead + (height == 64))
+        return 2 * d_qk * height + tile.block_n * keys + RESERVED_SHARED_MEMORY <= gpu.shared_memory
+
+    candidates = (_QUANTISED_CANDIDATES if in_flight else _SPARSE_CANDIDATES)[height]
+    return tuple(tile for tile in candidates if fits(tile)) or _QUANTISED_CANDIDATES[16][-1:]
 
 
 _PREFILL_CANDIDATES = (Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2))
@@ -147,19 +161,21 @@ _INTERPRETED_PREFILL = Tile(64, 32, 4, 2)
 
 
 @lru_cache(maxsize=64)
-def prefill_tile(gpu: Gpu, d_qk: int) -> Tile:
-    """The tile of dense prefill: the first that fits, and only on SM90 with 128 keys: elsewhere the scores of so many
-    do not fit into the registers.
+def prefill_tiles(gpu: Gpu, d_qk: int) -> tuple[Tile, ...]:
+    """The tiles of dense prefill that fit, the preferred one first, and only on SM90 with 128 keys: elsewhere the
+    scores of so many do not fit into the registers.
     """
     if gpu is INTERPRETED:
-        return _INTERPRETED_PREFILL
+        return (_INTERPRETED_PREFILL,)
     warpgroups = gpu.capability == 90
-    for tile in _PREFILL_CANDIDATES if warpgroups else _PREFILL_CANDIDATES[1:]:
+
+    def fits(tile: Tile) -> bool:
         buffers = tile.num_stages if warpgroups else max(tile.num_stages - 1, 1)
         needed = 2 * (d_qk * tile.block_m + buffers * tile.block_n * (d_qk + HEAD_DIM_V))
-        if needed + RESERVED_SHARED_MEMORY <= gpu.shared_memory:
-            return tile
-    return _PREFILL_CANDIDATES[-1]
+        return needed + RESERVED_SHARED_MEMORY <= gpu.shared_memory
+
+    candidates = _PREFILL_CANDIDATES if warpgroups else _PREFILL_CANDIDATES[1:]
+    return tuple(tile for tile in candidates if fits(tile)) or candidates[-1:]
 
 
 def converts_fp8(gpu: Gpu) -> bool:
@@ -172,10 +188,11 @@ MAX_PARTS = 1024
 
 
 def num_sparse_parts(gpu: Gpu, s_q: int, h_q: int) -> int:
-    """Rows of a plan of sparse decode; `num_parts` says how many."""
-    # The formats are not known when a plan is made. MODEL1's tiles may be half as high, and then twice as many.
-    height = sparse_tile(gpu, h_q, 576, (0,)).block_m
-    return max(1, min(gpu.num_sms // (s_q * -(-h_q // height)), MAX_PARTS))
+    """Rows of a plan of sparse decode; `num_parts` says how many. Tiles of 16 rows leave room for two programs."""
+    # The format is not known when a plan is made; it does not change the height of the tile.
+    height = sparse_tiles(gpu, h_q, 576, 0)[0].block_m
+    programs = gpu.num_sms * (2 if height == 16 else 1)
+    return max(1, min(programs // (s_q * -(-h_q // height)), MAX_PARTS))
 
 
 def num_parts(gpu: Gpu, s_q: int, h_q: int, h_kv: int) -> int:

@@ -12,9 +12,10 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from flash_mla.backends.triton import tuning
 from flash_mla.backends.triton.combine import MAX_CUTS, launch_combine
-from flash_mla.backends.triton.config import LONG_KEYS, Gpu, Tile, converts_fp8, dense_tile, sparse_tile
-from flash_mla.backends.triton.dequant import NONE, Format, load_tokens
+from flash_mla.backends.triton.config import LONG_KEYS, Gpu, Tile, converts_fp8, dense_tiles, sparse_tiles
+from flash_mla.backends.triton.dequant import MODEL1, NONE, Format, load_tokens
 from flash_mla.backends.triton.language import (
     D_ROPE,
     D_V,
@@ -27,9 +28,10 @@ from flash_mla.backends.triton.language import (
     fixed_cut_blocks,
     jit,
     jit_for_any_value,
-    online_softmax,
     piece_of,
     rounded,
+    scores_of,
+    softmax_step,
     store_partial,
     store_result,
     wide,
@@ -42,12 +44,7 @@ INT32_MAX = 2**31 - 1
 
 @jit
 def load_pages(
-    table_row: tl.tensor,
-    start: tl.tensor,
-    end: tl.tensor,
-    num_pages: tl.tensor,
-    PAGE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    table_row: tl.tensor, start: tl.tensor, end: tl.tensor, PAGE: tl.constexpr, BLOCK_N: tl.constexpr
 ) -> Any:
     """Pages of the keys `[start, start + BLOCK_N)` of a request: one number where they all lie in one page.
 
@@ -58,8 +55,7 @@ def load_pages(
     else:
         position = tl.minimum(start + tl.arange(0, BLOCK_N), end - 1)
         pages = tl.load(table_row + position // PAGE, mask=position >= 0, other=0)
-    # An entry that names no page is the caller's mistake. It must not become a wild address.
-    return tl.minimum(tl.maximum(pages, 0), num_pages - 1)
+    return pages
 
 
 @jit
@@ -68,6 +64,7 @@ def load_keys(
     page: tl.tensor,
     start: tl.tensor,
     end: tl.tensor,
+    num_pages: tl.tensor,
     stride_k_page: tl.tensor,
     stride_k_row: tl.tensor,
     FORMAT: tl.constexpr,
@@ -76,17 +73,21 @@ def load_keys(
     BLOCK_N: tl.constexpr,
     ROPE: tl.constexpr,
     WIDE_ROWS: tl.constexpr,
+    AS_WORDS: tl.constexpr,
 ) -> Any:
     """Keys `[start, start + BLOCK_N)` of a request: V's part `[BLOCK_N, 512]` and the rest.
 
     In place of keys at and past `end` stands the last one before it. What lies in unused slots could be NaN, and their
     probability of 0 would not keep it out of the sum. This costs no predicate for each load, as a mask does.
     """
+    # An entry that names no page is the caller's mistake. It must not become a wild address.
+    page = tl.minimum(tl.maximum(page, 0), num_pages - 1)
     row = tl.minimum(tl.arange(0, BLOCK_N), end - 1 - start)
     if FORMAT != NONE:
         first = k_head + page.to(tl.int64) * stride_k_page
         all_valid = tl.full([BLOCK_N], 1, tl.int1)
-        k, k_rope = load_tokens(first, (start + row) % PAGE, all_valid, stride_k_row, PAGE, FORMAT, HARDWARE, BLOCK_N)
+        in_page = (start + row) % PAGE
+        k, k_rope = load_tokens(first, in_page, all_valid, stride_k_row, PAGE, FORMAT, HARDWARE, BLOCK_N, AS_WORDS)
     else:
         if PAGE % BLOCK_N == 0:  # one 64-bit address and 32-bit distances from it save registers
             first = k_head + (page.to(tl.int64) * stride_k_page + wide(start % PAGE) * stride_k_row)
@@ -157,6 +158,7 @@ def dense_decode_kernel(
     Partial results are float32 `[parts * 2, h_kv, num_row_tiles * BLOCK_M, 512]` (with FIXED_CUTS one per part), each
     the attention over the keys of one piece; `partial_lse` `[...]` holds the base-2 logarithm of each row's sum.
     """
+    TAIL: tl.constexpr = FORMAT == MODEL1
     row_tile = tl.program_id(0) % num_row_tiles
     kv_head = tl.program_id(0) // num_row_tiles
     part = tl.program_id(1)
@@ -205,20 +207,26 @@ def dense_decode_kernel(
         q_rows = q + request64 * stride_q_b + token.to(tl.int64) * stride_q_s + head.to(tl.int64) * stride_q_h
         q_v = tl.load(q_rows[:, None] + columns[None, :], mask=row_exists[:, None], other=0.0)
         q_rope = q_v
-        if ROPE:
-            q_rope = tl.load(q_rows[:, None] + D_V + tl.arange(0, D_ROPE)[None, :], mask=row_exists[:, None], other=0.0)
+        if ROPE or TAIL:
+            rope_column = (D_V - D_ROPE if TAIL else D_V) + tl.arange(0, D_ROPE)[None, :]
+            q_rope = tl.load(q_rows[:, None] + rope_column, mask=row_exists[:, None], other=0.0)
 
         row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
         row_sum = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, D_V], tl.float32)
-        # Loaded one tile ahead: the keys' addresses must not wait for the table.
-        page = load_pages(table_row, begin * SCHEDULE_BLOCK, end_key, num_pages, PAGE, BLOCK_N)
+        acc_rope = row_max
+        if TAIL:
+            acc_rope = tl.zeros([BLOCK_M, D_ROPE], tl.float32)
+        # Loaded one tile ahead: the keys' addresses must not wait for the table. Handed on as it was loaded: the
+        # compiler loads it early enough only where nothing is computed with it before the next tile.
+        page = load_pages(table_row, begin * SCHEDULE_BLOCK, end_key, PAGE, BLOCK_N)
         for start in range(begin * SCHEDULE_BLOCK, visible, BLOCK_N):
             k, k_rope = load_keys(
                 k_head,
                 page,
                 start,
                 end_key,
+                num_pages,
                 stride_k_page,
                 stride_k_row,
                 FORMAT,
@@ -227,15 +235,17 @@ def dense_decode_kernel(
                 BLOCK_N,
                 ROPE,
                 WIDE_ROWS,
+                BLOCK_M < 64,
             )
-            page = load_pages(table_row, start + BLOCK_N, end_key, num_pages, PAGE, BLOCK_N)
-            scores = dot(q_v, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
-            if ROPE:
-                scores = dot(q_rope, tl.trans(k_rope), scores)
+            page = load_pages(table_row, start + BLOCK_N, end_key, PAGE, BLOCK_N)
+            scores = scores_of(q_v, q_rope, k, k_rope, scale_log2, ROPE or TAIL, BLOCK_M, BLOCK_N)
             position = start + tl.arange(0, BLOCK_N)
-            scores = tl.where(position[None, :] < limit[:, None], scores * scale_log2, float("-inf"))
-            p, rescale, row_max, row_sum = online_softmax(scores, row_max, row_sum)
-            acc = dot(rounded(p, k.dtype), k, acc * rescale[:, None])
+            scores = tl.where(position[None, :] < limit[:, None], scores, float("-inf"))
+            p, rescale, row_max, row_sum = softmax_step(scores, row_max, row_sum, start < end_key, BLOCK_M)
+            probabilities = rounded(p, k.dtype)
+            acc = dot(probabilities, k, acc * rescale[:, None])
+            if TAIL:
+                acc_rope = dot(probabilities, k_rope, acc_rope * rescale[:, None])
         if DESCALE:
             acc *= tl.load(descale + 1)
 
@@ -246,10 +256,10 @@ def dense_decode_kernel(
             lse_rows = (
                 lse + request64 * stride_lse_b + token.to(tl.int64) * stride_lse_s + head.to(tl.int64) * stride_lse_h
             )
-            store_result(out_rows, lse_rows, acc, row_max, row_sum, sink, row_exists, HAS_SINK)
+            store_result(out_rows, lse_rows, acc, acc_rope, row_max, row_sum, sink, row_exists, HAS_SINK, TAIL)
         elif partial != NOTHING:
             tile = wide(partial) * tl.num_programs(0) + tl.program_id(0)
-            store_partial(partial_out, partial_lse, tile, acc, row_max, row_sum, row_exists, BLOCK_M)
+            store_partial(partial_out, partial_lse, tile, acc, acc_rope, row_max, row_sum, row_exists, BLOCK_M, TAIL)
 
 
 # ---- The launch.
@@ -303,8 +313,14 @@ def dense_decode(call: Call, schedule: Tensor, num_splits: Tensor, tile: Tile | 
     """
     if call.q.shape[0] == 0:
         return
-    tile = tile or _tile(call, _max_keys(call) >= LONG_KEYS)
     parts = schedule.shape[0]
+    if tile is None:
+        b, s_q, h_q, d_qk = call.q.shape
+        page, h_kv = call.k_cache.shape[1:3]
+        classes = tuning.size_class(b), tuning.size_class(_max_keys(call))
+        kind = ("dense_decode", call.format.name, d_qk, s_q, h_q, h_kv, page, *classes)
+        tiles = _tiles(call, _max_keys(call) >= LONG_KEYS)
+        tile = tuning.choose(kind, tiles, call.q.device, lambda tile: dense_decode(call, schedule, num_splits, tile))
     partials = _partials(call, tile, 2 * parts) if parts > 1 else (call.lse, call.lse)
     with device_of(call.q):
         _launch(call, tile, partials, parts, schedule=schedule)
@@ -315,7 +331,7 @@ def dense_decode(call: Call, schedule: Tensor, num_splits: Tensor, tile: Tile | 
 def dense_decode_batch_invariant(call: Call, tile: Tile | None = None) -> None:
     """Decode with cuts that depend on each request's length alone, in as many rounds as bounded memory needs."""
     b, s_q, h_q, _ = call.q.shape
-    tile = tile or _tile(call)
+    tile = tile or _tiles(call)[0]
     h_kv = call.k_cache.shape[2]
     tiles = h_kv * -(-s_q * (h_q // h_kv) // tile.block_m)
     limit = 2 * Gpu.of(call.q.device).num_sms
@@ -330,12 +346,12 @@ def dense_decode_batch_invariant(call: Call, tile: Tile | None = None) -> None:
                 _join(call, tile, partials, requests, max_cuts=max_cuts, first=first)
 
 
-def _tile(call: Call, long: bool = False) -> Tile:
+def _tiles(call: Call, long: bool = False) -> tuple[Tile, ...]:
     _, s_q, h_q, d_qk = call.q.shape
     gpu, rows = Gpu.of(call.q.device), s_q * (h_q // call.k_cache.shape[2])
     if call.format is not Format.NONE:
-        return sparse_tile(gpu, rows, d_qk, (call.format.in_flight,))
-    return dense_tile(gpu, rows, d_qk, long)
+        return sparse_tiles(gpu, rows, d_qk, call.format.in_flight)
+    return dense_tiles(gpu, rows, d_qk, long)
 
 
 def _row_tiles(call: Call, tile: Tile) -> int:

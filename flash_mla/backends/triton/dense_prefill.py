@@ -10,7 +10,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from flash_mla.backends.triton.config import Gpu, Tile, prefill_tile
+from flash_mla.backends.triton import tuning
+from flash_mla.backends.triton.config import Gpu, Tile, prefill_tiles
 from flash_mla.backends.triton.language import (
     D_ROPE,
     LN2,
@@ -231,7 +232,12 @@ def dense_prefill(
     sequences = cu_seqlens_qo.shape[0] - 1
     if tokens == 0 or sequences == 0 or k.shape[0] == 0:
         return out, lse
-    tile = tile or prefill_tile(Gpu.of(q.device), d_qk)
+    if tile is None:
+        classes = tuning.size_class(tokens), tuning.size_class(sequences)
+        kind = ("dense_prefill", d_qk, h_q, k.shape[1], causal, *classes)
+        inputs = (q, k, v, cu_seqlens_qo, cu_seqlens_kv, softmax_scale, causal)
+        tiles = prefill_tiles(Gpu.of(q.device), d_qk)
+        tile = tuning.choose(kind, tiles, q.device, lambda tile: dense_prefill(*inputs, tile))
     with device_of(q):
         dense_prefill_kernel[(tokens // tile.block_m + sequences, h_q)](
             q,

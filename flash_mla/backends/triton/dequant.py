@@ -10,6 +10,7 @@ from enum import IntEnum
 from typing import Any
 
 import triton.language as tl
+from torch import Tensor
 
 from flash_mla.backends.triton.language import D_ROPE, D_V, jit, rounded
 
@@ -32,10 +33,7 @@ class Format(IntEnum):
 
     @property
     def in_flight(self) -> int:
-        """Bytes of shared memory that a key takes while it is loaded, or 0 for keys that are multiplied from there.
-
-        MODEL1's RoPE values are loaded in their place among 512 columns of bfloat16.
-        """
+        """Bytes of shared memory that a key takes while it is loaded, or 0 for keys that are multiplied from there."""
         return _IN_FLIGHT.get(self.name, 0)
 
     @staticmethod
@@ -48,12 +46,20 @@ class Format(IntEnum):
 _IN_FLIGHT = {
     "V32": 704,
     "V32_NO_ROPE": 576,
-    "MODEL1": 1600,
+    "MODEL1": 776,
     "V41": 576,
     "V41_FP4": 320,
     "E4M3_576": 576,
     "E4M3_512": 512,
 }
+
+
+def pages_of(cache: Tensor, format: Format | None) -> tuple[int, int, int]:
+    """Rows of a page, and the strides of pages and rows. Evenly spaced rows are pages of one: nothing to divide."""
+    page, (stride_page, stride_row) = cache.shape[1], cache.stride()[:2]
+    if page > 1 and stride_page == page * stride_row and format is not Format.MODEL1:
+        return 1, stride_row, stride_row
+    return page, stride_page, stride_row
 
 
 NONE = tl.constexpr(int(Format.NONE))
@@ -131,6 +137,22 @@ def token_bytes(
 
 
 @jit
+def load_bytes(
+    first: tl.tensor, live: tl.tensor, BLOCK_N: tl.constexpr, BYTES: tl.constexpr, AS_WORDS: tl.constexpr
+) -> Any:
+    """uint8 `[BLOCK_N, BYTES]`. With AS_WORDS loads are of four bytes each (`live` is a mask of words then): narrower
+    ones the compiler does not always make ahead of their use.
+    """
+    if AS_WORDS:
+        words = first.to(tl.pointer_type(tl.uint32))[:, None] + tl.arange(0, BYTES // 4)[None, :]
+        parts = tl.load(words, mask=live, other=0)[:, :, None] >> (8 * tl.arange(0, 4))[None, None, :]
+        loaded = tl.reshape(parts.to(tl.uint8), [BLOCK_N, BYTES])
+    else:
+        loaded = tl.load(first[:, None] + tl.arange(0, BYTES)[None, :], mask=live, other=0)
+    return loaded
+
+
+@jit
 def load_tokens(
     first: tl.tensor,
     in_page: tl.tensor,
@@ -140,11 +162,15 @@ def load_tokens(
     FORMAT: tl.constexpr,
     HARDWARE: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    AS_WORDS: tl.constexpr,
 ) -> Any:
     """Keys `[BLOCK_N]` at `in_page` of the pages that begin at `first`: V's part bfloat16 `[BLOCK_N, 512]` and the RoPE
-    part behind it, where the format has one. Keys that are not `valid` are not read, and are 0.
+    part behind it, where the format has one. Keys that are not `valid` are not read, and are 0. MODEL1's RoPE part is
+    the end of V: it is 0 there, and comes by itself.
 
     `first` points to bfloat16 for BF16 formats and to bytes for the others; the stride counts elements of that.
+    AS_WORDS: how codes are loaded. Perf: needed where tiles of keys have many readers, warps that multiply 16 or 32
+    rows; warpgroups, that read the keys from shared memory, do with fewer instructions without.
     """
     tokens, scale_bytes = token_bytes(first, in_page, stride_token, page, FORMAT)
     column = tl.arange(0, D_V)[None, :]
@@ -156,7 +182,7 @@ def load_tokens(
         if FORMAT == BF16_576:
             k_rope = tl.load(tokens[:, None] + D_V + rope_column, mask=live, other=0.0)
     elif FORMAT <= V32_NO_ROPE:
-        code = tl.load(tokens[:, None] + column, mask=live, other=0)
+        code = load_bytes(tokens, live, BLOCK_N, D_V, AS_WORDS)
         at = (tokens + D_V).to(tl.pointer_type(tl.float32))[:, None] + tl.arange(0, 4)[None, :]
         k = scaled(e4m3_to_float32(code, HARDWARE), tl.load(at, mask=live, other=0.0), BLOCK_N, 4)
         k_rope = k
@@ -164,28 +190,28 @@ def load_tokens(
             rope = (tokens + D_V + 16).to(tl.pointer_type(tl.bfloat16))
             k_rope = tl.load(rope[:, None] + rope_column, mask=live, other=0.0)
     elif FORMAT == MODEL1:
-        code = tl.load(tokens[:, None] + column, mask=live & (column < MODEL1_NOPE), other=0)
-        scale = tl.load(scale_bytes[:, None] + tl.arange(0, 8)[None, :], mask=live, other=0)
-        nope = scaled(e4m3_to_float32(code, HARDWARE), ue8m0_to_float32(scale), BLOCK_N, 8)
-        # The RoPE part is the end of V too: its 64 values are loaded in their columns, behind 448 bytes of codes.
+        width: tl.constexpr = 4 if AS_WORDS else 1
+        is_nope = tl.arange(0, D_V // width)[None, :] < MODEL1_NOPE // width
+        code = load_bytes(tokens, live & is_nope, BLOCK_N, D_V, AS_WORDS)
+        scale = ue8m0_to_float32(load_bytes(scale_bytes, live, BLOCK_N, 8, True))
+        scale = tl.where(tl.arange(0, 8)[None, :] == 7, 1.0, scale)
+        k = scaled(e4m3_to_float32(code, HARDWARE), scale, BLOCK_N, 8)
         rope = (tokens + MODEL1_NOPE).to(tl.pointer_type(tl.bfloat16))
-        tail = tl.load(rope[:, None] + (column - MODEL1_NOPE), mask=live & (column >= MODEL1_NOPE), other=0.0)
-        k = tl.where(column < MODEL1_NOPE, nope, tail)
-        k_rope = k
+        k_rope = tl.load(rope[:, None] + rope_column, mask=live, other=0.0)
     elif FORMAT == V41:
-        code = tl.load(tokens[:, None] + column, mask=live, other=0)
-        scale = tl.load((tokens + D_V)[:, None] + tl.arange(0, 16)[None, :], mask=live, other=0)
+        code = load_bytes(tokens, live, BLOCK_N, D_V, AS_WORDS)
+        scale = load_bytes(tokens + D_V, live, BLOCK_N, 16, True)
         k = scaled(e4m3_to_float32(code, HARDWARE), ue8m0_to_float32(scale), BLOCK_N, 16)
         k_rope = k
     elif FORMAT == V41_FP4:
-        pair = tl.load(tokens[:, None] + tl.arange(0, 256)[None, :], mask=live, other=0)
+        pair = load_bytes(tokens, live, BLOCK_N, 256, AS_WORDS)
         value = tl.interleave(e2m1_to_float32(pair & 0xF), e2m1_to_float32(pair >> 4))
-        scale = tl.load((tokens + 256)[:, None] + tl.arange(0, 32)[None, :], mask=live, other=0)
+        scale = load_bytes(tokens + 256, live, BLOCK_N, 32, True)
         k = scaled(value, e4m3_to_float32(scale, HARDWARE), BLOCK_N, 32)
         k_rope = k
     else:
         tl.static_assert(FORMAT >= E4M3_576)
-        code = tl.load(tokens[:, None] + column, mask=live, other=0)
+        code = load_bytes(tokens, live, BLOCK_N, D_V, AS_WORDS)
         k = e4m3_to_float32(code, HARDWARE).to(tl.bfloat16)  # exact
         k_rope = k
         if FORMAT == E4M3_576:

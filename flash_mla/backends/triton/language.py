@@ -46,7 +46,7 @@ D_V = tl.constexpr(512)
 """V is the first so many values of a key."""
 
 D_ROPE = tl.constexpr(64)
-"""Values of a key behind V, where d_qk is 576."""
+"""Values of a key behind V, where d_qk is 576; of MODEL1, the last ones of V."""
 
 
 @jit
@@ -66,12 +66,21 @@ def dot(a: tl.tensor, b: tl.tensor, acc: tl.tensor) -> Any:
 
 @jit
 def rounded(x: tl.tensor, DTYPE: tl.constexpr) -> Any:
-    """float32 `x` in another float type, rounded to nearest even. (The interpreter cuts bfloat16 off.)"""
+    """float32 `x` in another float type, rounded to nearest even. (Not so by the interpreter, for bfloat16.)"""
     if INTERPRETED and tl.bfloat16 == DTYPE:
         bits = x.to(tl.uint32, bitcast=True)
         up = bits + (0x7FFF + ((bits >> 16) & 1))
-        x = tl.where(x == x, up & 0xFFFF0000, bits).to(tl.float32, bitcast=True)
+        high = tl.where(x == x, up, bits | 0x400000) >> 16
+        return high.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return x.to(DTYPE)
+
+
+@jit
+def widened(x: tl.tensor) -> Any:
+    """bfloat16 `x` in float32. (The interpreter breaks subnormals.)"""
+    if INTERPRETED:
+        x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
 
 
 @jit
@@ -132,6 +141,46 @@ def online_softmax(scores: tl.tensor, row_max: tl.tensor, row_sum: tl.tensor) ->
 
 
 @jit
+def scores_of(
+    q_v: tl.tensor,
+    q_rope: tl.tensor,
+    k: tl.tensor,
+    k_rope: tl.tensor,
+    scale_log2: tl.tensor,
+    ROPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+) -> Any:
+    """Scores `[BLOCK_M, BLOCK_N]` in base 2. The sum of two products, of which none goes on with the other's result:
+    `softmax_step` says why.
+    """
+    scores = dot(q_v, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * scale_log2
+    if ROPE:
+        scores += dot(q_rope, tl.trans(k_rope), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * scale_log2
+    return scores
+
+
+@jit
+def softmax_step(
+    scores: tl.tensor, row_max: tl.tensor, row_sum: tl.tensor, always: tl.tensor, BLOCK_M: tl.constexpr
+) -> Any:
+    """`online_softmax`, under a condition that is `always` true where BLOCK_M is 64.
+
+    The compiler deals out the rows of a product to all warps where its result enters another product. With 64 rows
+    there are too few for two warpgroups: each computes all scores. What passes through a condition it does not follow,
+    and cuts the scores by keys. Perf: half of the products' time.
+    """
+    p = scores
+    rescale = row_max
+    if BLOCK_M == 64:
+        if always:
+            p, rescale, row_max, row_sum = online_softmax(scores, row_max, row_sum)
+    else:
+        p, rescale, row_max, row_sum = online_softmax(scores, row_max, row_sum)
+    return p, rescale, row_max, row_sum
+
+
+@jit
 def final_factor(row_max: tl.tensor, row_sum: tl.tensor, sink: tl.tensor, HAS_SINK: tl.constexpr) -> Any:
     """What turns the accumulator of each row into its output: 0 for a row without keys."""
     total = row_sum
@@ -157,20 +206,34 @@ def times(acc: tl.tensor, factor: tl.tensor) -> Any:
 
 
 @jit
+def store_columns(
+    rows: tl.tensor, acc: tl.tensor, acc_rope: tl.tensor, factor: tl.tensor, exists: tl.tensor, TAIL: tl.constexpr
+) -> None:
+    """Write `[rows, 512]` times a factor for each row; with TAIL the last 64 columns come from `acc_rope`."""
+    column = tl.arange(0, D_V)[None, :]
+    stored = exists[:, None]
+    if TAIL:
+        tail = rows[:, None] + D_V - D_ROPE + tl.arange(0, D_ROPE)[None, :]
+        tl.store(tail, rounded(times(acc_rope, factor), rows.dtype.element_ty), mask=stored)
+        stored &= column < D_V - D_ROPE
+    tl.store(rows[:, None] + column, rounded(times(acc, factor), rows.dtype.element_ty), mask=stored)
+
+
+@jit
 def store_result(
     out_rows: tl.tensor,
     lse_rows: tl.tensor,
     acc: tl.tensor,
+    acc_rope: tl.tensor,
     row_max: tl.tensor,
     row_sum: tl.tensor,
     sink: tl.tensor,
     exists: tl.tensor,
     HAS_SINK: tl.constexpr,
+    TAIL: tl.constexpr,
 ) -> None:
     """Write the outputs `[rows, 512]` and logarithms of rows whose keys have all been seen."""
-    result = times(acc, final_factor(row_max, row_sum, sink, HAS_SINK))
-    at = out_rows[:, None] + tl.arange(0, D_V)[None, :]
-    tl.store(at, rounded(result, out_rows.dtype.element_ty), mask=exists[:, None])
+    store_columns(out_rows, acc, acc_rope, final_factor(row_max, row_sum, sink, HAS_SINK), exists, TAIL)
     tl.store(lse_rows, lse_base_2(row_max, row_sum, float("inf")) * LN2, mask=exists)
 
 
@@ -180,10 +243,12 @@ def store_partial(
     partial_lse: tl.tensor,
     tile: tl.tensor,
     acc: tl.tensor,
+    acc_rope: tl.tensor,
     row_max: tl.tensor,
     row_sum: tl.tensor,
     exists: tl.tensor,
     BLOCK_M: tl.constexpr,
+    TAIL: tl.constexpr,
 ) -> None:
     """Write tile number `tile` (64 bits) of the partial results: the attention over the piece's keys alone, and the
     base-2 logarithm of its sum; a row without keys there has 0 and -inf.
@@ -191,6 +256,6 @@ def store_partial(
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     lse = lse_base_2(row_max, row_sum, float("-inf"))
     # By the rounded logarithm, whose rounding the weights of the pieces then undo.
-    result = times(acc, tl.where(row_sum == 0.0, 0.0, tl.exp2(row_max - lse)))
-    tl.store(partial_out + rows[:, None] * D_V + tl.arange(0, D_V)[None, :], result, mask=exists[:, None])
+    factor = tl.where(row_sum == 0.0, 0.0, tl.exp2(row_max - lse))
+    store_columns(partial_out + rows * D_V, acc, acc_rope, factor, exists, TAIL)
     tl.store(partial_lse + rows, lse, mask=exists)

@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_mla import _ops, errors, problem, problem_prefill, problem_sparse
+from flash_mla import _ops, errors, problem, problem_kv_cache, problem_prefill, problem_sparse
 from flash_mla.backends import reference_sparse
 from flash_mla.backends.triton import config, support
+from flash_mla.kv_format import KVFormat
 
 
 def _check_serves(tensor: Tensor, name: str) -> None:
@@ -26,37 +27,9 @@ def _new_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     return out, q.new_empty((b, h_q, s_q), dtype=torch.float32)
 
 
-def dense_decode_out(
-    q: Tensor,
-    k_cache: Tensor,
-    block_table: Tensor,
-    cache_seqlens: Tensor,
-    tile_scheduler_metadata: Tensor | None,
-    num_splits: Tensor | None,
-    attn_sink: Tensor | None,
-    head_dim_v: int,
-    softmax_scale: float,
-    causal: bool,
-    batch_invariant: bool,
-    out: Tensor,
-    lse: Tensor,
-) -> None:
-    """`torch.ops.flash_mla.triton_dense_decode_out`."""
-    problem.check_dense_decode(
-        q,
-        k_cache,
-        block_table,
-        cache_seqlens,
-        tile_scheduler_metadata,
-        num_splits,
-        attn_sink,
-        head_dim_v,
-        softmax_scale,
-        causal,
-        batch_invariant,
-        out,
-        lse,
-    )
+def _dense_decode(*arguments: Any) -> None:
+    q, k_cache, block_table, cache_seqlens, rows, splits, attn_sink, _, softmax_scale, causal, *rest = arguments
+    batch_invariant, out, lse = rest
     _check_serves(q, "dense decode")
     from flash_mla.backends.triton import dense_decode as kernels
 
@@ -64,14 +37,24 @@ def dense_decode_out(
     if batch_invariant:
         kernels.dense_decode_batch_invariant(call)
     else:
-        assert tile_scheduler_metadata is not None  # checked above
-        assert num_splits is not None
-        kernels.dense_decode(call, tile_scheduler_metadata, num_splits)
+        kernels.dense_decode(call, rows, splits)
 
 
-def dense_decode_fp8_out(*arguments: Any) -> None:
-    """`torch.ops.flash_mla.triton_dense_decode_fp8_out`."""
-    problem.check_dense_decode_fp8(*arguments)
+def dense_decode_out(*arguments: Any) -> None:
+    """`torch.ops.flash_mla.triton_dense_decode_out`."""
+    problem.check_dense_decode(*arguments)
+    _dense_decode(*arguments)
+
+
+def dense_decode(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """`torch.ops.flash_mla.triton_dense_decode`."""
+    problem.check_dense_decode(*inputs)
+    out, lse = _new_outputs(inputs[0])
+    _dense_decode(*inputs, out, lse)
+    return out, lse
+
+
+def _dense_decode_fp8(*arguments: Any) -> None:
     q, k_cache, block_table, cache_seqlens, rows, splits, attn_sink, _, softmax_scale, causal, *rest = arguments
     batch_invariant, descale_q, descale_k, kv_format, out, lse = rest
     _check_serves(q, "dense decode")
@@ -85,20 +68,17 @@ def dense_decode_fp8_out(*arguments: Any) -> None:
         kernels.dense_decode(call, rows, splits)
 
 
+def dense_decode_fp8_out(*arguments: Any) -> None:
+    """`torch.ops.flash_mla.triton_dense_decode_fp8_out`."""
+    problem.check_dense_decode_fp8(*arguments)
+    _dense_decode_fp8(*arguments)
+
+
 def dense_decode_fp8(*inputs: Any) -> tuple[Tensor, Tensor]:
     """`torch.ops.flash_mla.triton_dense_decode_fp8`."""
     problem.check_dense_decode_fp8(*inputs)
     out, lse = _new_outputs(inputs[0])
-    dense_decode_fp8_out(*inputs, out, lse)
-    return out, lse
-
-
-def dense_decode(q: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
-    """`torch.ops.flash_mla.triton_dense_decode`."""
-    problem.check_dense_decode(q, *inputs)
-    out, lse = _new_outputs(q)
-    arguments: Any = (q, *inputs, out, lse)
-    dense_decode_out(*arguments)
+    _dense_decode_fp8(*inputs, out, lse)
     return out, lse
 
 
@@ -131,9 +111,7 @@ def _keys_of(selected: tuple[Any, ...], kv_format: str, extra_kv_format: str | N
     return Keys.of(cache, kv_format, indices, length), extra
 
 
-def sparse_decode_out(*arguments: Any) -> None:
-    """`torch.ops.flash_mla.triton_sparse_decode_out`."""
-    problem_sparse.check_sparse_decode(*arguments)
+def _sparse_decode(*arguments: Any) -> None:
     q, *selected = arguments[:7]
     rows, splits, attn_sink, kv_format, extra_kv_format, _, softmax_scale, batch_invariant, out, lse = arguments[7:]
     _check_serves(q, "sparse decode")
@@ -147,17 +125,21 @@ def sparse_decode_out(*arguments: Any) -> None:
         kernels.sparse_decode(call, rows, splits)
 
 
+def sparse_decode_out(*arguments: Any) -> None:
+    """`torch.ops.flash_mla.triton_sparse_decode_out`."""
+    problem_sparse.check_sparse_decode(*arguments)
+    _sparse_decode(*arguments)
+
+
 def sparse_decode(*inputs: Any) -> tuple[Tensor, Tensor]:
     """`torch.ops.flash_mla.triton_sparse_decode`."""
     problem_sparse.check_sparse_decode(*inputs)
     out, lse = _new_outputs(inputs[0])
-    sparse_decode_out(*inputs, out, lse)
+    _sparse_decode(*inputs, out, lse)
     return out, lse
 
 
-def sparse_prefill_out(*arguments: Any) -> None:
-    """`torch.ops.flash_mla.triton_sparse_prefill_out`."""
-    problem_sparse.check_sparse_prefill(*arguments)
+def _sparse_prefill(*arguments: Any) -> None:
     q, *selected = arguments[:7]
     attn_sink, kv_format, extra_kv_format, _, sm_scale, lse_base, *outputs = arguments[7:]
     _check_serves(q, "sparse prefill")
@@ -167,13 +149,19 @@ def sparse_prefill_out(*arguments: Any) -> None:
     kernels.sparse_prefill(kernels.Call(q, *keys, attn_sink, sm_scale, lse_base, *outputs))
 
 
+def sparse_prefill_out(*arguments: Any) -> None:
+    """`torch.ops.flash_mla.triton_sparse_prefill_out`."""
+    problem_sparse.check_sparse_prefill(*arguments)
+    _sparse_prefill(*arguments)
+
+
 def sparse_prefill(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     """`torch.ops.flash_mla.triton_sparse_prefill`."""
     problem_sparse.check_sparse_prefill(*inputs)
     q, d_v = inputs[0], inputs[10]
     out = q.new_empty((*q.shape[:2], d_v))
     max_logits, lse = (q.new_empty(q.shape[:2], dtype=torch.float32) for _ in range(2))
-    sparse_prefill_out(*inputs, out, max_logits, lse)
+    _sparse_prefill(*inputs, out, max_logits, lse)
     return out, max_logits, lse
 
 
@@ -185,6 +173,24 @@ def dense_prefill(*inputs: Any) -> tuple[Tensor, Tensor]:
     from flash_mla.backends.triton import dense_prefill as kernels
 
     return kernels.dense_prefill(q, k, v, cu_seqlens_qo, cu_seqlens_kv, softmax_scale, causal)
+
+
+def append_kv_cache(kv: Tensor, cache: Tensor, slot_mapping: Tensor, kv_format: str, exact_scale: bool) -> None:
+    """`torch.ops.flash_mla.triton_append_kv_cache`."""
+    problem_kv_cache.check_append(kv, cache, slot_mapping, kv_format, exact_scale)
+    _check_serves(kv, "kv cache")
+    from flash_mla.backends.triton import kv_cache as kernels
+
+    kernels.append_kv_cache(kv, cache, slot_mapping, KVFormat(kv_format), exact_scale)
+
+
+def dequantize_kv_cache(cache: Tensor, kv_format: str) -> Tensor:
+    """`torch.ops.flash_mla.triton_dequantize_kv_cache`."""
+    problem_kv_cache.check_dequantize(cache, kv_format)
+    _check_serves(cache, "kv cache")
+    from flash_mla.backends.triton import kv_cache as kernels
+
+    return kernels.dequantize_kv_cache(cache, KVFormat(kv_format))
 
 
 def plan_sparse_decode(
@@ -235,12 +241,11 @@ _FUNCTIONS = {
     "sparse_prefill": sparse_prefill,
     "sparse_prefill_out": sparse_prefill_out,
     "dense_prefill": dense_prefill,
+    "append_kv_cache": append_kv_cache,
+    "dequantize_kv_cache": dequantize_kv_cache,
 }
 OPERATORS = tuple(_FUNCTIONS)
 """Operators that the backend has."""
-
-UNASKED = tuple(name for name in OPERATORS if not any(op in name for op in support.BY_NAME_ONLY))
-"""Those that serve calls without being asked for by name."""
 
 
 def _register() -> None:

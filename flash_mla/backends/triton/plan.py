@@ -1,7 +1,8 @@
 """The split-KV plan, made on the device by one program, without a word from the host.
 
-The blocks of all requests lie one after another on a line, which is cut into equal parts. A cut that falls within a few
-blocks of a request's edge moves there: so short a piece costs more to join than it balances.
+The blocks of all requests lie one after another on a line, which is cut into equal parts; the last ones may stay empty.
+A cut that falls within a few blocks of a request's edge moves there: so short a piece costs more to join than it
+balances.
 """
 
 from typing import Any
@@ -84,16 +85,18 @@ def plan_kernel(
     for start in range(0, b, REQUESTS):
         sums += load_blocks(cache_seqlens, start, b, REQUESTS)
     total = tl.sum(sums, 0)
-    busy = tl.minimum(total, num_parts)
     part = tl.arange(0, PARTS)
-    # A part is at least 16 times as long as a cut may move: no part is left empty.
-    tolerance = tl.minimum(total // busy // 16, MAX_TOLERANCE)
-    begin_request, begin_block = find_cuts(
-        cache_seqlens, tl.minimum(part, busy) * total // busy, tolerance, b, PARTS, REQUESTS
-    )
+    size = ceil_div(total, num_parts)
+    # A part is at least 16 times as long as a cut may move.
+    tolerance = tl.minimum(size // 16, MAX_TOLERANCE)
+    # Parts that hold whole requests of the mean length, or equal pieces of one, where they are hardly longer.
+    mean = ceil_div(total, b)
+    fitting = tl.where(mean < size, ceil_div(size, mean) * mean, ceil_div(mean, tl.maximum(mean // size, 1)))
+    size = tl.where(fitting - size <= tolerance, fitting, size)
+    begin_request, begin_block = find_cuts(cache_seqlens, tl.minimum(part * size, total), tolerance, b, PARTS, REQUESTS)
     row = schedule + part * 8
     exists = part < num_parts
-    works = part < busy
+    works = begin_request < b
     begin_request = tl.where(works, begin_request, b)
     begin_block = tl.where(works, begin_block, 0).to(tl.int32)
     tl.store(row, begin_request, mask=exists)

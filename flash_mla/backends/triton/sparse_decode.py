@@ -4,6 +4,7 @@ The rows of a tile are heads of one query, since the next query has other keys. 
 its first index list each, at least one, and then 64 lanes of the second: the schedule cuts that sequence.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,9 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from flash_mla.backends.reference_schedule import blocks_of
+from flash_mla.backends.triton import tuning
 from flash_mla.backends.triton.combine import MAX_CUTS, launch_combine
-from flash_mla.backends.triton.config import Gpu, Tile, converts_fp8, sparse_tile
-from flash_mla.backends.triton.dequant import NONE, Format, load_tokens
+from flash_mla.backends.triton.config import Gpu, Tile, converts_fp8, sparse_tiles
+from flash_mla.backends.triton.dequant import MODEL1, NONE, Format, load_tokens, pages_of
 from flash_mla.backends.triton.language import (
     D_ROPE,
     D_V,
@@ -28,9 +30,10 @@ from flash_mla.backends.triton.language import (
     fixed_cut_blocks,
     jit,
     jit_for_any_value,
-    online_softmax,
     piece_of,
     rounded,
+    scores_of,
+    softmax_step,
     store_partial,
     store_result,
     wide,
@@ -40,11 +43,10 @@ from flash_mla.problem import HEAD_DIM_V
 
 
 @jit
-def load_indices(row: tl.tensor, start: tl.tensor, end: tl.tensor, num_slots: tl.tensor, BLOCK_N: tl.constexpr) -> Any:
-    """Lanes `[start, start + BLOCK_N)` of an index list; -1 for lanes at and past `end`, and for what names no slot."""
+def load_lanes(row: tl.tensor, start: tl.tensor, end: tl.tensor, BLOCK_N: tl.constexpr) -> Any:
+    """Lanes `[start, start + BLOCK_N)` of an index list; -1 for those at and past `end`."""
     lane = start + tl.arange(0, BLOCK_N)
-    index = tl.load(row + lane, mask=lane < end, other=-1)
-    return tl.where((index >= 0) & (index < num_slots), index, -1)
+    return tl.load(row + lane, mask=lane < end, other=-1)
 
 
 @jit
@@ -61,9 +63,9 @@ def attend_lanes(
     end: tl.tensor,
     cache: tl.tensor,
     num_slots: tl.tensor,
-    page: tl.tensor,
     stride_page: tl.tensor,
     stride_token: tl.tensor,
+    PAGE: tl.constexpr,
     FORMAT: tl.constexpr,
     HARDWARE: tl.constexpr,
     ROPE: tl.constexpr,
@@ -73,21 +75,20 @@ def attend_lanes(
 ) -> Any:
     """Add the keys of lanes `[begin, end)` of one index list to the online softmax.
 
-    With WIDE_V `acc_rope` `[BLOCK_M, 64]` goes on where `acc` ends, else it is handed back as it is.
+    With WIDE_V `acc_rope` `[BLOCK_M, 64]` sums the RoPE part, else it is handed back as it is.
     """
-    # Loaded one tile ahead: the keys' addresses must not wait for the list.
-    index = load_indices(row, begin, end, num_slots, BLOCK_N)
+    # Loaded one tile ahead: the keys' addresses must not wait for the list. Handed on as it was loaded: the compiler
+    # loads it early enough only where nothing is computed with it before the next tile.
+    index = load_lanes(row, begin, end, BLOCK_N)
     for start in range(begin, end, BLOCK_N):
-        valid = index >= 0
+        valid = (index >= 0) & (index < num_slots)
         slot = tl.where(valid, index, 0)
-        first = cache + (slot // page).to(tl.int64) * stride_page
-        k, k_rope = load_tokens(first, slot % page, valid, stride_token, page, FORMAT, HARDWARE, BLOCK_N)
-        index = load_indices(row, start + BLOCK_N, end, num_slots, BLOCK_N)
-        scores = dot(q_v, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
-        if ROPE:
-            scores = dot(q_rope, tl.trans(k_rope), scores)
-        scores = tl.where(valid[None, :], scores * scale_log2, float("-inf"))
-        p, rescale, row_max, row_sum = online_softmax(scores, row_max, row_sum)
+        first = cache + (slot // PAGE).to(tl.int64) * stride_page
+        k, k_rope = load_tokens(first, slot % PAGE, valid, stride_token, PAGE, FORMAT, HARDWARE, BLOCK_N, BLOCK_M < 64)
+        index = load_lanes(row, start + BLOCK_N, end, BLOCK_N)
+        scores = scores_of(q_v, q_rope, k, k_rope, scale_log2, ROPE, BLOCK_M, BLOCK_N)
+        scores = tl.where(valid[None, :], scores, float("-inf"))
+        p, rescale, row_max, row_sum = softmax_step(scores, row_max, row_sum, num_slots > 0, BLOCK_M)
         probabilities = rounded(p, k.dtype)
         acc = dot(probabilities, k, acc * rescale[:, None])
         if WIDE_V:
@@ -123,10 +124,8 @@ def lanes_of(
     "has_extra_length",
     "topk",
     "num_slots",
-    "page",
     "extra_topk",
     "extra_num_slots",
-    "extra_page",
     "stride_indices_b",
     "stride_indices_s",
     "stride_extra_indices_b",
@@ -165,10 +164,8 @@ def sparse_decode_kernel(
     has_extra_length: tl.tensor,
     topk: tl.tensor,
     num_slots: tl.tensor,
-    page: tl.tensor,
     extra_topk: tl.tensor,
     extra_num_slots: tl.tensor,
-    extra_page: tl.tensor,
     stride_q_b: tl.tensor,
     stride_q_s: tl.tensor,
     stride_q_h: tl.tensor,
@@ -190,6 +187,8 @@ def sparse_decode_kernel(
     stride_lse_b: tl.tensor,
     stride_lse_h: tl.tensor,
     stride_lse_s: tl.tensor,
+    PAGE: tl.constexpr,
+    EXTRA_PAGE: tl.constexpr,
     FORMAT: tl.constexpr,
     EXTRA_FORMAT: tl.constexpr,
     HARDWARE: tl.constexpr,
@@ -199,11 +198,12 @@ def sparse_decode_kernel(
     BLOCK_N: tl.constexpr,
 ) -> None:
     """Grid `(num_head_tiles * s_q, parts)`: head tiles fastest, so that programs that read the same keys start
-    together.
+    together. MODEL1's RoPE part is multiplied by itself.
 
     With FIXED_CUTS part p is piece `p % max_cuts` of request `first + p // max_cuts`, and `schedule` is not read.
     Partial results are float32 `[parts * 2, s_q, num_head_tiles * BLOCK_M, 512]` (with FIXED_CUTS one per part).
     """
+    TAIL: tl.constexpr = FORMAT == MODEL1
     head_tile = tl.program_id(0) % num_head_tiles
     token = tl.program_id(0) // num_head_tiles
     part = tl.program_id(1)
@@ -249,14 +249,18 @@ def sparse_decode_kernel(
         q_rows = q + wide(request) * stride_q_b + wide(token) * stride_q_s + head.to(tl.int64) * stride_q_h
         q_v = tl.load(q_rows[:, None] + column, mask=exists[:, None], other=0.0)
         q_rope = q_v
-        if ROPE:
-            q_rope = tl.load(q_rows[:, None] + D_V + tl.arange(0, D_ROPE)[None, :], mask=exists[:, None], other=0.0)
+        if ROPE or TAIL:
+            rope_column = (D_V - D_ROPE if TAIL else D_V) + tl.arange(0, D_ROPE)[None, :]
+            q_rope = tl.load(q_rows[:, None] + rope_column, mask=exists[:, None], other=0.0)
         row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
         row_sum = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, D_V], tl.float32)
-        acc, _, row_max, row_sum = attend_lanes(
+        acc_rope = row_max
+        if TAIL:
+            acc_rope = tl.zeros([BLOCK_M, D_ROPE], tl.float32)
+        acc, acc_rope, row_max, row_sum = attend_lanes(
             acc,
-            row_max,
+            acc_rope,
             row_max,
             row_sum,
             q_v,
@@ -267,20 +271,20 @@ def sparse_decode_kernel(
             tl.minimum(tl.minimum(end, blocks) * SCHEDULE_BLOCK, lanes),
             cache,
             num_slots,
-            page,
             stride_page,
             stride_token,
+            PAGE,
             FORMAT,
             HARDWARE,
-            ROPE,
-            False,
+            ROPE or TAIL,
+            TAIL,
             BLOCK_M,
             BLOCK_N,
         )
         if EXTRA_FORMAT != NONE:
-            acc, _, row_max, row_sum = attend_lanes(
+            acc, acc_rope, row_max, row_sum = attend_lanes(
                 acc,
-                row_max,
+                acc_rope,
                 row_max,
                 row_sum,
                 q_v,
@@ -291,13 +295,13 @@ def sparse_decode_kernel(
                 tl.minimum((end - blocks) * SCHEDULE_BLOCK, extra_lanes),
                 extra_cache,
                 extra_num_slots,
-                extra_page,
                 stride_extra_page,
                 stride_extra_token,
+                EXTRA_PAGE,
                 EXTRA_FORMAT,
                 HARDWARE,
-                ROPE,
-                False,
+                ROPE or TAIL,
+                TAIL,
                 BLOCK_M,
                 BLOCK_N,
             )
@@ -308,10 +312,10 @@ def sparse_decode_kernel(
             lse_rows = (
                 lse + wide(request) * stride_lse_b + wide(token) * stride_lse_s + head.to(tl.int64) * stride_lse_h
             )
-            store_result(out_rows, lse_rows, acc, row_max, row_sum, sink, exists, True)
+            store_result(out_rows, lse_rows, acc, acc_rope, row_max, row_sum, sink, exists, True, TAIL)
         elif partial != NOTHING:
             tile = wide(partial) * tl.num_programs(0) + tl.program_id(0)
-            store_partial(partial_out, partial_lse, tile, acc, row_max, row_sum, exists, BLOCK_M)
+            store_partial(partial_out, partial_lse, tile, acc, acc_rope, row_max, row_sum, exists, BLOCK_M, TAIL)
 
 
 @jit_for_any_value(
@@ -350,11 +354,11 @@ def compact_kernel(
     row = indices + wide(request) * stride_indices_b + wide(token) * stride_indices_s
     found = tl.full((), 0, tl.int32)
     for start in range(0, lanes, CHUNK):
-        index = load_indices(row, start, lanes, num_slots, CHUNK)
-        valid = (index >= 0).to(tl.int32)
-        place = found + tl.cumsum(valid, 0) - 1
-        tl.store(compacted + wide(query) * topk + place, index, mask=index >= 0)
-        found += tl.sum(valid, 0)
+        index = load_lanes(row, start, lanes, CHUNK)
+        valid = (index >= 0) & (index < num_slots)
+        place = found + tl.cumsum(valid.to(tl.int32), 0) - 1
+        tl.store(compacted + wide(query) * topk + place, index, mask=valid)
+        found += tl.sum(valid.to(tl.int32), 0)
     tl.store(count + query, found)
 
 
@@ -378,12 +382,11 @@ class Keys:
         """From an operator's arguments; `kv_format` is the name of a `KVFormat`."""
         return Keys(cache, Format.of(kv_format, cache.shape[-1]), indices, length)
 
-    def arguments(self) -> tuple[tuple[Any, ...], tuple[int, int, int]]:
-        """(cache, indices, length) and (topk, slots, page) for the kernel."""
+    def arguments(self) -> tuple[tuple[Any, ...], tuple[int, int]]:
+        """(cache, indices, length) and (topk, slots) for the kernel."""
         cache = self.cache if self.cache.dtype == torch.bfloat16 else self.cache.view(torch.uint8)
         length = self.indices if self.length is None else self.length
-        num_blocks, page = self.cache.shape[:2]
-        return (cache, self.indices, length), (self.indices.shape[2], num_blocks * page, page)
+        return (cache, self.indices, length), (self.indices.shape[2], self.cache.shape[0] * self.cache.shape[1])
 
     def tokens(self, some: slice) -> "Keys":
         """The same cache for some of the queries of each request."""
@@ -397,6 +400,13 @@ class Keys:
         if self.length is None:
             return 0, 0
         return self.length.stride(0), self.length.stride(1) if self.length.dim() == 2 else 0
+
+
+def kinds_of(caches: Iterable[Keys]) -> Iterator[object]:
+    """What the choice of a tile depends on, of each cache: its format, and how many indices there are."""
+    for keys in caches:
+        yield keys.format.name
+        yield tuning.size_class(keys.indices.shape[2])
 
 
 @dataclass(frozen=True)
@@ -434,8 +444,12 @@ def sparse_decode(call: Call, schedule: Tensor, num_splits: Tensor, tile: Tile |
     """Decode as a schedule says: int32 `[parts, 8]` and `[b + 1]`, made for these lengths or for others."""
     if call.q.shape[0] == 0:
         return
-    tile = tile or _tile(call)
     parts = schedule.shape[0]
+    if tile is None:
+        b, s_q, h_q, _ = call.q.shape
+        kind = ("sparse_decode", *kinds_of(call.caches()), h_q, tuning.size_class(b * s_q))
+        tiles = _tiles(call)
+        tile = tuning.choose(kind, tiles, call.q.device, lambda tile: sparse_decode(call, schedule, num_splits, tile))
     partials = _partials(call, tile, 2 * parts) if parts > 1 else (call.lse, call.lse)
     with device_of(call.q):
         _launch(call, tile, partials, parts, schedule=schedule)
@@ -451,7 +465,7 @@ def sparse_decode_batch_invariant(call: Call, tile: Tile | None = None) -> None:
     b, s_q, h_q, _ = call.q.shape
     if b == 0:
         return
-    tile = tile or _tile(call)
+    tile = tile or _tiles(call)[0]
     head_tiles = -(-h_q // tile.block_m)
     limit = 2 * Gpu.of(call.q.device).num_sms
     # Lists too short for so many pieces do not get them anyway: the cuts are the same.
@@ -475,9 +489,9 @@ def sparse_decode_batch_invariant(call: Call, tile: Tile | None = None) -> None:
                     _join(some, tile, partials, requests, blocks=blocks[:, begin : begin + tokens].contiguous(), **cuts)
 
 
-def _tile(call: Call) -> Tile:
-    in_flight = tuple(keys.format.in_flight for keys in call.caches())
-    return sparse_tile(Gpu.of(call.q.device), call.q.shape[2], call.q.shape[3], in_flight)
+def _tiles(call: Call) -> tuple[Tile, ...]:
+    in_flight = max(keys.format.in_flight for keys in call.caches())
+    return sparse_tiles(Gpu.of(call.q.device), call.q.shape[2], call.q.shape[3], in_flight)
 
 
 def _compacted(keys: Keys) -> Keys:
@@ -485,7 +499,7 @@ def _compacted(keys: Keys) -> Keys:
     b, s_q, topk = keys.indices.shape
     indices = torch.empty_like(keys.indices, memory_format=torch.contiguous_format)
     count = keys.indices.new_empty((b, s_q))
-    (_, *lists), (_, slots, _) = keys.arguments()
+    (_, *lists), (_, slots) = keys.arguments()
     compact_kernel[(b * s_q,)](
         *lists,
         indices,
@@ -533,6 +547,8 @@ def _launch(
     keys, extra = call.keys, call.extra or call.keys
     tensors, sizes = keys.arguments()
     extra_tensors, extra_sizes = extra.arguments()
+    page, *strides = pages_of(keys.cache, keys.format)
+    extra_page, *extra_strides = pages_of(extra.cache, extra.format)
     head_tiles = -(-h_q // tile.block_m)
     sparse_decode_kernel[(head_tiles * s_q, parts)](
         call.q,
@@ -556,14 +572,16 @@ def _launch(
         *sizes,
         *extra_sizes,
         *call.q.stride()[:3],
-        *keys.cache.stride()[:2],
-        *extra.cache.stride()[:2],
+        *strides,
+        *extra_strides,
         *keys.indices.stride()[:2],
         *extra.indices.stride()[:2],
         *keys.length_strides(),
         *extra.length_strides(),
         *call.out.stride()[:3],
         *call.lse.stride(),
+        PAGE=page,
+        EXTRA_PAGE=extra_page,
         FORMAT=int(keys.format),
         EXTRA_FORMAT=int(Format.NONE if call.extra is None else extra.format),
         HARDWARE=converts_fp8(Gpu.of(call.q.device)),

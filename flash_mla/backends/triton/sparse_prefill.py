@@ -4,13 +4,15 @@ There are queries enough to fill the machine, so nothing is split: one program c
 heads, over its list of rows, and then over its list of rows of a second cache.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import triton.language as tl
 from torch import Tensor
 
-from flash_mla.backends.triton.config import Gpu, Tile, converts_fp8, sparse_tile
-from flash_mla.backends.triton.dequant import NONE, Format
+from flash_mla.backends.triton import tuning
+from flash_mla.backends.triton.config import Gpu, Tile, converts_fp8, sparse_tiles
+from flash_mla.backends.triton.dequant import MODEL1, NONE, Format, pages_of
+from flash_mla.backends.triton.kv_cache import dequantize_kv_cache
 from flash_mla.backends.triton.language import (
     D_ROPE,
     D_V,
@@ -24,7 +26,8 @@ from flash_mla.backends.triton.language import (
     wide,
 )
 from flash_mla.backends.triton.launch import OPTIONS, device_of
-from flash_mla.backends.triton.sparse_decode import Keys, attend_lanes, lanes_of
+from flash_mla.backends.triton.sparse_decode import Keys, attend_lanes, kinds_of, lanes_of
+from flash_mla.kv_format import KVFormat
 from flash_mla.problem import HEAD_DIM_V
 
 
@@ -37,10 +40,8 @@ from flash_mla.problem import HEAD_DIM_V
     "has_extra_length",
     "topk",
     "num_slots",
-    "page",
     "extra_topk",
     "extra_num_slots",
-    "extra_page",
     "stride_indices",
     "stride_extra_indices",
     "stride_length",
@@ -72,10 +73,8 @@ def sparse_prefill_kernel(
     has_extra_length: tl.tensor,
     topk: tl.tensor,
     num_slots: tl.tensor,
-    page: tl.tensor,
     extra_topk: tl.tensor,
     extra_num_slots: tl.tensor,
-    extra_page: tl.tensor,
     stride_q_s: tl.tensor,
     stride_q_h: tl.tensor,
     stride_page: tl.tensor,
@@ -92,6 +91,8 @@ def sparse_prefill_kernel(
     stride_max_logits_h: tl.tensor,
     stride_lse_s: tl.tensor,
     stride_lse_h: tl.tensor,
+    PAGE: tl.constexpr,
+    EXTRA_PAGE: tl.constexpr,
     FORMAT: tl.constexpr,
     EXTRA_FORMAT: tl.constexpr,
     HARDWARE: tl.constexpr,
@@ -103,27 +104,28 @@ def sparse_prefill_kernel(
     """Grid `(num_head_tiles * s_q,)`: head tiles fastest, so that programs that read the same rows start together.
 
     `lse_unit` turns a base-2 logarithm into the one that is asked for. With WIDE_V some of V lies behind the first 512
-    values of a row.
+    values of a row. MODEL1's RoPE part is multiplied by itself.
     """
     head_tile = tl.program_id(0) % num_head_tiles
     query = tl.program_id(0) // num_head_tiles
     head = head_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     head64 = head.to(tl.int64)
     exists = head < h_q
+    TAIL: tl.constexpr = FORMAT == MODEL1
     column = tl.arange(0, D_V)[None, :]
-    rope_column = D_V + tl.arange(0, D_ROPE)[None, :]
+    rope_column = (D_V - D_ROPE if TAIL else D_V) + tl.arange(0, D_ROPE)[None, :]
     # A sink of -inf changes nothing.
     sink = tl.load(attn_sink + head, mask=exists & has_sink, other=float("-inf"))
     q_rows = q + wide(query) * stride_q_s + head64 * stride_q_h
     q_v = tl.load(q_rows[:, None] + column, mask=exists[:, None], other=0.0)
     q_rope = q_v
-    if ROPE:
+    if ROPE or TAIL:
         q_rope = tl.load(q_rows[:, None] + rope_column, mask=exists[:, None], other=0.0)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, D_V], tl.float32)
     acc_rope = row_max
-    if WIDE_V:
+    if WIDE_V or TAIL:
         acc_rope = tl.zeros([BLOCK_M, D_ROPE], tl.float32)
     acc, acc_rope, row_max, row_sum = attend_lanes(
         acc,
@@ -138,13 +140,13 @@ def sparse_prefill_kernel(
         lanes_of(length, has_length, query, 0, stride_length, 0, topk),
         cache,
         num_slots,
-        page,
         stride_page,
         stride_token,
+        PAGE,
         FORMAT,
         HARDWARE,
-        ROPE,
-        WIDE_V,
+        ROPE or TAIL,
+        WIDE_V or TAIL,
         BLOCK_M,
         BLOCK_N,
     )
@@ -162,21 +164,22 @@ def sparse_prefill_kernel(
             lanes_of(extra_length, has_extra_length, query, 0, stride_extra_length, 0, extra_topk),
             extra_cache,
             extra_num_slots,
-            extra_page,
             stride_extra_page,
             stride_extra_token,
+            EXTRA_PAGE,
             EXTRA_FORMAT,
             HARDWARE,
-            ROPE,
-            WIDE_V,
+            ROPE or TAIL,
+            WIDE_V or TAIL,
             BLOCK_M,
             BLOCK_N,
         )
     factor = final_factor(row_max, row_sum, sink, True)
     out_rows = out + wide(query) * stride_out_s + head64 * stride_out_h
     result = rounded(times(acc, factor), out.dtype.element_ty)
-    tl.store(out_rows[:, None] + column, result, mask=exists[:, None] & (column < d_v))
-    if WIDE_V:
+    shown = tl.minimum(d_v, D_V - D_ROPE) if TAIL else d_v
+    tl.store(out_rows[:, None] + column, result, mask=exists[:, None] & (column < shown))
+    if WIDE_V or TAIL:
         result = rounded(times(acc_rope, factor), out.dtype.element_ty)
         tl.store(out_rows[:, None] + rope_column, result, mask=exists[:, None] & (rope_column < d_v))
     at = max_logits + wide(query) * stride_max_logits_s + head64 * stride_max_logits_h
@@ -207,16 +210,45 @@ class Call:
     lse: Tensor
 
 
+MAX_COPY = 256 << 20
+"""Bytes that the bfloat16 rows of quantised caches may take."""
+
+MIN_USES = 4
+"""How often a row of a quantised cache must be selected, at the mean, to be converted but once."""
+
+
+def with_plain_rows(call: Call) -> Call:
+    """The same call over bfloat16 rows, where its caches are quantised, small, and their rows are selected often."""
+    caches = (call.keys,) if call.extra is None else (call.keys, call.extra)
+    slots = sum(keys.cache.shape[0] * keys.cache.shape[1] for keys in caches)
+    selected = sum(keys.indices.numel() for keys in caches)
+    d_qk = call.q.shape[2]
+    if not call.keys.format.in_flight or selected < MIN_USES * slots or 2 * d_qk * slots > MAX_COPY:
+        return call
+    plain = Format.of("BF16", d_qk)
+    keys, *extra = (
+        replace(keys, cache=dequantize_kv_cache(keys.cache, KVFormat[keys.format.name]), format=plain)
+        for keys in caches
+    )
+    return replace(call, keys=keys, extra=extra[0] if extra else None)
+
+
 def sparse_prefill(call: Call, tile: Tile | None = None) -> None:
     """Attention of each query over its own rows. `tile`: how to cut, by default what suits the GPU."""
     s_q, h_q, d_qk = call.q.shape
     if s_q == 0:
         return
+    call = with_plain_rows(call)
     gpu = Gpu.of(call.q.device)
     keys, extra = call.keys, call.extra or call.keys
-    tile = tile or sparse_tile(gpu, h_q, d_qk, (keys.format.in_flight, extra.format.in_flight))
+    if tile is None:
+        kind = ("sparse_prefill", *kinds_of((keys, extra)), h_q, call.out.shape[2], tuning.size_class(s_q))
+        tiles = sparse_tiles(gpu, h_q, d_qk, max(keys.format.in_flight, extra.format.in_flight))
+        tile = tuning.choose(kind, tiles, call.q.device, lambda tile: sparse_prefill(call, tile))
     tensors, sizes = keys.arguments()
     extra_tensors, extra_sizes = extra.arguments()
+    page, *strides = pages_of(keys.cache, keys.format)
+    extra_page, *extra_strides = pages_of(extra.cache, extra.format)
     head_tiles = -(-h_q // tile.block_m)
     with device_of(call.q):
         sparse_prefill_kernel[(head_tiles * s_q,)](
@@ -238,8 +270,8 @@ def sparse_prefill(call: Call, tile: Tile | None = None) -> None:
             *sizes,
             *extra_sizes,
             *call.q.stride()[:2],
-            *keys.cache.stride()[:2],
-            *extra.cache.stride()[:2],
+            *strides,
+            *extra_strides,
             keys.indices.stride(0),
             extra.indices.stride(0),
             keys.length_strides()[0],
@@ -247,6 +279,8 @@ def sparse_prefill(call: Call, tile: Tile | None = None) -> None:
             *call.out.stride()[:2],
             *call.max_logits.stride(),
             *call.lse.stride(),
+            PAGE=page,
+            EXTRA_PAGE=extra_page,
             FORMAT=int(keys.format),
             EXTRA_FORMAT=int(Format.NONE if call.extra is None else extra.format),
             HARDWARE=converts_fp8(gpu),

@@ -22,27 +22,7 @@ second.
 MIN_CAPABILITY = 80
 """bfloat16 on tensor cores."""
 
-NOT_SERVED = {
-    "kv_cache": "no kernel for kv_cache is written yet",
-}
-"""Operations, and variants of them, that the backend declines on every device so far, each with its reason."""
-
-BY_NAME_ONLY = {
-    op: f"its kernel for {op} has not run on a GPU yet: ask for the backend by name"
-    for op in ("sparse_prefill", "dense_prefill")
-}
-"""Operations, and variants of them ("dense_decode_fp8"), that the backend serves only where it is asked for by name,
-each with its reason: those whose compiled kernels have not run on a GPU yet.
-"""
-
-
 NO_GRADIENTS = "has no kernel for gradients: the reference computes those of its calls"
-
-
-def by_name_only(wanted: Problem) -> str | None:
-    """Why the backend serves `wanted` only where it is asked for by name, or None."""
-    is_fp8 = isinstance(wanted, DenseDecodeProblem) and wanted.fp8_cache is not None
-    return BY_NAME_ONLY.get("dense_decode_fp8" if is_fp8 else wanted.op)
 
 
 @lru_cache(maxsize=1)
@@ -76,12 +56,10 @@ def why_not_on(device_type: str, compute_capability: int | None) -> str | None:
 
 def why_not(wanted: Problem) -> str | None:
     """None when a kernel takes `wanted`, else the reason."""
-    if not isinstance(wanted, _Attention):
-        return NOT_SERVED[wanted.op]
     if isinstance(wanted, problem_prefill.DensePrefillBackwardProblem):
         return NO_GRADIENTS
     reason = why_not_on(wanted.device_type, wanted.compute_capability)
-    if reason is not None:
+    if reason is not None or not isinstance(wanted, _Attention):
         return reason
     return _why_not_dtype(wanted) or _why_not_sizes(wanted)
 
