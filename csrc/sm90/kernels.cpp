@@ -5,7 +5,6 @@
 #include "sm90/dense_prefill_backward/launch.h"
 #include "sm90/sparse_attention/launch.h"
 #include "sm90/sparse_attention_bf16/launch.h"
-#include "sm90/sparse_attention_bf16_few_heads/launch.h"
 #include "sm90/sparse_attention_few_heads/launch.h"
 
 namespace flash_mla::sm90 {
@@ -101,9 +100,9 @@ constexpr Kernel<SparseAttentionProblem, SparseAttentionParams> kSparseAttention
     {"sm90_sparse_few_heads_v32_no_rope", why_not_few_heads<KVFormat::kV32NoRope, 512>,
      sparse_attention_few_heads::launch_v32_no_rope},
     {"sm90_sparse_few_heads_bf16_576", why_not_few_heads<KVFormat::kBf16, 576>,
-     sparse_attention_bf16_few_heads::launch_576},
+     sparse_attention_few_heads::launch_bf16_576},
     {"sm90_sparse_few_heads_bf16_512", why_not_few_heads<KVFormat::kBf16, 512>,
-     sparse_attention_bf16_few_heads::launch_512},
+     sparse_attention_few_heads::launch_bf16_512},
     {"sm90_sparse_attention_v32", why_not_sparse_attention<KVFormat::kV32, 576>, sparse_attention::launch_v32},
     {"sm90_sparse_attention_model1", why_not_sparse_attention<KVFormat::kModel1, 512>, sparse_attention::launch_model1},
     {"sm90_sparse_attention_v41", why_not_sparse_attention<KVFormat::kV41, 512>, sparse_attention::launch_v41},

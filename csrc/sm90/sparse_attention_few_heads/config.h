@@ -1,5 +1,4 @@
-// Compile-time facts of the sparse attention kernels that keep FP8 rows as they are in shared memory: tile shapes,
-// roles, the ring of rows.
+// Compile-time facts of the sparse attention kernels for few heads: tile shapes, roles.
 #pragma once
 
 #include <algorithm>
@@ -9,61 +8,43 @@
 
 namespace flash_mla::sm90::sparse_attention_few_heads {
 
-// Math warpgroups. Each scores every fourth tile and keeps a quarter of the output's columns.
-constexpr int kSides = 4;
-// A tile is scored while the one so many before it is multiplied: earlier, and fewer tiles would be on their way.
-constexpr int kAhead = 2;
-
 // `kRows_`: query rows of a unit at the most, 16 or 32.
 template <KVFormat kFormat_, KVFormat kExtraFormat_, int kHeadDim_, int kRows_>
 struct Config {
   static constexpr KVFormat kFormat = kFormat_, kExtraFormat = kExtraFormat_;
-  static constexpr bool kTwoFormats = kExtraFormat != KVFormat::kNone && kExtraFormat != kFormat;
-  static constexpr KVFormat kSecondFormat = kTwoFormats ? kExtraFormat : kFormat;
   static constexpr int kHeadDim = kHeadDim_;
+  static constexpr bool kCopied = kFormat == KVFormat::kBf16;  // rows go straight to their places
   static constexpr bool kRopeBehindValues = kHeadDim > kHeadDimV;
   static constexpr bool kRopeInValues = kFormat == KVFormat::kModel1;
-  static constexpr bool kHasRope = kRopeBehindValues || kRopeInValues;
 
   static constexpr int kRows = kRows_;
   static constexpr int kKeys = kScheduleBlock;
   static constexpr int kSlices = kHeadDim / 64;
   static constexpr int kQSliceBytes = kRows * 128;
+  static constexpr int kSliceBytes = kKeys * 128;
+  static constexpr int kTileBytes = kSlices * kSliceBytes;
   static constexpr int kRopeSlice = kSlices - 1;
 
-  static constexpr int kMathThreads = 128 * kSides;
-  static constexpr int kProducerWarps = 4;
+  static constexpr int kMathThreads = 128;
+  static constexpr int kProducerWarps = 8;
   static constexpr int kProducerThreads = 32 * kProducerWarps;
   static constexpr int kThreads = kMathThreads + kProducerThreads;
-  // Registers per thread after the roles part. A CTA of 640 threads starts with 96 each, and has no more than these.
-  static constexpr int kMathRegisters = 112;
-  static constexpr int kProducerRegisters = 32;
-  static_assert(kMathThreads * kMathRegisters + kProducerThreads * kProducerRegisters <= kThreads * 96);
+  // Registers per thread after the roles part: 128 * 232 + 256 * 96 <= 64 K.
+  static constexpr int kMathRegisters = 232;
+  static constexpr int kProducerRegisters = 96;
 
-  // Rows come and go 16 at a time: the keys of one step of the output's products.
-  static constexpr int kGroupKeys = 16;
-  static constexpr int kTileGroups = kKeys / kGroupKeys;
-  static constexpr int kGroupBytes = kGroupKeys * 128;  // of a group's RoPE columns, or of its probabilities
-
-  // From a row's values and scales to the next row's: an odd number of 16-byte units, so that neither reading by rows
-  // nor reading by columns meets a bank twice.
-  static constexpr int row_bytes(KVFormat format) {
+  // Bytes of a row as they lie in the ring: the row, and MODEL1's scales behind it.
+  static constexpr int ring_row_bytes(KVFormat format) {
     const KVLayout layout = layout_of(format);
-    const int units = ceil_div(layout.value_bytes() + layout.scale_bytes(), 16);
-    return (units | 1) * 16;
+    const int bytes = layout.row_stride() + (layout.scales_behind_page ? layout.scale_stride() : 0);
+    return ceil_div(bytes, 16) * 16;
   }
-  static constexpr int kRowBytes = std::max(row_bytes(kFormat), row_bytes(kSecondFormat));
+  static constexpr int kRingRowBytes =
+      std::max({16, ring_row_bytes(kFormat), kExtraFormat == KVFormat::kNone ? 0 : ring_row_bytes(kExtraFormat)});
 };
 
 // Named barriers of the math warps.
-constexpr int kMathWarps = 1;
-constexpr int kOutgrown = 2;  // and the next ones: of a warpgroup
-
-// Probabilities are half precision, relative to a reference maximum that is moved when one outgrows 2^kSlack. Then the
-// largest is made 2^kTop: what lies 2^-20 below it is still a normal number.
-constexpr float kTop = 6;
-
-// Beside the bits of `valid`: the keys are of the second cache, whose format is another.
-constexpr uint32_t kOfSecondFormat = 1u << 16;
+constexpr int kScoresRead = 1;           // and whether one outgrows the reference
+constexpr int kProbabilitiesStored = 2;  // or what else the warps tell each other
 
 }  // namespace flash_mla::sm90::sparse_attention_few_heads

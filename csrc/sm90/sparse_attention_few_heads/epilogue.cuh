@@ -1,5 +1,5 @@
-// Writing a piece: the final rows where it is a whole request, else a partial result for the combine kernel. A lane has
-// four neighbouring columns of a quarter of the query rows.
+// Writing a piece: the final rows where it is a whole request, else a partial result for the combine kernel. The
+// accumulators hold the output transposed: a lane has one or two columns of it, of all query rows.
 #pragma once
 
 #include "device/numeric.cuh"
@@ -8,89 +8,109 @@
 
 namespace flash_mla::sm90::sparse_attention_few_heads {
 
-// What is stored of a row besides its columns, and what the columns' writers have to know of it.
+// The query rows that are columns of a lane's accumulators. Accumulator i is of own row i / 4 * 2 + i % 2, and of the
+// warp's 16 keys or columns number lane / 4 + i % 4 / 2 * 8.
 template <class C>
-__device__ __forceinline__ void finish_row(const SparseAttentionParams& params, Storage<C>& storage,
-                                           const PieceFacts& piece, int row) {
-  float sum = 0, maximum = -INFINITY;
+struct RowFragment {
+  static constexpr int kOwnRows = C::kRows / 4;
+  static __device__ __forceinline__ int row(int own, int lane) { return own / 2 * 8 + lane % 4 * 2 + own % 2; }
+};
+
+// What is known of a row at the end of a piece.
+struct RowResult {
+  float sum, reference, maximum;
+};
+
+template <class C>
+__device__ __forceinline__ RowResult row_result(const Storage<C>& storage, int row, float reference) {
+  RowResult result{0, reference, -INFINITY};
 #pragma unroll
-  for (int warp = 0; warp < 4 * kSides; ++warp) {
-    sum += storage.scratch[warp / 4][warp % 4][row];
-    maximum = fmaxf(maximum, storage.maxima[warp / 4][warp % 4][row]);
+  for (int warp = 0; warp < Storage<C>::kMathWarps; ++warp) {
+    result.sum += storage.row_sum[warp][row];
+    result.maximum = fmaxf(result.maximum, storage.row_max[warp][row]);
   }
-  const bool any_key = sum != 0;
-  const float reference = storage.references[row].maximum, base2 = reference + log2f(sum);
-  RowResult result{any_key ? 1.0f / sum : 0.0f, -1};
-  if (piece.partial >= 0) {
-    if (piece.row_tile * C::kRows + row / 16 * 16 < params.unit_rows) {
-      const int64_t tile =
-          (static_cast<int64_t>(piece.partial) * params.num_units + piece.unit) * params.unit_tiles + piece.row_tile;
-      // Rows of 16 are stored as they are combined: a row and the one 8 further. No sum is a logarithm of -inf.
-      params.partial_lse[tile * kRowTile + row / 16 * 16 + row % 8 * 2 + row % 16 / 8] = base2;
-      result.out = tile * kPartialTile + row / 16 * kPartialGroup;
-    }
-  } else {
-    const sparse_attention::RowPlace place(params, piece, row);
-    if (place.exists) {
-      if (params.attn_sink && any_key) {
-        result.scale = 1.0f / (sum + exp2f(params.attn_sink[place.head] * kLog2E - reference));
-      }
-      const int64_t offset = place.offset(params);
-      params.lse[offset] = any_key ? (params.lse_base2 ? base2 : base2 * kLn2) : INFINITY;
-      if (params.max_logits != nullptr) {
-        params.max_logits[offset] = maximum * kLn2;
-      }
-      result.out =
-          place.batch * params.stride_out_b + place.token * params.stride_out_s + place.head * params.stride_out_h;
-    }
-  }
-  storage.results[row] = result;
+  return result;
 }
 
-// With the lane that has the neighbouring four columns: `low` for its `high`, or the other way round where `odd`.
-__device__ __forceinline__ float4 exchange(const float4& low, const float4& high, bool odd) {
-  return make_float4(__shfl_xor_sync(~0u, odd ? low.x : high.x, 4), __shfl_xor_sync(~0u, odd ? low.y : high.y, 4),
-                     __shfl_xor_sync(~0u, odd ? low.z : high.z, 4), __shfl_xor_sync(~0u, odd ? low.w : high.w, 4));
-}
-
-__device__ __forceinline__ float4 select(bool first, const float4& x, const float4& y) {
-  return make_float4(first ? x.x : y.x, first ? x.y : y.y, first ? x.z : y.z, first ? x.w : y.w);
-}
-
-// Product p of `output` has columns 4 (lane / 4) + 2 p and the next one; of row `own` (row own / 2 * 8 + lane % 4 * 2 +
-// own % 2 of the tile) they are numbers own / 2 * 4 + own % 2 and the one 2 further.
+// Lanes that hold neighbouring columns exchange halves, and then hold both columns of one row, `row`, and of the one
+// that is 8 further, of each group of 16 rows.
 template <class C>
-__device__ __forceinline__ void write_columns(const SparseAttentionParams& params, const Storage<C>& storage,
-                                              const PieceFacts& piece, int side, int warp, int lane,
-                                              const float (&output)[2][C::kRows / 2]) {
-  const int eight = side * (kPartialBlocks / kSides) + warp * 4 + lane / 8;  // which eight columns
+__device__ __forceinline__ void write_piece(const SparseAttentionParams& params, const Storage<C>& storage,
+                                            const PieceFacts& piece, int warp, int lane,
+                                            const float (&output)[kHeadDimV / 64][C::kRows / 2],
+                                            const float (&reference)[C::kRows / 4]) {
+  using sparse_attention::RowPlace;
   const bool odd = lane / 4 % 2;
+  const int row = lane % 4 * 2 + odd, pair = lane / 8;  // of 4 pairs of columns
+  const bool writes_rows = warp == 0 && lane < 8;
 #pragma unroll
   for (int group = 0; group < C::kRows / 16; ++group) {
+    if (group * 16 >= params.unit_rows) {
+      return;
+    }
+    RowResult result[2];
+    float scale[2];
+    __nv_bfloat16* out[2];
+    bool exists[2];
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int row = lane % 4 * 2 + e, at = group * 8 + e;
-      const RowResult results[2] = {storage.results[group * 16 + row], storage.results[group * 16 + row + 8]};
-      const float *const x = output[0] + at, *const y = output[1] + at;
-      if (piece.partial >= 0) {
-        // Lanes with neighbouring columns exchange halves, so that each store fills whole sectors of 32 bytes.
-        const float4 low = make_float4(x[0] * results[0].scale, x[2] * results[0].scale, x[4] * results[1].scale,
-                                       x[6] * results[1].scale),
-                     high = make_float4(y[0] * results[0].scale, y[2] * results[0].scale, y[4] * results[1].scale,
-                                        y[6] * results[1].scale);
-        const float4 other = exchange(low, high, odd);
-        if (results[0].out >= 0) {
-          float* const out = params.partial_out + results[0].out + eight * kPartialBlock + row * 16 + odd * 4;
-          *reinterpret_cast<float4*>(out) = select(odd, other, low);
-          *reinterpret_cast<float4*>(out + 8) = select(odd, high, other);
+    for (int r = 0; r < 2; ++r) {
+      const int own = group * 4 + r * 2;
+      const int tile_row = group * 16 + row + 8 * r;
+      result[r] = row_result(storage, tile_row, odd ? reference[own + 1] : reference[own]);
+      const bool any_key = result[r].sum != 0;
+      scale[r] = any_key ? 1.0f / result[r].sum : 0.0f;
+      if (piece.partial < 0) {
+        const RowPlace place(params, piece, tile_row);
+        exists[r] = place.exists;
+        if (params.attn_sink && place.exists) {
+          const float sink = exp2f(params.attn_sink[place.head] * kLog2E - result[r].reference);
+          scale[r] = any_key ? 1.0f / (result[r].sum + sink) : 0.0f;
         }
-      } else {
+        out[r] = static_cast<__nv_bfloat16*>(params.out) + place.batch * params.stride_out_b +
+                 place.token * params.stride_out_s + place.head * params.stride_out_h;
+        if (writes_rows && place.exists) {
+          const float lse = result[r].reference + log2f(result[r].sum);
+          const int64_t offset = place.offset(params);
+          params.lse[offset] = any_key ? (params.lse_base2 ? lse : lse * kLn2) : INFINITY;
+          if (params.max_logits != nullptr) {
+            params.max_logits[offset] = result[r].maximum * kLn2;
+          }
+        }
+      }
+    }
+    const int64_t tile = (static_cast<int64_t>(piece.partial) * params.num_units + piece.unit) * params.unit_tiles;
+    float* partial = params.partial_out + tile * kPartialTile + group * kPartialGroup + (row * 4 + pair) * 4;
+    if (piece.partial >= 0 && writes_rows) {
+      // No sum is a logarithm of -inf.
+      *reinterpret_cast<float2*>(params.partial_lse + tile * kRowTile + group * 16 + row * 2) =
+          make_float2(result[0].reference + log2f(result[0].sum), result[1].reference + log2f(result[1].sum));
+    }
+#pragma unroll
+    for (int block = 0; block < kHeadDimV / 64; ++block) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {  // of the warp's 16 columns
+        float2 columns[2];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          if (results[r].out >= 0) {
-            *reinterpret_cast<uint2*>(static_cast<__nv_bfloat16*>(params.out) + results[r].out + eight * 8 + odd * 4) =
-                make_uint2(pack2<__nv_bfloat16>(x[4 * r] * results[r].scale, x[4 * r + 2] * results[r].scale),
-                           pack2<__nv_bfloat16>(y[4 * r] * results[r].scale, y[4 * r + 2] * results[r].scale));
+          const int at = group * 8 + r * 4 + half * 2;
+          const float keep = odd ? output[block][at + 1] : output[block][at],
+                      send = odd ? output[block][at] : output[block][at + 1];
+          const float other = __shfl_xor_sync(~0u, send, 4);
+          columns[r] = odd ? make_float2(other, keep) : make_float2(keep, other);
+          columns[r].x *= scale[r];
+          columns[r].y *= scale[r];
+        }
+        const int eight = block * 8 + warp * 2 + half;  // which 8 columns
+        if (piece.partial >= 0) {
+          *reinterpret_cast<float4*>(partial + eight * kPartialBlock) =
+              make_float4(columns[0].x, columns[0].y, columns[1].x, columns[1].y);
+        } else {
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            if (exists[r]) {
+              *reinterpret_cast<uint32_t*>(out[r] + eight * 8 + pair * 2) =
+                  pack2<__nv_bfloat16>(columns[r].x, columns[r].y);
+            }
           }
         }
       }

@@ -7,15 +7,13 @@ namespace flash_mla::sm90::sparse_attention_few_heads {
 
 template <class C>
 __device__ __forceinline__ void init_barriers(Storage<C>& storage) {
-  for (int group = 0; group < Storage<C>::kGroups; ++group) {
-    mbarrier_init(shared_address(&storage.full[group]), 32 + 1);  // a warp's copies, and what it stores besides
-    mbarrier_init(shared_address(&storage.empty[group]), C::kMathThreads / 32);
+  for (int slot = 0; slot < 2; ++slot) {
+    // By warps; where rows are copied by all threads besides.
+    mbarrier_init(shared_address(&storage.k_full[slot]), C::kProducerWarps + (C::kCopied ? C::kProducerThreads : 0));
+    mbarrier_init(shared_address(&storage.k_empty[slot]), C::kMathThreads / 32);
   }
   mbarrier_init(shared_address(&storage.q_full), C::kProducerThreads);
   mbarrier_init(shared_address(&storage.q_empty), C::kMathThreads / 32);
-  for (int side = 0; side < kSides; ++side) {
-    mbarrier_init(shared_address(&storage.probabilities_full[side]), 4);
-  }
   fence_mbarrier_init();
 }
 
@@ -35,13 +33,13 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   launch_dependents();
 
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
-  if (warpgroup == C::kMathThreads / 128) {
+  if (warpgroup > 0) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(C::kProducerRegisters));
     const int warp = __shfl_sync(~0u, threadIdx.x / 32 - C::kMathThreads / 32, 0), lane = threadIdx.x % 32;
     ProducerWarp<C>(params, storage, warp, lane).run();
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C::kMathRegisters));
-    MathWarpgroup<C>(params, storage, warpgroup).run();
+    MathWarpgroup<C>(params, storage).run();
   }
 #endif
 }

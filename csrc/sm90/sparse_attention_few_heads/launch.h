@@ -1,4 +1,4 @@
-// What the kernel table sees of the sparse attention kernels over raw rows: one launch per pair of cache formats.
+// What the kernel table sees of the sparse attention kernels for few heads: one launch per pair of cache formats.
 #pragma once
 
 #include "core/params/sparse_attention.h"
@@ -8,6 +8,8 @@ namespace flash_mla::sm90::sparse_attention_few_heads {
 // Query rows of a unit that the kernels take.
 constexpr int kMostRows = 32;
 
+void launch_bf16_576(const SparseAttentionParams& params, void* stream);
+void launch_bf16_512(const SparseAttentionParams& params, void* stream);
 void launch_v32(const SparseAttentionParams& params, void* stream);
 void launch_v32_no_rope(const SparseAttentionParams& params, void* stream);
 void launch_model1(const SparseAttentionParams& params, void* stream);

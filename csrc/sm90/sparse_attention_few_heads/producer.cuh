@@ -1,106 +1,242 @@
-// The producer warps: each copies 16 keys of a tile, as they are in memory, into the ring.
+// The eight producer warps, of two kinds. Where rows are bfloat16, each copies eight keys of a tile to their places.
+// Else each brings eight keys of a tile into a ring of its own, as they are in memory, converts them from there two at
+// a time, and sends for two keys of the next tile in their place. So there are always about as many bytes on their way
+// as a tile has.
 #pragma once
 
+#include <type_traits>
+
+#include "sm90/sparse_attention/formats.cuh"
 #include "sm90/sparse_attention/key_lists.cuh"
 #include "sm90/sparse_attention_few_heads/storage.h"
 
 namespace flash_mla::sm90::sparse_attention_few_heads {
 
-template <class C>
-class ProducerWarp : sparse_attention::KeyLists<C, Storage<C>> {
-  using Base = sparse_attention::KeyLists<C, Storage<C>>;
-  using Entry = sparse_attention::Entry;
-  using Base::lane_, Base::next_row_in_page_, Base::params_, Base::storage_, Base::warp_, Base::kLanes, Base::kWarpKeys;
-  static_assert(kWarpKeys == C::kGroupKeys);
+// How a warp brings rows into its ring, and what a lane reads there: 16 values, a unit, of each row.
+template <KVFormat kFormat>
+struct RingFormat {
+  static constexpr KVLayout kLayout = layout_of(kFormat);
+  static constexpr int kRowBytes = kLayout.row_stride();
+  static constexpr int kUnitsPerScale = kLayout.group / 16;
+  using Row = sparse_attention::RowFormat<kFormat>;
 
- public:
-  __device__ __forceinline__ ProducerWarp(const SparseAttentionParams& params, Storage<C>& storage, int warp, int lane)
-      : Base(params, storage, storage.walks[warp], warp, lane) {
-    place_.group = warp;
-  }
-
-  __device__ __forceinline__ void run() {
-    this->copy_tiles([this](const Entry& entry, const unsigned char* row) {
-      // Of this tile: the indices of the next one have been fetched, but not located.
-      const uint32_t valid = this->valid_keys(row);
-      mbarrier_wait(shared_address(&storage_.empty[place_.group]), place_.parity ^ 1);
-      const uint32_t full = shared_address(&storage_.full[place_.group]);
-      if (lane_ == 0) {
-        storage_.valid[place_.group] = valid | (C::kTwoFormats && entry.source() ? kOfSecondFormat : 0);
-        mbarrier_arrive(full);
-      }
-      if (C::kTwoFormats && entry.source()) {
-        copy<C::kSecondFormat>(entry, row);
-      } else {
-        copy<C::kFormat>(entry, row);
-      }
-      async_copy_arrive(full);
-      place_.advance(C::kTileGroups);
-    });
-  }
-
- private:
-  template <class T>
-  static __device__ __forceinline__ const unsigned char* of_key(const T* pointer, int key) {
-    return reinterpret_cast<const unsigned char*>(__shfl_sync(~0u, reinterpret_cast<uintptr_t>(pointer), kLanes * key));
-  }
-
-  template <KVFormat kFormat>
-  __device__ __forceinline__ void copy(const Entry& entry, const unsigned char* row) const {
-    constexpr KVLayout kLayout = layout_of(kFormat);
-    constexpr int kUnits = kLayout.value_bytes() / 16;
-    const uint32_t rows = shared_address(storage_.rows[place_.group]);
-    const int lane = this->opaque_lane();
-    if constexpr (kUnits == 32) {
+  static __device__ __forceinline__ void copy(const unsigned char* row, const unsigned char* scales, uint32_t ring,
+                                              int lane) {
 #pragma unroll
-      for (int key = 0; key < kWarpKeys; ++key) {
-        async_copy16(rows + key * C::kRowBytes + lane * 16, of_key(row, key) + lane * 16);
-      }
-    } else if constexpr (kUnits == 16) {
-#pragma unroll
-      for (int key = 0; key < kWarpKeys; key += 2) {
-        const int its = key + lane / 16;
-        async_copy16(rows + its * C::kRowBytes + lane % 16 * 16, of_key(row, its) + lane % 16 * 16);
-      }
-    } else {
-      static_assert(kUnits == 28);
-#pragma unroll
-      for (int key = 0; key < kWarpKeys; ++key) {
-        const unsigned char* source = of_key(row, key);
-        if (lane < kUnits) {
-          async_copy16(rows + key * C::kRowBytes + lane * 16, source + lane * 16);
-        }
+    for (int i = 0; i < ceil_div(kRowBytes, 512); ++i) {
+      const int at = i * 512 + lane * 16;
+      if ((i + 1) * 512 <= kRowBytes || at < kRowBytes) {
+        async_copy16(ring + at, row + at);
       }
     }
     if constexpr (kLayout.scales_behind_page) {
-      const int page = params_.keys[entry.source()].page;
-      const int distance =
-          (page - next_row_in_page_) * kLayout.row_stride() + next_row_in_page_ * kLayout.scale_stride();
-      const unsigned char* scales = row + (row == sparse_attention::kZeroRow ? kLayout.row_stride() : distance);
-      if (lane % kLanes == 0) {
-        async_copy8(rows + lane / kLanes * C::kRowBytes + kLayout.value_bytes(), scales);
-      }
-    } else if constexpr (kLayout.scale_bytes() == 16) {
-      if (lane % kLanes == 0) {
-        async_copy16(rows + lane / kLanes * C::kRowBytes + kLayout.value_bytes(), row + kLayout.value_bytes());
-      }
-    } else {
-      static_assert(kLayout.scale_bytes() == 16 * kLanes);
-      const int at = kLayout.value_bytes() + lane % kLanes * 16;
-      async_copy16(rows + lane / kLanes * C::kRowBytes + at, row + at);
-    }
-    if constexpr (kLayout.rope() > 0) {
-      const uint32_t rope = shared_address(storage_.rope[place_.group]);
-#pragma unroll
-      for (int key = 0; key < kWarpKeys; key += 4) {
-        const int its = key + lane / 8, unit = lane % 8;
-        async_copy16(rope + its * kSliceRowBytes + ((unit ^ its % 8) * 16),
-                     of_key(row, its) + kLayout.rope_offset() + unit * 16);
+      if (lane == 0) {
+        async_copy8(ring + kRowBytes, scales);
       }
     }
   }
 
-  RingPlace<C> place_;
+  static __device__ __forceinline__ uint4 load(const unsigned char* ring, int lane) {
+    if constexpr (kLayout.value_bits == 8) {
+      return *reinterpret_cast<const uint4*>(ring + lane * 16);
+    } else {
+      const uint2 half = *reinterpret_cast<const uint2*>(ring + lane * 8);
+      return make_uint4(half.x, half.y, 0, 0);
+    }
+  }
+
+  static __device__ __forceinline__ float scale(const unsigned char* ring, int lane) {
+    const unsigned char* scales = ring + (kLayout.scales_behind_page ? kRowBytes : kLayout.value_bytes());
+    const int index = lane / kUnitsPerScale;
+    if constexpr (kLayout.scale == ScaleType::kFloat32) {
+      return reinterpret_cast<const float*>(scales)[index];
+    } else if constexpr (kLayout.scale == ScaleType::kE4m3) {
+      return e4m3_to_float(scales[index]);
+    } else {
+      return ue8m0_to_float(scales[index]);
+    }
+  }
 };
+
+template <class C>
+class ConvertingWarp : sparse_attention::KeyLists<C, Storage<C>> {
+  using Base = sparse_attention::KeyLists<C, Storage<C>>;
+  using Entry = sparse_attention::Entry;
+  using Base::ahead_, Base::lane_, Base::next_row_in_page_, Base::params_, Base::phases_, Base::storage_, Base::warp_,
+      Base::kLanes, Base::kWarpKeys;
+  static constexpr int kSteps = kWarpKeys / 2;
+
+ public:
+  __device__ __forceinline__ ConvertingWarp(const SparseAttentionParams& params, Storage<C>& storage, int warp,
+                                            int lane)
+      : Base(params, storage, storage.walks[warp], warp, lane) {}
+
+  __device__ __forceinline__ void run() {
+    // In the first two rounds there is nothing to convert: the indices, then the bytes of the first tile are sent for.
+    Entry entry{0};
+    uint32_t valid = 0;
+    int round = 0;
+#pragma unroll 1
+    do {
+      const Entry next = ahead_;
+      const unsigned char* const row = this->locate(next);
+      const int row_in_page = next_row_in_page_;
+      this->fetch_indices();
+      if (entry.begins_piece()) {
+        this->begin_piece(entry.piece());
+      }
+      if (entry.has_tile()) {
+        mbarrier_wait(shared_address(&storage_.k_empty[entry.slot()]), phases_.parity(entry.slot()) ^ 1);
+        if (lane_ == 0) {
+          storage_.valid[entry.slot()][warp_] = static_cast<unsigned char>(valid);
+        }
+      }
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        if (entry.has_tile()) {
+          async_copy_wait<kSteps - 1>();
+          __syncwarp();
+          convert(entry, step);
+          __syncwarp();
+        }
+        if (next.has_tile()) {
+          copy(next, step, row, row_in_page);
+        }
+        async_copy_commit();
+      }
+      if (entry.has_tile()) {
+        // The readers order the stores before their use by the async proxy.
+        if (lane_ == 0) {
+          mbarrier_arrive(shared_address(&storage_.k_full[entry.slot()]));
+        }
+        phases_.advance(entry.slot());
+      }
+      entry = next;
+      valid = this->valid_keys(row);
+    } while (++round < 2 || entry.exists());
+    this->end();
+  }
+
+ private:
+  static constexpr bool kTwoFormats = C::kExtraFormat != KVFormat::kNone && C::kExtraFormat != C::kFormat;
+  static constexpr KVFormat kSecond = kTwoFormats ? C::kExtraFormat : C::kFormat;
+
+  // Calls `function` with the format of the entry's source.
+  template <class Function>
+  __device__ __forceinline__ void with_format(const Entry& entry, Function&& function) const {
+    if (kTwoFormats && entry.source()) {
+      function(RingFormat<kSecond>());
+    } else {
+      function(RingFormat<C::kFormat>());
+    }
+  }
+
+  __device__ __forceinline__ void copy(const Entry& entry, int step, const unsigned char* row, int row_in_page) const {
+    with_format(entry, [&](auto format) {
+      constexpr KVLayout kLayout = decltype(format)::kLayout;
+      const unsigned char* scales = row;
+      if constexpr (kLayout.scales_behind_page) {
+        const int page = params_.keys[entry.source()].page;
+        const int distance = (page - row_in_page) * kLayout.row_stride() + row_in_page * kLayout.scale_stride();
+        scales += row == sparse_attention::kZeroRow ? kLayout.row_stride() : distance;
+      }
+      const auto row_bits = reinterpret_cast<uintptr_t>(row), scale_bits = reinterpret_cast<uintptr_t>(scales);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int key = 2 * step + i;
+        const auto* source = reinterpret_cast<const unsigned char*>(__shfl_sync(~0u, row_bits, kLanes * key));
+        const auto* its_scales =
+            kLayout.scales_behind_page
+                ? reinterpret_cast<const unsigned char*>(__shfl_sync(~0u, scale_bits, kLanes * key))
+                : nullptr;
+        format.copy(source, its_scales, shared_address(storage_.ring[warp_][key]), lane_);
+      }
+    });
+  }
+
+  // Two keys from the ring into the tile.
+  __device__ __forceinline__ void convert(const Entry& entry, int step) const {
+    const uint32_t tile =
+        shared_address(storage_.k[0]) + entry.slot() * C::kTileBytes + warp_ * kWarpKeys * kSliceRowBytes;
+    with_format(entry, [&](auto format) {
+      uint4 raw[2];
+      float scale[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const unsigned char* ring = storage_.ring[warp_][2 * step + i];
+        raw[i] = format.load(ring, lane_);
+        scale[i] = format.scale(ring, lane_);
+      }
+      // Lanes of odd slices store their second eight values first: so eight lanes store to 128 different bytes of the
+      // banks. Key `key` of the warp has its units permuted by it.
+      const bool swapped = lane_ & 4;
+      const uint32_t first = tile + lane_ / 4 * C::kSliceBytes + (lane_ % 4 * 2 + swapped) * 16;
+      if (!C::kRopeInValues || lane_ < 28) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int key = 2 * step + i;
+          decltype(format)::Row::convert(raw[i], scale[i], swapped, (first ^ key * 16) + key * kSliceRowBytes,
+                                         (first ^ 16 ^ key * 16) + key * kSliceRowBytes);
+        }
+      }
+    });
+    if constexpr (C::kRopeBehindValues || C::kRopeInValues) {
+      if (lane_ < 16) {
+        const int key = 2 * step + lane_ / 8, unit = lane_ % 8;
+        const uint4 words = *reinterpret_cast<const uint4*>(
+            &storage_.ring[warp_][key][layout_of(C::kFormat).rope_offset() + unit * 16]);
+        store_words(tile + C::kRopeSlice * C::kSliceBytes + key * kSliceRowBytes + ((unit ^ key) * 16), words);
+      }
+    }
+  }
+};
+
+template <class C>
+class CopyingWarp : sparse_attention::KeyLists<C, Storage<C>> {
+  using Base = sparse_attention::KeyLists<C, Storage<C>>;
+  using Base::lane_, Base::phases_, Base::storage_, Base::warp_, Base::kLanes, Base::kWarpKeys;
+
+ public:
+  __device__ __forceinline__ CopyingWarp(const SparseAttentionParams& params, Storage<C>& storage, int warp, int lane)
+      : Base(params, storage, storage.walks[warp], warp, lane) {}
+
+  __device__ __forceinline__ void run() {
+    this->copy_tiles(
+        [this](const sparse_attention::Entry& entry, const unsigned char* row) { copy_tile(entry.slot(), row); });
+  }
+
+ private:
+  __device__ __forceinline__ void copy_tile(int slot, const unsigned char* row) {
+    const uint32_t full = shared_address(&storage_.k_full[slot]), valid = this->valid_keys(row);
+    const uint32_t tile = shared_address(storage_.k[0]) + slot * C::kTileBytes + warp_ * kWarpKeys * kSliceRowBytes;
+    const auto bits = reinterpret_cast<uintptr_t>(row);
+    mbarrier_wait(shared_address(&storage_.k_empty[slot]), phases_.parity(slot) ^ 1);
+    if (lane_ == 0) {
+      storage_.valid[slot][warp_] = static_cast<unsigned char>(valid);
+      mbarrier_arrive(full);
+    }
+#pragma unroll
+    for (int key = 0; key < kWarpKeys; ++key) {
+      const auto* source = reinterpret_cast<const unsigned char*>(__shfl_sync(~0u, bits, kLanes * key)) + lane_ * 16;
+      const uint32_t place = tile + lane_ / 8 * C::kSliceBytes + key * kSliceRowBytes + ((lane_ % 8 ^ key) * 16);
+      async_copy16(place, source);
+      async_copy16(place + 4 * C::kSliceBytes, source + 4 * kSliceRowBytes);
+    }
+    if constexpr (C::kRopeBehindValues) {
+#pragma unroll
+      for (int i = 0; i < kWarpKeys / 4; ++i) {
+        const int key = i * 4 + lane_ / 8, unit = lane_ % 8;
+        const auto* source = reinterpret_cast<const unsigned char*>(__shfl_sync(~0u, bits, kLanes * key));
+        async_copy16(tile + C::kRopeSlice * C::kSliceBytes + key * kSliceRowBytes + ((unit ^ key) * 16),
+                     source + C::kRopeSlice * kSliceRowBytes + unit * 16);
+      }
+    }
+    async_copy_arrive(full);
+    phases_.advance(slot);
+  }
+};
+
+template <class C>
+using ProducerWarp = std::conditional_t<C::kCopied, CopyingWarp<C>, ConvertingWarp<C>>;
 
 }  // namespace flash_mla::sm90::sparse_attention_few_heads
