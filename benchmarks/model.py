@@ -32,9 +32,9 @@ def modelled_us(record: Record, card: Card, backend: str = "triton") -> float | 
     time_us, base = _time_us(record, backend), MEASURED.get(gpu_slug(record["gpu"]))
     if time_us is None or base is None:
         return None
-    ceilings = record["ceilings"]
-    compute = record["flop"] / (ceilings["gemm_tflops"] * card.tflops / base.tflops) * 1e-6
-    memory = record["bytes"] / (ceilings["read_gbps"] * card.gbps / base.gbps) * 1e-3
+    gbps = record["gbps"] / record["share_of_read"]  # of a stream, or of rows at random places
+    compute = record["flop"] / (record["ceilings"]["gemm_tflops"] * card.tflops / base.tflops) * 1e-6
+    memory = record["bytes"] / (gbps * card.gbps / base.gbps) * 1e-3
     return max(compute, memory) * time_us / record["floor_us"]
 
 

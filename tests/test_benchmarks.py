@@ -662,6 +662,8 @@ def portable_record(**changes: object) -> dict[str, Any]:
         "gpu": "NVIDIA H100 80GB HBM3",
         "shape": {"name": "a shape"},
         "ceilings": {"gemm_tflops": 700.0, "read_gbps": 3000.0},
+        "gbps": 1500.0,
+        "share_of_read": 0.5,
         "flop": 7_000_000,
         "bytes": 3_000_000_000,
         "floor_us": 1000.0,

@@ -168,7 +168,7 @@ def softmax_step(
 
     The compiler deals out the rows of a product to all warps where its result enters another product. With 64 rows
     there are too few for two warpgroups: each computes all scores. What passes through a condition it does not follow,
-    and cuts the scores by keys. Perf: half of the products' time.
+    and cuts the scores by keys. Perf: 542 us where it was 592 (H200, 128 heads, 128 requests of 4k keys).
     """
     p = scores
     rescale = row_max

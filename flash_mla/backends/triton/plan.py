@@ -82,18 +82,25 @@ def plan_kernel(
 ) -> None:
     """One program. PARTS is a power of two above `num_parts`; REQUESTS and CHUNK parts are looked at at once."""
     sums = tl.zeros([REQUESTS], tl.int64)
+    most = tl.zeros([REQUESTS], tl.int64)
     for start in range(0, b, REQUESTS):
-        sums += load_blocks(cache_seqlens, start, b, REQUESTS)
+        blocks = load_blocks(cache_seqlens, start, b, REQUESTS)
+        sums += blocks
+        most = tl.maximum(most, blocks)
     total = tl.sum(sums, 0)
+    longest = tl.max(most, 0)
     part = tl.arange(0, PARTS)
-    size = ceil_div(total, num_parts)
+    busy = tl.minimum(total, num_parts)
     # A part is at least 16 times as long as a cut may move.
-    tolerance = tl.minimum(size // 16, MAX_TOLERANCE)
-    # Parts that hold whole requests of the mean length, or equal pieces of one, where they are hardly longer.
-    mean = ceil_div(total, b)
-    fitting = tl.where(mean < size, ceil_div(size, mean) * mean, ceil_div(mean, tl.maximum(mean // size, 1)))
-    size = tl.where(fitting - size <= tolerance, fitting, size)
-    begin_request, begin_block = find_cuts(cache_seqlens, tl.minimum(part * size, total), tolerance, b, PARTS, REQUESTS)
+    tolerance = tl.minimum(total // busy // 16, MAX_TOLERANCE)
+    bounds = tl.minimum(part, busy) * total // busy
+    # Requests of one length: parts that hold whole ones, or equal pieces of one, where they are hardly longer.
+    size = ceil_div(total, num_parts)
+    pieces = tl.maximum(longest // size, 1)
+    fitting = tl.where(longest < size, ceil_div(size, longest) * longest, ceil_div(longest, pieces))
+    fits = (longest * b == total) & (fitting - size <= tolerance)
+    bounds = tl.where(fits, tl.minimum(part * fitting, total), bounds)
+    begin_request, begin_block = find_cuts(cache_seqlens, bounds, tolerance, b, PARTS, REQUESTS)
     row = schedule + part * 8
     exists = part < num_parts
     works = begin_request < b
