@@ -18,9 +18,9 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kClasses = kThreads;  // of length
 constexpr int kTokensPerClass = 128;
 
-// What the heads that are computed together read again and again, or add to, takes so many bytes of L2. It is also about the least that
-// keeps the last CTAs of a causal call equally busy: heads_together * tiles^2 / 2 items' work is worth a whole item to
-// each of 132 CTAs, where tiles is the number of row tiles of a sequence.
+// What the heads that are computed together read again and again, or add to, takes so many bytes of L2. It is also
+// about the least that keeps the last CTAs of a causal call equally busy: heads_together * tiles^2 / 2 items' work is
+// worth a whole item to each of 132 CTAs, where tiles is the number of row tiles of a sequence.
 constexpr int64_t kBytesTogether = 24 << 20;
 
 struct Shared {

@@ -89,6 +89,19 @@ DensePrefillProblem problem_of(const View& q, const Shapes& s, const DeviceFacts
           static_cast<int>(s.d_qk), kPrefillHeadDimV,    static_cast<float>(softmax_scale)};
 }
 
+DensePrefillProblem asked(int64_t compute_capability, int64_t scalar_type, int64_t h_q, int64_t h_kv, int64_t d_qk,
+                          int64_t d_v, double softmax_scale) {
+  return {static_cast<int>(compute_capability),
+          scalar_type == 0   ? Element::kBFloat16
+          : scalar_type == 1 ? Element::kFloat16
+                             : Element::kOther,
+          static_cast<int>(h_q),
+          static_cast<int>(h_kv),
+          static_cast<int>(d_qk),
+          static_cast<int>(d_v),
+          static_cast<float>(softmax_scale)};
+}
+
 // All but the outputs and the plan.
 DensePrefillParams make_params(const View& q, const View& k, const View& v, const View& cu_q, const View& cu_kv,
                                const Shapes& s, const DeviceFacts& facts, double softmax_scale, bool causal) {
@@ -242,23 +255,6 @@ std::tuple<Tensor, Tensor, Tensor> dense_prefill_backward(const Tensor& d_out_, 
   launch_prefill_backward_finish(params, stream);
   return {dq, dk, dv};
 }
-
-namespace {
-
-DensePrefillProblem asked(int64_t compute_capability, int64_t scalar_type, int64_t h_q, int64_t h_kv, int64_t d_qk,
-                          int64_t d_v, double softmax_scale) {
-  return {static_cast<int>(compute_capability),
-          scalar_type == 0   ? Element::kBFloat16
-          : scalar_type == 1 ? Element::kFloat16
-                             : Element::kOther,
-          static_cast<int>(h_q),
-          static_cast<int>(h_kv),
-          static_cast<int>(d_qk),
-          static_cast<int>(d_v),
-          static_cast<float>(softmax_scale)};
-}
-
-}  // namespace
 
 std::string dense_prefill_why_not(int64_t compute_capability, int64_t scalar_type, int64_t h_q, int64_t h_kv,
                                   int64_t d_qk, int64_t d_v, double softmax_scale) {
