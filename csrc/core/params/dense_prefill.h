@@ -22,8 +22,8 @@ struct DensePrefillProblem {
 };
 
 // A sequence with queries, or in the backward one with keys. Running lengths come from the caller's tensors, which the
-// host does not see: in a plan, whatever they were, sequences lie within the tensors and do not overlap, and every query
-// token, or key, is in one of them.
+// host does not see: in a plan, whatever they were, sequences lie within the tensors and do not overlap, and every
+// query token, or key, is in one of them.
 struct PrefillSequence {
   int32_t first_item;  // of the plan's numbering; a sequence has tiles * heads items
   int32_t q_begin, q_length, k_begin, k_length;

@@ -31,10 +31,9 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
 
 // Without a branch: where one joins while products are in flight, the compiler waits for all of them.
 __device__ __forceinline__ void mbarrier_arrive_if(uint32_t barrier, bool arrives) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.u32 p, %1, 0;\n@p mbarrier.arrive.shared::cta.b64 _, [%0];\n}" ::"r"(barrier),
-      "r"(static_cast<uint32_t>(arrives))
-      : "memory");
+  asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %1, 0;\n@p mbarrier.arrive.shared::cta.b64 _, [%0];\n}" ::"r"(barrier),
+               "r"(static_cast<uint32_t>(arrives))
+               : "memory");
 }
 
 __device__ __forceinline__ void mbarrier_arrive_expect_bytes(uint32_t barrier, uint32_t bytes) {
