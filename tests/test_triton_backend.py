@@ -115,21 +115,24 @@ def test_reasons_of_the_problem() -> None:
 
 
 def test_every_operation_is_served_without_being_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU without CUDA kernels; gradients alone have no operator of Triton's."""
+    """On a GPU without CUDA kernels; but gradients are the reference's."""
     monkeypatch.setattr(triton.support, "missing", lambda: None)
     sparse, prefill = make_sparse_decode_inputs(2, h_q=2), make_sparse_prefill_inputs(2, h_q=2)
     dense = make_dense_prefill_inputs([(3, 5)])
+    prefill_arguments = dense.q, dense.k, dense.v, dense.cu_seqlens_qo
+    gradients = DensePrefillBackwardProblem.of(*prefill_arguments)
     problems: list[Problem] = [
         PROBLEM,
         replace(PROBLEM, fp8_cache="V32"),
         SparseDecodeProblem.of(sparse.q, sparse.primary.cache, sparse.primary.indices),
         SparsePrefillProblem.of(prefill.q, prefill.primary.cache, prefill.primary.indices),
-        DensePrefillProblem.of(dense.q, dense.k, dense.v, dense.cu_seqlens_qo),
+        DensePrefillProblem.of(*prefill_arguments),
         KVCacheProblem("cuda", 80, KVFormat.V41_FP4, 64),
     ]
-    assert {problem.op for problem in problems} == set(capability.OPERATIONS)
+    assert {problem.op for problem in [*problems, gradients]} == set(capability.OPERATIONS)
     for problem in problems:
         assert backends.select(replace(problem, device_type="cuda", compute_capability=80)) is backends.TRITON
+    assert backends.select(replace(gradients, device_type="cuda", compute_capability=80)) is backends.REFERENCE
     operators = {field.name for field in fields(backends.Operators)}
     assert set(triton.OPERATORS) == operators
 
