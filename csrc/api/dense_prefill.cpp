@@ -138,6 +138,11 @@ void check_like(const View& view, int64_t tokens, int64_t heads, const char* wha
         " must have shape ", what, " = [", tokens, ", ", heads, ", ...], got ", ShapeText{view});
 }
 
+// The most items that the backward's plan can have.
+int64_t most_backward_items(const Shapes& s) {
+  return (ceil_div<int64_t>(s.tokens_kv, kBackwardKeyTile) + s.sequences + 1) * s.h_kv;
+}
+
 // What the forward gave, and the gradients of it.
 void check_results(const View& d_out, const View& d_lse, const View& out, const View& lse, const View& q,
                    const Shapes& s) {
@@ -160,9 +165,9 @@ void check_results(const View& d_out, const View& d_lse, const View& out, const 
   check((s.tokens_q <= 1 || (out.stride(0) == s.h_q * kPrefillHeadDimV && lse.stride(0) == 1)) &&
             (s.h_q == 1 || (out.stride(1) == kPrefillHeadDimV && lse.stride(1) == std::max<int64_t>(s.tokens_q, 1))),
         ErrorKind::kValue, "out and lse must be laid out as ", kOp, " gives them");
-  const int64_t items = (ceil_div<int64_t>(s.tokens_kv, kBackwardKeyTile) + s.sequences + 1) * s.h_kv;
-  check(items < INT32_MAX / 2, ErrorKind::kUnsupported, kBackwardOp, " takes up to 2^30 tiles of 128 keys over all ",
-        "heads; got ", s.tokens_kv, " tokens of keys, ", s.sequences, " sequences and ", s.h_kv, " heads");
+  check(most_backward_items(s) < INT32_MAX / 2, ErrorKind::kUnsupported, kBackwardOp,
+        " takes up to 2^30 tiles of 128 keys over all heads; got ", s.tokens_kv, " tokens of keys, ", s.sequences,
+        " sequences and ", s.h_kv, " heads");
 }
 
 // [tokens, heads] float32, the tokens next to each other.
@@ -221,11 +226,11 @@ std::tuple<Tensor, Tensor, Tensor> dense_prefill_backward(const Tensor& d_out_, 
   Tensor dk = empty(q.device, q.dtype, {s.tokens_kv, s.h_kv, s.d_qk});
   Tensor dv = empty(q.device, q.dtype, {s.tokens_kv, s.h_kv, kPrefillHeadDimV});
 
-  const int64_t most_items = (ceil_div<int64_t>(s.tokens_kv, kBackwardKeyTile) + s.sequences + 1) * s.h_kv;
   Tensor dq_sum = empty(q.device, ScalarType::Float, {s.h_q, s.tokens_q, s.d_qk});
   Tensor deltas = empty(q.device, ScalarType::Float, {s.h_q, s.tokens_q});
   Tensor plan = empty_plan(q.device, s);
-  Tensor items = empty(q.device, ScalarType::Int, {most_items, int64_t{sizeof(BackwardItem) / sizeof(int32_t)}});
+  Tensor items =
+      empty(q.device, ScalarType::Int, {most_backward_items(s), int64_t{sizeof(BackwardItem) / sizeof(int32_t)}});
   Tensor turns = empty(q.device, ScalarType::Int, {deterministic ? s.h_q : 0, s.tokens_q});
 
   DensePrefillBackwardParams params{};
