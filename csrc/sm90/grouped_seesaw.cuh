@@ -181,6 +181,7 @@ class GroupedSeesaw : protected SeesawWarpgroup<typename C::Element, Storage, kK
                                           int tile, BeforeExponentials&& before_exponentials) {
     derived().mask(scores, facts, tile);
     this->move_reference(scores, scale_log2_, before_exponentials);
+    this->publish_reference();
     exponentiate<T, 0, 4>(scores, scale_log2_, reference_, sum_, probabilities);
   }
 

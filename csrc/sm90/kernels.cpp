@@ -6,6 +6,7 @@
 #include "sm90/sparse_attention/launch.h"
 #include "sm90/sparse_attention_bf16/launch.h"
 #include "sm90/sparse_attention_few_heads/launch.h"
+#include "sm90/sparse_attention_paired/launch.h"
 
 namespace flash_mla::sm90 {
 namespace {
@@ -80,12 +81,25 @@ const char* why_not_sparse_attention(const SparseAttentionProblem& problem) {
   return nullptr;
 }
 
+// Query rows that share a list of keys.
+int64_t unit_rows(const SparseAttentionProblem& problem) {
+  return static_cast<int64_t>(problem.from_table ? problem.s_q : 1) * problem.h_q;
+}
+
 template <KVFormat kFormat, int kHeadDim, KVFormat kExtra = kFormat>
 const char* why_not_few_heads(const SparseAttentionProblem& problem) {
   static_assert(sparse_attention_few_heads::kMostRows == 32);
-  const int64_t rows = static_cast<int64_t>(problem.from_table ? problem.s_q : 1) * problem.h_q;
-  if (rows > sparse_attention_few_heads::kMostRows) {
+  if (unit_rows(problem) > sparse_attention_few_heads::kMostRows) {
     return problem.from_table ? "s_q * h_q must be at most 32" : "h_q must be at most 32";
+  }
+  return why_not_sparse_attention<kFormat, kHeadDim, kExtra>(problem);
+}
+
+template <KVFormat kFormat, int kHeadDim, KVFormat kExtra = kFormat>
+const char* why_not_paired(const SparseAttentionProblem& problem) {
+  static_assert(kRowTile == 64);
+  if (unit_rows(problem) <= kRowTile) {
+    return problem.from_table ? "s_q * h_q must be more than 64" : "h_q must be more than 64";
   }
   return why_not_sparse_attention<kFormat, kHeadDim, kExtra>(problem);
 }
@@ -103,6 +117,13 @@ constexpr Kernel<SparseAttentionProblem, SparseAttentionParams> kSparseAttention
      sparse_attention_few_heads::launch_bf16_576},
     {"sm90_sparse_few_heads_bf16_512", why_not_few_heads<KVFormat::kBf16, 512>,
      sparse_attention_few_heads::launch_bf16_512},
+    {"sm90_sparse_paired_v32", why_not_paired<KVFormat::kV32, 576>, sparse_attention_paired::launch_v32},
+    {"sm90_sparse_paired_model1", why_not_paired<KVFormat::kModel1, 512>, sparse_attention_paired::launch_model1},
+    {"sm90_sparse_paired_v41", why_not_paired<KVFormat::kV41, 512>, sparse_attention_paired::launch_v41},
+    {"sm90_sparse_paired_v41_fp4", why_not_paired<KVFormat::kV41, 512, KVFormat::kV41Fp4>,
+     sparse_attention_paired::launch_v41_fp4},
+    {"sm90_sparse_paired_v32_no_rope", why_not_paired<KVFormat::kV32NoRope, 512>,
+     sparse_attention_paired::launch_v32_no_rope},
     {"sm90_sparse_attention_v32", why_not_sparse_attention<KVFormat::kV32, 576>, sparse_attention::launch_v32},
     {"sm90_sparse_attention_model1", why_not_sparse_attention<KVFormat::kModel1, 512>, sparse_attention::launch_model1},
     {"sm90_sparse_attention_v41", why_not_sparse_attention<KVFormat::kV41, 512>, sparse_attention::launch_v41},

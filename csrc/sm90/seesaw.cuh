@@ -43,7 +43,7 @@ class SeesawWarpgroup {
     }
   }
 
-  // Moves the reference maximum where a score of the tile outgrows it, and tells the other warpgroup.
+  // Moves the reference maximum where a score of the tile outgrows it.
   // `before_rescaling` ends the products that still write the output; about then they are done anyway.
   template <class BeforeRescaling>
   __device__ __forceinline__ void move_reference(const float (&scores)[32], float scale_log2,
@@ -66,6 +66,9 @@ class SeesawWarpgroup {
     if (__any_sync(~0u, outgrown)) {
       rescale(next);
     }
+  }
+
+  __device__ __forceinline__ void publish_reference() {
     if (lane_ % 4 == 0) {
       storage_.row_max[row_] = reference_[0];
       storage_.row_max[row_ + 8] = reference_[1];
@@ -90,7 +93,10 @@ class SeesawWarpgroup {
 
   // The other warpgroup may have moved the reference; the products into this one's output have ended.
   __device__ __forceinline__ void adopt_reference() {
-    const float next[2] = {storage_.row_max[row_], storage_.row_max[row_ + 8]};
+    adopt_reference({storage_.row_max[row_], storage_.row_max[row_ + 8]});
+  }
+
+  __device__ __forceinline__ void adopt_reference(const float (&next)[2]) {
     if (__any_sync(~0u, next[0] != reference_[0] || next[1] != reference_[1])) {
       rescale(next);
     }

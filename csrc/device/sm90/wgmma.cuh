@@ -25,18 +25,30 @@ __device__ __forceinline__ void wgmma_wait() {
 
 // Shared-memory descriptor of an operand with 128-byte swizzle. `leading` bytes lie between slices (used where the
 // operand spans several), 1,024 between groups of 8 rows. Only the low word depends on the address, so a step of so
-// many bytes is one addition: descriptors that are built anew for each product keep the tensor cores waiting.
+// many bytes is one addition: descriptors that are built anew for each product keep the tensor cores waiting. In a
+// cluster addresses have the CTA's rank above their 18 bits.
 class Descriptor {
  public:
   __device__ __forceinline__ Descriptor(uint32_t address, uint32_t leading)
-      : low_((address >> 4) | (leading >> 4) << 16) {}
-  __device__ __forceinline__ uint64_t at(uint32_t bytes) const {
-    constexpr uint32_t kHigh = (8 * kSliceRowBytes >> 4) | 1u << 30;
+      : low_((address & 0x3ffff) >> 4 | (leading >> 4) << 16) {}
+  __device__ __forceinline__ uint64_t at(uint32_t bytes) const { return descriptor<kSliceRowBytes, 1>(bytes); }
+
+ protected:
+  template <int kRowBytes, uint32_t kSwizzle>
+  __device__ __forceinline__ uint64_t descriptor(uint32_t bytes) const {
+    constexpr uint32_t kHigh = (8 * kRowBytes >> 4) | kSwizzle << 30;
     return static_cast<uint64_t>(kHigh) << 32 | (low_ + (bytes >> 4));
   }
 
  private:
   uint32_t low_;
+};
+
+// The same with rows of 64 bytes and 64-byte swizzle: row r at 64 r, its 16-byte units permuted by r / 2 % 4.
+class Descriptor64 : Descriptor {
+ public:
+  explicit __device__ __forceinline__ Descriptor64(uint32_t address) : Descriptor(address, 16) {}
+  __device__ __forceinline__ uint64_t at(uint32_t bytes) const { return descriptor<64, 2>(bytes); }
 };
 
 template <class T>

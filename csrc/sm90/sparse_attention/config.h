@@ -19,6 +19,7 @@ struct Config {
   static constexpr bool kRopeInValues = kFormat == KVFormat::kModel1;
   static constexpr bool kHasRope = kRopeBehindValues || kRopeInValues;
 
+  static constexpr int kRanks = 1;
   static constexpr int kRows = kRowTile;
   static constexpr int kKeys = kScheduleBlock;
   static constexpr int kSliceBytes = 64 * 128, kQSliceBytes = kSliceBytes;

@@ -8,9 +8,10 @@
 namespace flash_mla::sm90::sparse_attention {
 
 // `row` is the first of the thread's two rows of the tile, the other is 8 further.
-// `side`: which half of the columns.
+// `side`: which half of the columns; `has_rows`: whether this warpgroup is the one of the two halves that writes what
+// there is one of per row.
 __device__ __forceinline__ void write_partial(const SparseAttentionParams& params, const PieceFacts& piece, int side,
-                                              int row, int lane, const float (&output)[2][64],
+                                              bool has_rows, int row, int lane, const float (&output)[2][64],
                                               const float (&reference)[2], const float (&sum)[2]) {
   const int group = row / 16;
   if (piece.row_tile * kRowTile + group * 16 >= params.unit_rows) {
@@ -19,7 +20,7 @@ __device__ __forceinline__ void write_partial(const SparseAttentionParams& param
   const int64_t tile =
       (static_cast<int64_t>(piece.partial) * params.num_units + piece.unit) * params.unit_tiles + piece.row_tile;
   const float scale[2] = {sum[0] != 0 ? 1.0f / sum[0] : 0.0f, sum[1] != 0 ? 1.0f / sum[1] : 0.0f};
-  if (side == 0 && lane % 4 == 0) {
+  if (has_rows && lane % 4 == 0) {
     // No sum is a logarithm of -inf.
     *reinterpret_cast<float2*>(params.partial_lse + tile * kRowTile + group * 16 + lane / 4 * 2) =
         make_float2(reference[0] + log2f(sum[0]), reference[1] + log2f(sum[1]));
@@ -51,7 +52,8 @@ struct RowPlace {
   }
 };
 
-// The second warpgroup's maxima, base 2, for the first to finish: it reads them once the sums have been handed over.
+// A warpgroup's maxima, base 2, for the one that has the rows to finish: it reads them once the sums have been handed
+// over.
 __device__ __forceinline__ void write_maximum(const SparseAttentionParams& params, const PieceFacts& piece, int row,
                                               int lane, const float (&maximum)[2]) {
 #pragma unroll
@@ -64,7 +66,7 @@ __device__ __forceinline__ void write_maximum(const SparseAttentionParams& param
 }
 
 __device__ __forceinline__ void write_final(const SparseAttentionParams& params, const PieceFacts& piece, int side,
-                                            int row, int lane, const float (&output)[2][64],
+                                            bool has_rows, int row, int lane, const float (&output)[2][64],
                                             const float (&reference)[2], const float (&sum)[2],
                                             const float (&maximum)[2]) {
 #pragma unroll
@@ -89,7 +91,7 @@ __device__ __forceinline__ void write_final(const SparseAttentionParams& params,
         *reinterpret_cast<uint4*>(out + i * 32 + lane % 4 * 8) = make_uint4(words[0], words[1], words[2], words[3]);
       }
     }
-    if (side == 0 && place.exists && lane % 4 == 0) {
+    if (has_rows && place.exists && lane % 4 == 0) {
       const float lse = reference[r] + log2f(sum[r]);
       const int64_t offset = place.offset(params);
       params.lse[offset] = any_key ? (params.lse_base2 ? lse : lse * kLn2) : INFINITY;

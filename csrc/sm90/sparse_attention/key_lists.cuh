@@ -19,12 +19,13 @@ class KeyLists {
   // Keys of a tile per warp, each of which `kLanes` lanes know: where its row is.
   static constexpr int kWarpKeys = C::kKeys / C::kProducerWarps;
   static constexpr int kLanes = 32 / kWarpKeys;
+  static constexpr int kItemTiles = ceil_div(C::kRows, kRowTile);
 
   __device__ __forceinline__ KeyLists(const SparseAttentionParams& params, Storage& storage, Walk& walk, int warp,
                                       int lane)
       : params_(params), storage_(storage), walk_(walk), warp_(warp), lane_(lane) {
     if (lane_ == 0) {
-      begin_walk(params_, walk_);
+      begin_walk<kItemTiles>(params_, walk_);
     }
     __syncwarp();
   }
@@ -38,7 +39,7 @@ class KeyLists {
         if (walk_.second_tiles > 0) {
           begin_second_run(params_, walk_);
         } else {
-          found = next_piece(params_, walk_);
+          found = next_piece<kItemTiles>(params_, walk_);
         }
       }
       found = __shfl_sync(~0u, found, 0);
@@ -135,15 +136,33 @@ class KeyLists {
 
   // Hands the facts and Q of a piece over, once the math warps have done with those of the piece before.
   __device__ __forceinline__ void begin_piece(int piece) {
+    begin_piece(piece, [this](const PieceFacts& facts) { load_q(facts); });
+  }
+
+  template <class LoadQ>
+  __device__ __forceinline__ void begin_piece(int piece, LoadQ&& load) {
     const PieceFacts& facts = walk_.pending[piece];
     mbarrier_wait(shared_address(&storage_.q_empty), (piece & 1) ^ 1);
     if (warp_ == 0 && lane_ == 0) {
       storage_.pieces[piece & 1] = facts;
     }
     if (facts.num_tiles > 0) {
-      load_q(facts);
+      load(facts);
     }
     async_copy_arrive(shared_address(&storage_.q_full));
+  }
+
+  // A row of Q by its place in the item; null where the unit has no such row.
+  __device__ __forceinline__ const unsigned char* row_of_q(const PieceFacts& facts, int item_row) const {
+    const int row = facts.row_tile * C::kRows + item_row;
+    if (row >= params_.unit_rows) {
+      return nullptr;
+    }
+    const int unit_row = facts.unit * params_.unit_rows + row;
+    const int batch = facts.request / params_.tokens_per_batch,
+              token = facts.request % params_.tokens_per_batch + unit_row / params_.h_q;
+    return static_cast<const unsigned char*>(params_.q) +
+           2 * (batch * params_.stride_q_b + token * params_.stride_q_s + unit_row % params_.h_q * params_.stride_q_h);
   }
 
   // A warp loads as many rows of Q as keys, if the tile has so many, eight at a time; zeros where there is no row.
@@ -152,17 +171,9 @@ class KeyLists {
 #pragma unroll 1
     for (int tile_row = warp_ * kWarpKeys + lane / 4; tile_row < min((warp_ + 1) * kWarpKeys, C::kRows);
          tile_row += 8) {
-      const int row = facts.row_tile * C::kRows + tile_row;
-      const bool valid = row < params_.unit_rows;
-      const auto* source = static_cast<const unsigned char*>(params_.q);
-      if (valid) {
-        const int unit_row = facts.unit * params_.unit_rows + row;
-        const int batch = facts.request / params_.tokens_per_batch,
-                  token = facts.request % params_.tokens_per_batch + unit_row / params_.h_q;
-        source +=
-            2 * (batch * params_.stride_q_b + token * params_.stride_q_s + unit_row % params_.h_q * params_.stride_q_h);
-      }
-      source += lane % 4 * 16;
+      const unsigned char* row = row_of_q(facts, tile_row);
+      const bool valid = row != nullptr;
+      const unsigned char* source = (valid ? row : static_cast<const unsigned char*>(params_.q)) + lane % 4 * 16;
       uint32_t destination = shared_address(storage_.q) + tile_row * kSliceRowBytes + ((lane % 4 ^ tile_row % 8) * 16);
 #pragma unroll 1
       for (int slice = 0; slice < C::kSlices; ++slice) {

@@ -10,16 +10,18 @@
 
 namespace flash_mla::sm90::sparse_attention {
 
-// A persistent grid over the call's items.
-template <auto kKernel, int kThreads, size_t kSharedBytes>
+// A persistent grid over the call's items, each of `kItemTiles` row tiles and computed by as many CTAs, a cluster.
+template <auto kKernel, int kThreads, size_t kSharedBytes, int kItemTiles = 1>
 void launch_kernel(const char* name, const SparseAttentionParams& params, void* stream) {
   static const cudaError_t attribute_status =
       cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   check(attribute_status == cudaSuccess, ErrorKind::kCuda, name, ": ", cudaGetErrorString(attribute_status));
-  const int64_t items = static_cast<int64_t>(params.num_parts) * params.num_units * params.unit_tiles;
+  const int64_t items =
+      static_cast<int64_t>(params.num_parts) * params.num_units * ceil_div(params.unit_tiles, kItemTiles);
   check(items <= INT32_MAX - params.num_sms, ErrorKind::kUnsupported, name, ": ", items, " tiles of work are too many");
-  device::launch_dependent(name, kKernel, static_cast<unsigned>(std::min<int64_t>(items, params.num_sms)), kThreads,
-                           kSharedBytes, stream, params);
+  const int64_t at_once = std::min<int64_t>(items, std::max(params.num_sms / kItemTiles, 1));
+  device::launch_dependent_clusters(name, kKernel, kItemTiles, static_cast<unsigned>(at_once * kItemTiles), kThreads,
+                                    kSharedBytes, stream, params);
 }
 
 }  // namespace flash_mla::sm90::sparse_attention

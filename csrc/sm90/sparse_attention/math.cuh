@@ -162,6 +162,7 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>, true> {
       }
     }
     this->move_reference(scores, params_.scale_log2, before_rescaling);
+    this->publish_reference();
   }
 
   // Scores -> probabilities in shared memory, from where both warpgroups multiply them: as operands in registers they
@@ -218,9 +219,9 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>, true> {
     float total[2];
     this->join_sums(piece, total);
     if (facts.partial >= 0) {
-      write_partial(params_, facts, side_, row, lane_, output_, reference_, total);
+      write_partial(params_, facts, side_, side_ == 0, row, lane_, output_, reference_, total);
     } else {
-      write_final(params_, facts, side_, row, lane_, output_, reference_, total, maximum_);
+      write_final(params_, facts, side_, side_ == 0, row, lane_, output_, reference_, total, maximum_);
     }
   }
 

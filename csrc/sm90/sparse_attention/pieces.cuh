@@ -21,34 +21,45 @@ __device__ __forceinline__ int clamped_length(const SparseAttentionParams& param
   return min(max(length, 0), source.topk);
 }
 
+// Row tiles go in items of so many; a unit's last item may have fewer.
+template <int kItemTiles>
+__device__ __forceinline__ int unit_items(const SparseAttentionParams& params) {
+  return ceil_div(params.unit_tiles, kItemTiles);
+}
+
 __device__ __forceinline__ bool has_request(const SparseAttentionParams& params, const Walk& walk) {
   return walk.request <= walk.end_request && walk.request < params.num_requests_total;
 }
 
 // The lengths of the next piece, ahead of time.
+template <int kItemTiles>
 __device__ __forceinline__ void load_lengths(const SparseAttentionParams& params, Walk& walk) {
   if (has_request(params, walk)) {
-    const int unit = walk.item % (params.num_units * params.unit_tiles) / params.unit_tiles;
+    const int items = unit_items<kItemTiles>(params);
+    const int unit = walk.item % (params.num_units * items) / items;
     walk.next_length[0] = clamped_length(params, params.keys[0], walk.request, unit);
     walk.next_length[1] = clamped_length(params, params.keys[1], walk.request, unit);
   }
 }
 
+template <int kItemTiles>
 __device__ __forceinline__ void begin_item(const SparseAttentionParams& params, Walk& walk) {
-  const int part = walk.item / (params.num_units * params.unit_tiles);
+  const int part = walk.item / (params.num_units * unit_items<kItemTiles>(params));
   if (params.schedule == nullptr) {
     walk.request = walk.end_request = params.first_request + part / params.max_cuts;
   } else {
     walk.request = params.schedule[part].begin_request;
     walk.end_request = params.schedule[part].end_request;
   }
-  load_lengths(params, walk);
+  load_lengths<kItemTiles>(params, walk);
 }
 
+// An item is computed by a CTA, or by a cluster of as many as it has tiles.
+template <int kItemTiles>
 __device__ __forceinline__ void begin_walk(const SparseAttentionParams& params, Walk& walk) {
-  walk.item = blockIdx.x;
+  walk.item = blockIdx.x / kItemTiles;
   walk.num_pieces = walk.run.num_tiles = walk.second_tiles = 0;
-  begin_item(params, walk);
+  begin_item<kItemTiles>(params, walk);
 }
 
 // A tile, or a piece without any, in a few bits.
@@ -89,17 +100,18 @@ __device__ __forceinline__ void begin_second_run(const SparseAttentionParams& pa
 // The schedule may have been made for other lengths (a captured graph that is replayed later). Cuts between parts are
 // taken from the schedule; the part that holds a request's last piece goes on to the list's present end. So every key
 // is seen once whatever the lengths were.
+template <int kItemTiles>
 __device__ __forceinline__ bool next_piece(const SparseAttentionParams& params, Walk& walk) {
-  const int unit_items = params.num_units * params.unit_tiles;
+  const int items = unit_items<kItemTiles>(params), part_items = params.num_units * items;
   for (;; walk.request = INT_MAX) {
     while (!has_request(params, walk)) {
-      walk.item += gridDim.x;
-      if (walk.item >= params.num_parts * unit_items) {
+      walk.item += gridDim.x / kItemTiles;
+      if (walk.item >= params.num_parts * part_items) {
         return false;
       }
-      begin_item(params, walk);
+      begin_item<kItemTiles>(params, walk);
     }
-    const int part = walk.item / unit_items, request = walk.request;
+    const int part = walk.item / part_items, request = walk.request;
     const int length0 = walk.next_length[0], length1 = walk.next_length[1];
     const int blocks0 = max(ceil_div(length0, kScheduleBlock), 1);
     const int blocks = blocks0 + ceil_div(length1, kScheduleBlock);
@@ -125,12 +137,8 @@ __device__ __forceinline__ bool next_piece(const SparseAttentionParams& params, 
     begin = length0 == 0 ? max(begin, 1) : begin;
     end = max(min(end, blocks), begin);
     PieceFacts& piece = walk.pending[walk.num_pieces % 4];
-    piece = {end - begin,
-             request,
-             walk.item % unit_items / params.unit_tiles,
-             walk.item % params.unit_tiles,
-             partial,
-             length0 - (params.s_q - 1) - begin * kScheduleBlock};
+    piece = {end - begin,       request, walk.item % part_items / items,
+             walk.item % items, partial, length0 - (params.s_q - 1) - begin * kScheduleBlock};
     const int first_tiles = max(min(end, blocks0) - begin, 0);
     walk.second_tiles = end - begin - first_tiles;
     walk.second_position = max(begin - blocks0, 0) * kScheduleBlock;
@@ -143,7 +151,7 @@ __device__ __forceinline__ bool next_piece(const SparseAttentionParams& params, 
     }
     ++walk.num_pieces;
     ++walk.request;
-    load_lengths(params, walk);
+    load_lengths<kItemTiles>(params, walk);
     return true;
   }
 }

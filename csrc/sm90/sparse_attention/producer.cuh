@@ -1,22 +1,25 @@
-// The eight producer warps. Each fetches, converts and stores eight keys of a tile, one in each of eight passes. The
-// raw bytes of the next tile are on their way, in registers, while a slot is waited for. Key indices are fetched two
-// tiles ahead.
+// The eight producer warps. Each fetches, converts and stores eight keys of a tile, one in each of eight passes, or the
+// halves of two where another CTA has the other halves. The raw bytes of the next tile are on their way, in registers,
+// while a slot is waited for. Key indices are fetched two tiles ahead.
 #pragma once
 
+#include "device/sm90/cluster.cuh"
 #include "sm90/sparse_attention/formats.cuh"
 #include "sm90/sparse_attention/key_lists.cuh"
 
 namespace flash_mla::sm90::sparse_attention {
 
 // Of the four lanes that know a key, each holds the scales of a quarter of its columns.
-template <class C>
-class ProducerWarp : KeyLists<C, Storage<C>> {
-  using Base = KeyLists<C, Storage<C>>;
+template <class C, class Storage>
+class ProducerWarp : KeyLists<C, Storage> {
+  using Base = KeyLists<C, Storage>;
   using Base::ahead_, Base::lane_, Base::next_row_in_page_, Base::params_, Base::phases_, Base::storage_, Base::warp_;
-  static constexpr int kPasses = Base::kWarpKeys;
+  static constexpr bool kPaired = C::kRanks == 2;
+  static constexpr int kUnits = 32 / C::kRanks;  // of 16 values, that this CTA has of a row
+  static constexpr int kPasses = Base::kWarpKeys / C::kRanks;
 
  public:
-  __device__ __forceinline__ ProducerWarp(const SparseAttentionParams& params, Storage<C>& storage, int warp, int lane)
+  __device__ __forceinline__ ProducerWarp(const SparseAttentionParams& params, Storage& storage, int warp, int lane)
       : Base(params, storage, storage.walks[warp], warp, lane) {}
 
   __device__ __forceinline__ void run() {
@@ -32,20 +35,28 @@ class ProducerWarp : KeyLists<C, Storage<C>> {
       const Entry next = ahead_;
       const unsigned char* const next_row = this->locate(next);
       if (entry.begins_piece()) {
-        this->begin_piece(entry.piece());
+        if constexpr (kPaired) {
+          this->begin_piece(entry.piece(), [this](const PieceFacts& facts) { load_half_q(facts); });
+        } else {
+          this->begin_piece(entry.piece());
+        }
       }
       if (entry.has_tile()) {
-        const int slot = entry.slot();
-        mbarrier_wait(shared_address(&storage_.k_empty[slot]), phases_.parity(slot) ^ 1);
+        const int slot = kPaired ? ring_.stage : entry.slot();
+        mbarrier_wait(shared_address(&storage_.k_empty[slot]), (kPaired ? ring_.parity : phases_.parity(slot)) ^ 1);
         publish_valid(slot);
         copy_rope(slot);
-        convert(entry, raw);
+        convert(entry, slot, raw);
         // The readers order these stores before their use by the async proxy: here that would cost 400 cycles.
         __syncwarp();
         if (lane_ == 0) {
           mbarrier_arrive(shared_address(&storage_.k_full[slot][kValues]));
         }
-        phases_.advance(slot);
+        if constexpr (kPaired) {
+          ring_.advance();
+        } else {
+          phases_.advance(slot);
+        }
       }
       this->fetch_indices();
       row_ = next_row;
@@ -62,6 +73,14 @@ class ProducerWarp : KeyLists<C, Storage<C>> {
   static constexpr bool kTwoFormats = C::kExtraFormat != KVFormat::kNone && C::kExtraFormat != C::kFormat;
   static constexpr KVFormat kSecond = kTwoFormats ? C::kExtraFormat : C::kFormat;
   static __device__ __forceinline__ bool is_extra_format(const Entry& entry) { return kTwoFormats && entry.source(); }
+
+  __device__ __forceinline__ int rank() const {
+    if constexpr (kPaired) {
+      return cluster_rank();
+    } else {
+      return 0;
+    }
+  }
 
   // Calls `function` with the format of the entry's source.
   template <class Function>
@@ -88,7 +107,9 @@ class ProducerWarp : KeyLists<C, Storage<C>> {
       const auto bits = reinterpret_cast<uintptr_t>(row_);
 #pragma unroll
       for (int pass = 0; pass < kPasses; ++pass) {
-        raw[pass] = format.load(reinterpret_cast<const unsigned char*>(__shfl_sync(~0u, bits, 4 * pass)), lane);
+        const int key = pass * C::kRanks + lane / kUnits;
+        raw[pass] = format.load(reinterpret_cast<const unsigned char*>(__shfl_sync(~0u, bits, 4 * key)),
+                                rank() * kUnits + lane % kUnits);
       }
     });
     if constexpr (C::kHasRope) {
@@ -96,26 +117,27 @@ class ProducerWarp : KeyLists<C, Storage<C>> {
     }
   }
 
-  __device__ __forceinline__ void convert(const Entry& entry, const uint4 (&raw)[kPasses]) const {
+  __device__ __forceinline__ void convert(const Entry& entry, int slot, const uint4 (&raw)[kPasses]) const {
     with_format(entry, [&](auto format) {
-      const int lane = this->opaque_lane();
+      const int lane = this->opaque_lane(), odd = lane / kUnits, own = lane % kUnits, unit = rank() * kUnits + own;
       float scales[kPasses];
 #pragma unroll
       for (int pass = 0; pass < kPasses; ++pass) {
-        scales[pass] = format.scale(scales_, 4 * pass + lane / 8, lane);
+        scales[pass] = format.scale(scales_, 4 * (pass * C::kRanks + odd) + unit / 8, unit);
       }
-      if (C::kRopeInValues && lane >= 28) {
+      if (C::kRopeInValues && unit >= 28) {
         return;
       }
       // Lanes of odd slices store their second eight values first: so eight lanes store to 128 different bytes of the
-      // banks. Key `pass` of the warp has its units permuted by it.
+      // banks. A warp's key has its units permuted by its number.
       const bool swapped = lane & 4;
-      const uint32_t first = shared_address(storage_.k[0]) + entry.slot() * C::kTileBytes + lane / 4 * C::kSliceBytes +
-                             warp_ * kPasses * kSliceRowBytes + (lane % 4 * 2 + swapped) * 16;
+      const uint32_t first = shared_address(storage_.k[0]) + slot * C::kTileBytes + own / 4 * C::kSliceBytes +
+                             (warp_ * Base::kWarpKeys + odd) * kSliceRowBytes + ((lane % 4 * 2 + swapped) ^ odd) * 16;
 #pragma unroll
       for (int pass = 0; pass < kPasses; ++pass) {
-        format.convert(raw[pass], scales[pass], swapped, (first ^ pass * 16) + pass * kSliceRowBytes,
-                       (first ^ 16 ^ pass * 16) + pass * kSliceRowBytes);
+        const int key = pass * C::kRanks;  // and `odd`
+        format.convert(raw[pass], scales[pass], swapped, (first ^ key * 16) + key * kSliceRowBytes,
+                       (first ^ 16 ^ key * 16) + key * kSliceRowBytes);
       }
     });
   }
@@ -132,22 +154,62 @@ class ProducerWarp : KeyLists<C, Storage<C>> {
   __device__ __forceinline__ void copy_rope(int slot) const {
     if constexpr (C::kHasRope) {
       const int lane = this->opaque_lane();
-      const uint32_t tile = shared_address(storage_.k[0]) + slot * C::kTileBytes + warp_ * kPasses * kSliceRowBytes;
-      const auto bits = reinterpret_cast<uintptr_t>(row_);
+      const uint32_t tile = shared_address(storage_.k[0]) + slot * C::kTileBytes;
+      if constexpr (kPaired && C::kRopeBehindValues) {
+        // Half of them for each CTA; a lane knows its own key's row.
+        const int key = warp_ * Base::kWarpKeys + lane / 4;
+        async_copy16(half_rope_unit(tile, key, lane % 4),
+                     row_ + layout_of(C::kFormat).rope_offset() + rank() * C::kRopeRowBytes + lane % 4 * 16);
+      } else if (!kPaired || rank() == 1) {
+        const uint32_t rows = tile + C::kRopeSlice * C::kSliceBytes + warp_ * Base::kWarpKeys * kSliceRowBytes;
+        const auto bits = reinterpret_cast<uintptr_t>(row_);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int key = i * 4 + lane / 8, part = lane % 8;
-        const auto source = reinterpret_cast<const unsigned char*>(__shfl_sync(~0u, bits, 4 * key));
-        async_copy16(tile + C::kRopeSlice * C::kSliceBytes + key * kSliceRowBytes + ((part ^ key) * 16),
-                     source + layout_of(C::kFormat).rope_offset() + part * 16);
+        for (int i = 0; i < 2; ++i) {
+          const int key = i * 4 + lane / 8, part = lane % 8;
+          const auto source = reinterpret_cast<const unsigned char*>(__shfl_sync(~0u, bits, 4 * key));
+          async_copy16(rows + key * kSliceRowBytes + ((part ^ key) * 16),
+                       source + layout_of(C::kFormat).rope_offset() + part * 16);
+        }
       }
       async_copy_arrive(shared_address(&storage_.k_full[slot][kRope]));
+    }
+  }
+
+  // Where a row's unit of the CTA's RoPE columns lies, which are a slice of 64-byte rows behind a tile's values.
+  static __device__ __forceinline__ uint32_t half_rope_unit(uint32_t tile, int row, int unit) {
+    return tile + C::kRopeOffset + row * C::kRopeRowBytes + ((unit ^ row / 2 % 4) * 16);
+  }
+
+  // The CTA's columns of the item's rows of Q, as many rows a warp as that makes, eight at a time.
+  __device__ __forceinline__ void load_half_q(const PieceFacts& facts) const {
+    constexpr int kWarpRows = C::kRows / C::kProducerWarps;
+    const int lane = this->opaque_lane(), unit = lane % 4;
+#pragma unroll 1
+    for (int item_row = warp_ * kWarpRows + lane / 4; item_row < (warp_ + 1) * kWarpRows; item_row += 8) {
+      const unsigned char* row = this->row_of_q(facts, item_row);
+      const bool valid = row != nullptr;
+      const unsigned char* source = (valid ? row : static_cast<const unsigned char*>(params_.q)) + unit * 16;
+      const uint32_t tile = shared_address(storage_.q[item_row / kRowTile]);
+      const int tile_row = item_row % kRowTile;
+      if constexpr (C::kRopeBehindValues) {
+        async_copy16(half_rope_unit(tile, tile_row, unit), source + kHeadDimV * 2 + rank() * C::kRopeRowBytes, valid);
+      }
+      source += rank() * C::kSlices * kSliceRowBytes;
+      uint32_t destination = tile + tile_row * kSliceRowBytes + ((unit ^ tile_row % 8) * 16);
+#pragma unroll 1
+      for (int slice = 0; slice < C::kSlices; ++slice) {
+        async_copy16(destination, source, valid);
+        async_copy16(destination ^ 64, source + 64, valid);
+        destination += C::kSliceBytes;
+        source += kSliceRowBytes;
+      }
     }
   }
 
   const unsigned char* row_ = kZeroRow;  // the lane's, of the tile whose bytes have been fetched
   int row_in_page_;
   QuarterScales scales_;
+  Ring<3> ring_;  // of the slots, where they are used in turn
 };
 
 }  // namespace flash_mla::sm90::sparse_attention

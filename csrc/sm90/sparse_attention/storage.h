@@ -9,7 +9,8 @@ namespace flash_mla::sm90::sparse_attention {
 // What the math warps have to know of a piece of work. The producers hand it over together with Q.
 struct PieceFacts {
   int num_tiles;  // 0: nothing to read, but the output still has to be written; -1: no more pieces
-  int request, unit, row_tile;
+  int request, unit;
+  int row_tile;  // in steps of the kernel's rows
   int partial;  // index of the partial result, -1: the piece is the whole list
   int limit;    // causal: the keys of the piece from its beginning that the request's first token sees
 };

@@ -57,9 +57,9 @@ class MathWarpgroup : GroupedSeesaw<MathWarpgroup<C>, C, Storage<C>, true> {
     float total[2];
     this->join_sums(piece, total);
     if (facts.partial >= 0) {
-      sparse_attention::write_partial(params_, facts, side_, row, lane_, output_, reference_, total);
+      sparse_attention::write_partial(params_, facts, side_, side_ == 0, row, lane_, output_, reference_, total);
     } else {
-      sparse_attention::write_final(params_, facts, side_, row, lane_, output_, reference_, total, maximum_);
+      sparse_attention::write_final(params_, facts, side_, side_ == 0, row, lane_, output_, reference_, total, maximum_);
     }
   }
 

@@ -1,0 +1,58 @@
+// Clusters of two CTAs: stores into the other one's shared memory, and barriers across both.
+#pragma once
+
+#include <cstdint>
+
+namespace flash_mla::inline device {
+
+__device__ __forceinline__ int cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+}
+
+// All threads of both CTAs; what was written before is visible behind it.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
+// The same place in the other CTA's shared memory.
+__device__ __forceinline__ uint32_t peer_address(uint32_t address) {
+  uint32_t peer;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(peer) : "r"(address), "r"(cluster_rank() ^ 1));
+  return peer;
+}
+
+__device__ __forceinline__ void mbarrier_arrive_peer(uint32_t peer_barrier) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(peer_barrier) : "memory");
+}
+
+// Waits for the end of the phase with this parity, to which the other CTA contributes.
+__device__ __forceinline__ void mbarrier_wait_cluster(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  do {
+    asm volatile(
+        "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, "
+        "p;\n}"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+  } while (!done);
+}
+
+// Stores whose bytes count on a barrier of the CTA that they go to.
+__device__ __forceinline__ void store_peer(uint32_t peer, uint32_t a, uint32_t b, uint32_t c, uint32_t d,
+                                           uint32_t peer_barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(peer),
+      "r"(a), "r"(b), "r"(c), "r"(d), "r"(peer_barrier)
+      : "memory");
+}
+
+__device__ __forceinline__ void store_peer(uint32_t peer, float a, float b, uint32_t peer_barrier) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(peer),
+               "f"(a), "f"(b), "r"(peer_barrier)
+               : "memory");
+}
+
+}  // namespace flash_mla::inline device

@@ -1,0 +1,58 @@
+// Set-up, the switch between the warp roles, tear-down. Roles, registers, barriers and the schedule: design.md.
+#pragma once
+
+#include "sm90/sparse_attention/producer.cuh"
+#include "sm90/sparse_attention_paired/math.cuh"
+
+namespace flash_mla::sm90::sparse_attention_paired {
+
+template <class C>
+__device__ __forceinline__ void init_barriers(Storage<C>& storage) {
+  constexpr int kWarpsOfAWarpgroup = 4;
+  for (int slot = 0; slot < C::kStages; ++slot) {
+    // Converted columns are handed over by warps, copied ones by threads.
+    mbarrier_init(shared_address(&storage.k_full[slot][kValues]), C::kProducerWarps);
+    mbarrier_init(shared_address(&storage.k_full[slot][kRope]), C::kProducerThreads);
+    mbarrier_init(shared_address(&storage.k_empty[slot]), 2 * kWarpsOfAWarpgroup);
+  }
+  mbarrier_init(shared_address(&storage.q_full), C::kProducerThreads);
+  mbarrier_init(shared_address(&storage.q_empty), 2 * kWarpsOfAWarpgroup);
+  mbarrier_init(shared_address(&storage.scores_full), 1);
+  mbarrier_init(shared_address(&storage.peer_scores_read), kWarpsOfAWarpgroup);
+  for (int turn = 0; turn < 2; ++turn) {
+    mbarrier_init(shared_address(&storage.message_full[turn]), 1);
+    mbarrier_init(shared_address(&storage.peer_message_read[turn]), kWarpsOfAWarpgroup);
+  }
+  fence_mbarrier_init();
+}
+
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, 1)
+    sparse_attention_paired_kernel(const __grid_constant__ SparseAttentionParams params) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  extern __shared__ __align__(1024) unsigned char shared[];
+  auto& storage = *reinterpret_cast<Storage<C>*>(shared);
+  if (threadIdx.x == 0) {
+    init_barriers(storage);
+  }
+  cluster_sync();
+  // Nothing that this kernel reads may still be written by the kernels before it in the stream, the schedule included.
+  wait_for_dependencies();
+  // Not before the wait: the combine kernel reads the schedule as soon as it starts.
+  launch_dependents();
+
+  const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
+  if (warpgroup >= 2) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(C::kProducerRegisters));
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32 % 8, 0), lane = threadIdx.x % 32;
+    sparse_attention::ProducerWarp<C, Storage<C>>(params, storage, warp, lane).run();
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C::kMathRegisters));
+    MathWarpgroup<C>(params, storage, warpgroup).run();
+  }
+  // Nothing is sent to a CTA that has left.
+  cluster_sync();
+#endif
+}
+
+}  // namespace flash_mla::sm90::sparse_attention_paired

@@ -1,0 +1,290 @@
+// The two math warpgroups. Each has one of the pair's row tiles, and of its output the CTA's half of the columns.
+// Scores are sums over columns, so each CTA computes a part: the row tile's owner, the CTA with the tile's number,
+// receives the other part, and sends the probabilities.
+#pragma once
+
+#include "device/sm90/cluster.cuh"
+#include "sm90/seesaw.cuh"
+#include "sm90/sparse_attention/epilogue.cuh"
+#include "sm90/sparse_attention_paired/storage.h"
+
+namespace flash_mla::sm90::sparse_attention_paired {
+
+template <class C>
+class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>, true> {
+  using T = __nv_bfloat16;
+  using Base = SeesawWarpgroup<T, Storage<C>, true>;
+  using Base::lane_, Base::maximum_, Base::output_, Base::reference_, Base::row_, Base::storage_, Base::sum_,
+      Base::thread_;
+  using typename Base::Atoms;
+  static constexpr int kScoreBytes = sizeof(Storage<C>::scores), kRowBytes = sizeof(Message::rows);
+
+ public:
+  __device__ __forceinline__ MathWarpgroup(const SparseAttentionParams& params, Storage<C>& storage, int row_tile)
+      : Base(storage, row_tile), params_(params), row_tile_(row_tile) {}
+
+  __device__ __forceinline__ void run() {
+    for (uint32_t piece = 0;; piece ^= 1) {
+      mbarrier_wait(shared_address(&storage_.q_full), piece);
+      fence_async_proxy();
+      const int num_tiles = storage_.pieces[piece].num_tiles;
+      if (num_tiles < 0) {
+        return;
+      }
+      this->begin_rows();
+      if (num_tiles == 0) {
+        this->release_q();
+      }
+      if (owns_rows()) {
+        run_owner(num_tiles, piece);
+      } else {
+        run_other(num_tiles);
+      }
+      finish_piece(piece);
+    }
+  }
+
+ private:
+  // No product is in flight at a loop's back edge, where the compiler would have to merge accumulators: it serialises
+  // all products then. One warpgroup's products run under the other's exchange and exponentials.
+
+  __device__ __forceinline__ bool owns_rows() const { return row_tile_ == cluster_rank(); }
+
+  __device__ __forceinline__ void run_owner(int num_tiles, int piece) {
+#pragma unroll 1
+    for (int tile = 0; tile < num_tiles; ++tile) {
+      float scores[32];
+      compute_scores(scores, keys_.stage, keys_.parity);
+      if (tile + 1 == num_tiles) {
+        this->release_q();
+      }
+      add_peer_scores(scores);
+      mask(scores, piece, tile);
+      this->move_reference(scores, params_.scale_log2, [] {});
+      uint32_t probabilities[16];
+      exponentiate<T, 0, 4>(scores, params_.scale_log2, reference_, sum_, probabilities);
+      send_probabilities(probabilities);
+      multiply(probabilities);
+    }
+  }
+
+  // The scores of a tile are sent before the probabilities of the tile before it are waited for.
+  __device__ __forceinline__ void run_other(int num_tiles) {
+    Ring<C::kStages> ahead = keys_;
+#pragma unroll 1
+    for (int tile = 0; tile <= num_tiles; ++tile) {
+      if (tile < num_tiles) {
+        float scores[32];
+        compute_scores(scores, ahead.stage, ahead.parity);
+        if (tile + 1 == num_tiles) {
+          this->release_q();
+        }
+        send_scores(scores);
+        ahead.advance();
+      }
+      if (tile > 0) {
+        uint32_t probabilities[16];
+        receive_probabilities(probabilities);
+        multiply(probabilities);
+      }
+    }
+  }
+
+  // ---- products
+  __device__ __forceinline__ void compute_scores(float (&scores)[32], int stage, uint32_t parity) {
+    mbarrier_wait(shared_address(&storage_.k_full[stage][kValues]), parity);
+    if constexpr (C::kHasRope) {
+      mbarrier_wait(shared_address(&storage_.k_full[stage][kRope]), parity);
+    }
+    fence_async_proxy();
+    const uint32_t q_tile = shared_address(storage_.q[row_tile_]), k_tile = shared_address(storage_.k[stage]);
+    const Descriptor q(q_tile, 16), k(k_tile, 16);
+    wgmma_fence();
+#pragma unroll
+    for (int s = 0; s < C::kSlices; ++s) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        wgmma_ss<typename Atoms::Scores>(scores, q.at(s * C::kSliceBytes + j * 32), k.at(s * C::kSliceBytes + j * 32),
+                                         s + j > 0);
+      }
+    }
+    if constexpr (C::kRopeBehindValues) {
+      const Descriptor64 q_rope(q_tile + C::kRopeOffset), k_rope(k_tile + C::kRopeOffset);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        wgmma_ss<typename Atoms::Scores>(scores, q_rope.at(j * 32), k_rope.at(j * 32), true);
+      }
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+  }
+
+  __device__ __forceinline__ void multiply(const uint32_t (&probabilities)[16]) {
+    wgmma_fence();
+    this->template multiply_registers<0>(keys_.stage, probabilities);
+    wgmma_wait<0>();
+    if (lane_ == 0) {
+      mbarrier_arrive(shared_address(&storage_.k_empty[keys_.stage]));
+    }
+    keys_.advance();
+  }
+
+  // ---- scores: from the other warpgroup of a row tile to its owner
+  __device__ __forceinline__ void send_scores(const float (&scores)[32]) {
+    mbarrier_wait_cluster(shared_address(&storage_.peer_scores_read), scores_parity_ ^ 1);
+    const uint32_t barrier = peer_address(shared_address(&storage_.scores_full)),
+                   destination = peer_address(shared_address(&storage_.scores[0][thread_]));
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      store_peer(destination + i * sizeof(storage_.scores[0]), __float_as_uint(scores[4 * i]),
+                 __float_as_uint(scores[4 * i + 1]), __float_as_uint(scores[4 * i + 2]),
+                 __float_as_uint(scores[4 * i + 3]), barrier);
+    }
+    scores_parity_ ^= 1;
+  }
+
+  __device__ __forceinline__ void add_peer_scores(float (&scores)[32]) {
+    expect(storage_.scores_full, kScoreBytes);
+    mbarrier_wait_cluster(shared_address(&storage_.scores_full), scores_parity_);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float4 part = storage_.scores[i][thread_];
+      scores[4 * i] += part.x;
+      scores[4 * i + 1] += part.y;
+      scores[4 * i + 2] += part.z;
+      scores[4 * i + 3] += part.w;
+    }
+    tell_peer(storage_.peer_scores_read);
+    scores_parity_ ^= 1;
+  }
+
+  // Keys that do not count become -inf.
+  __device__ __forceinline__ void mask(float (&scores)[32], int piece, int tile) const {
+    const uint2 valid = *reinterpret_cast<const uint2*>(storage_.valid[keys_.stage]);
+    if ((valid.x & valid.y) != ~0u) {
+      mask_keys(scores, valid.x, valid.y, lane_);
+    }
+    if (params_.causal) {
+      int limit[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        limit[r] = storage_.pieces[piece].limit - tile * C::kKeys +
+                   (storage_.pieces[piece].row_tile * C::kRows + row_tile_ * kRowTile + row_ + 8 * r) / params_.h_q;
+      }
+      if (limit[0] < C::kKeys || limit[1] < C::kKeys) {
+        mask_scores(scores, limit, lane_);
+      }
+    }
+  }
+
+  // ---- probabilities, and then sums: from a row tile's owner to the other warpgroup
+  __device__ __forceinline__ void send_probabilities(const uint32_t (&probabilities)[16]) {
+    const int turn = messages_.stage;
+    const Message& message = storage_.messages[turn];
+    mbarrier_wait_cluster(shared_address(&storage_.peer_message_read[turn]), messages_.parity ^ 1);
+    const uint32_t barrier = peer_address(shared_address(&storage_.message_full[turn])),
+                   destination = peer_address(shared_address(&message.probabilities[0][thread_]));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      store_peer(destination + i * sizeof(message.probabilities[0]), probabilities[4 * i], probabilities[4 * i + 1],
+                 probabilities[4 * i + 2], probabilities[4 * i + 3], barrier);
+    }
+    send_rows(message, reference_, barrier);
+  }
+
+  __device__ __forceinline__ void receive_probabilities(uint32_t (&probabilities)[16]) {
+    const Message& message = receive(sizeof(Message));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint4 words = message.probabilities[i][thread_];
+      probabilities[4 * i] = words.x;
+      probabilities[4 * i + 1] = words.y;
+      probabilities[4 * i + 2] = words.z;
+      probabilities[4 * i + 3] = words.w;
+    }
+    const float2 reference = message.rows[thread_ / 4];
+    finish_message();
+    this->adopt_reference({reference.x, reference.y});
+  }
+
+  __device__ __forceinline__ void send_sums(const float (&total)[2]) {
+    const int turn = messages_.stage;
+    mbarrier_wait_cluster(shared_address(&storage_.peer_message_read[turn]), messages_.parity ^ 1);
+    send_rows(storage_.messages[turn], total, peer_address(shared_address(&storage_.message_full[turn])));
+  }
+
+  __device__ __forceinline__ void receive_sums(float (&total)[2]) {
+    const float2 sums = receive(kRowBytes).rows[thread_ / 4];
+    finish_message();
+    total[0] = sums.x;
+    total[1] = sums.y;
+  }
+
+  __device__ __forceinline__ void send_rows(const Message& message, const float (&values)[2], uint32_t barrier) {
+    if (lane_ % 4 == 0) {
+      store_peer(peer_address(shared_address(&message.rows[thread_ / 4])), values[0], values[1], barrier);
+    }
+    messages_.advance();
+  }
+
+  __device__ __forceinline__ const Message& receive(int bytes) {
+    uint64_t& full = storage_.message_full[messages_.stage];
+    expect(full, bytes);
+    mbarrier_wait_cluster(shared_address(&full), messages_.parity);
+    return storage_.messages[messages_.stage];
+  }
+
+  __device__ __forceinline__ void finish_message() {
+    tell_peer(storage_.peer_message_read[messages_.stage]);
+    messages_.advance();
+  }
+
+  // The bytes may already have come: the phase lasts until they are expected.
+  __device__ __forceinline__ void expect(uint64_t& barrier, int bytes) const {
+    if (thread_ == 0) {
+      mbarrier_arrive_expect_bytes(shared_address(&barrier), bytes);
+    }
+  }
+
+  // The warp has read what the other CTA may now write over.
+  __device__ __forceinline__ void tell_peer(uint64_t& barrier) const {
+    __syncwarp();
+    if (lane_ == 0) {
+      mbarrier_arrive_peer(peer_address(shared_address(&barrier)));
+    }
+  }
+
+  // ---- the end of a piece
+  __device__ __forceinline__ void finish_piece(int piece) {
+    int row = row_;
+    asm volatile("" : "+r"(row));  // keeps the epilogue's addresses out of the loop over pieces
+    PieceFacts facts = storage_.pieces[piece];
+    facts.row_tile = facts.row_tile * 2 + row_tile_;
+    float total[2];
+    const bool owner = owns_rows();
+    if (owner) {
+      total[0] = quad_sum(sum_[0]);
+      total[1] = quad_sum(sum_[1]);
+      send_sums(total);
+      if (params_.max_logits != nullptr) {
+        sparse_attention::write_maximum(params_, facts, row, lane_, maximum_);
+      }
+    } else {
+      receive_sums(total);
+    }
+    if (facts.partial >= 0) {
+      sparse_attention::write_partial(params_, facts, cluster_rank(), owner, row, lane_, output_, reference_, total);
+    } else {
+      sparse_attention::write_final(params_, facts, cluster_rank(), owner, row, lane_, output_, reference_, total,
+                                    maximum_);
+    }
+  }
+
+  const SparseAttentionParams& params_;
+  const int row_tile_;
+  Ring<C::kStages> keys_;
+  Ring<2> messages_;
+  uint32_t scores_parity_ = 0;
+};
+
+}  // namespace flash_mla::sm90::sparse_attention_paired
