@@ -167,11 +167,25 @@ def test_scale(backend: Target, scale: float) -> None:
     check_decode(inputs)
 
 
-def test_peaked_scores(backend: Target) -> None:
-    check_decode(make_sparse_decode_inputs(2, 2, h_q=16, topk=200, spread=8.0, device=backend.device))
+@pytest.mark.parametrize("h_q", [16, 64, 128])
+def test_peaked_scores(backend: Target, h_q: int) -> None:
+    check_decode(make_sparse_decode_inputs(2, 2, h_q=h_q, topk=200, spread=8.0, device=backend.device))
 
 
-@pytest.mark.parametrize("h_q", [4, 64])
+@pytest.mark.parametrize("h_q", [16, 64, 128])
+@pytest.mark.parametrize("stride", [1, 32])
+def test_growing_scores(backend: Target, h_q: int, stride: int) -> None:
+    """The largest score so far grows with nearly every key, or every 32 keys: what is relative to it goes along."""
+    inputs = make_sparse_decode_inputs(1, 1, h_q=h_q, topk=320, spread=6.0, invalid=0.0)
+    inputs.q[:] = inputs.q[:, :, :1]
+    rows = dequantize_kv_cache(inputs.primary.cache, inputs.primary.kv_format).flatten(0, 2).float()
+    indices = inputs.primary.indices
+    order = (rows[indices.flatten().long()] @ inputs.q[0, 0, 0].float()).argsort()
+    indices[:] = indices.flatten()[order].view(-1, stride).flip(1).reshape(indices.shape)
+    check_decode(replace_device(inputs, backend))
+
+
+@pytest.mark.parametrize("h_q", [4, 64, 128])
 @pytest.mark.parametrize("known", PRIMARY_FORMATS)
 def test_rows_and_columns_of_many_sizes(backend: Target, known: KVFormat, h_q: int) -> None:
     """Scales differ by 2^20 between rows and by as much within one."""

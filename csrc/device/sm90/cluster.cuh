@@ -23,24 +23,13 @@ __device__ __forceinline__ uint32_t peer_address(uint32_t address) {
   return peer;
 }
 
+// Says that this thread has read what was sent to it. Of CTA scope, as CUTLASS's barriers of clusters: with the
+// cluster's, it is a memory barrier of the whole GPU. Shared memory needs none, since a warp accesses it in order.
 __device__ __forceinline__ void mbarrier_arrive_peer(uint32_t peer_barrier) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(peer_barrier) : "memory");
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(peer_barrier) : "memory");
 }
 
-// Waits for the end of the phase with this parity, to which the other CTA contributes.
-__device__ __forceinline__ void mbarrier_wait_cluster(uint32_t barrier, uint32_t parity) {
-  uint32_t done;
-  do {
-    asm volatile(
-        "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, "
-        "p;\n}"
-        : "=r"(done)
-        : "r"(barrier), "r"(parity)
-        : "memory");
-  } while (!done);
-}
-
-// Stores whose bytes count on a barrier of the CTA that they go to.
+// Stores whose bytes count on a barrier of the CTA that they go to, which is how that one waits for them.
 __device__ __forceinline__ void store_peer(uint32_t peer, uint32_t a, uint32_t b, uint32_t c, uint32_t d,
                                            uint32_t peer_barrier) {
   asm volatile(

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "device/sm90/barrier.cuh"
+#include "device/sm90/cluster.cuh"
 #include "device/sm90/copy.cuh"
 #include "device/sm90/slots.cuh"
 #include "device/sm90/wgmma.cuh"
@@ -13,11 +14,23 @@ namespace flash_mla::sm90::sparse_attention {
 // What unreachable keys are read from: all zeros, scales too.
 __device__ __align__(16) const unsigned char kZeroRow[1152] = {};
 
+template <class C>
+constexpr int producer_groups() {
+  if constexpr (requires { C::kProducerGroups; }) {
+    return C::kProducerGroups;
+  } else {
+    return 1;
+  }
+}
+
 template <class C, class Storage>
 class KeyLists {
  protected:
+  // Groups of warps take the tiles of a piece by turns.
+  static constexpr int kGroups = producer_groups<C>();
+  static constexpr int kGroupWarps = C::kProducerWarps / kGroups;
   // Keys of a tile per warp, each of which `kLanes` lanes know: where its row is.
-  static constexpr int kWarpKeys = C::kKeys / C::kProducerWarps;
+  static constexpr int kWarpKeys = C::kKeys / kGroupWarps;
   static constexpr int kLanes = 32 / kWarpKeys;
   static constexpr int kItemTiles = ceil_div(C::kRows, kRowTile);
 
@@ -30,40 +43,33 @@ class KeyLists {
     __syncwarp();
   }
 
-  // Steps to the next tile and fetches the lane's index; -1 where its list has ended.
+  // Steps to the next tile, of the warp's group or the first of a piece, and fetches the lane's index; -1 where its
+  // list has ended, or the tile is another group's.
   __device__ __forceinline__ void fetch_indices() {
-    if (walk_.run.num_tiles == 0) {
-      __syncwarp();
-      int found = 1;
-      if (lane_ == 0) {
-        if (walk_.second_tiles > 0) {
-          begin_second_run(params_, walk_);
-        } else {
-          found = next_piece<kItemTiles>(params_, walk_);
-        }
-      }
-      found = __shfl_sync(~0u, found, 0);
-      __syncwarp();
-      ahead_ = {found ? walk_.run.bits : 0};
-      index_ = -1;
-      if (!ahead_.has_tile()) {
+    ahead_ = {0};
+    index_ = -1;
+    if (!find_run()) {
+      return;
+    }
+    Run run = walk_.run;
+    if (!is_own(run.bits) && !(run.bits & Entry::kBeginsPiece)) {
+      step_over(run);
+      ahead_ = {Entry::kSkipped};
+      if (!find_run()) {
         return;
       }
+      run = walk_.run;
     }
-    const Run run = walk_.run;
-    ahead_ = {run.bits};
-    const int position = run.position + key_of_lane();
-    index_ = -1;
-    if (position < run.length) {
+    ahead_.bits |= run.bits;
+    const int position = run.position + listed_key_of_lane();
+    if (position < run.length && is_own(run.bits)) {
       index_ = load_index(run.list + (params_.from_table ? page_of(params_.keys[0], position) : position));
     }
-    __syncwarp();
-    if (lane_ == 0) {
-      walk_.run.position = run.position + C::kKeys;
-      walk_.run.num_tiles = run.num_tiles - 1;
-      walk_.run.bits = (run.bits ^ Entry::kSlot) & ~Entry::kBeginsPiece;
-    }
-    __syncwarp();
+    step_over(run);
+  }
+
+  __device__ __forceinline__ bool is_own(uint32_t bits) const {
+    return kGroups == 1 || static_cast<int>(bits / Entry::kSlot & 1) == warp_ / kGroupWarps;
   }
 
   // All tiles, for producers that keep nothing of one while they work on another: `copy(entry, row)`.
@@ -85,7 +91,20 @@ class KeyLists {
     end();
   }
 
-  __device__ __forceinline__ int key_of_lane() const { return warp_ * kWarpKeys + lane_ / kLanes; }
+  // Of the CTAs that share the columns of a row.
+  __device__ __forceinline__ int rank() const {
+    if constexpr (kItemTiles == 2) {
+      return cluster_rank();
+    } else {
+      return 0;
+    }
+  }
+
+  __device__ __forceinline__ int first_key() const { return warp_ % kGroupWarps * kWarpKeys; }
+  // Which key of a tile's list goes there. The second of two CTAs has the halves of a tile the other way round.
+  __device__ __forceinline__ int listed_key_of_lane() const {
+    return (first_key() + lane_ / kLanes) ^ (C::kKeys / 2 * rank());
+  }
 
   static __device__ __forceinline__ int load_index(const int32_t* address) {
     int index;
@@ -103,7 +122,7 @@ class KeyLists {
     const KeySource& keys = params_.keys[entry.source()];
     int page;
     if (params_.from_table) {
-      const int position = walk_.run.position - C::kKeys + key_of_lane();  // its fetching was the last step
+      const int position = walk_.run.position - C::kKeys + listed_key_of_lane();  // its fetching was the last step
       page = index_;
       next_row_in_page_ = position - page_of(keys, position) * keys.page;
       if (static_cast<uint32_t>(index_) >= keys.num_slots / static_cast<uint32_t>(keys.page)) {
@@ -136,18 +155,17 @@ class KeyLists {
 
   // Hands the facts and Q of a piece over, once the math warps have done with those of the piece before.
   __device__ __forceinline__ void begin_piece(int piece) {
-    begin_piece(piece, [this](const PieceFacts& facts) { load_q(facts); });
-  }
-
-  template <class LoadQ>
-  __device__ __forceinline__ void begin_piece(int piece, LoadQ&& load) {
     const PieceFacts& facts = walk_.pending[piece];
     mbarrier_wait(shared_address(&storage_.q_empty), (piece & 1) ^ 1);
     if (warp_ == 0 && lane_ == 0) {
       storage_.pieces[piece & 1] = facts;
     }
     if (facts.num_tiles > 0) {
-      load(facts);
+      if constexpr (kItemTiles == 2) {
+        load_half_q(facts);
+      } else {
+        load_q(facts);
+      }
     }
     async_copy_arrive(shared_address(&storage_.q_full));
   }
@@ -185,6 +203,37 @@ class KeyLists {
     }
   }
 
+  // Where a row's unit of the CTA's RoPE columns lies, which are a slice of 64-byte rows behind a tile's values.
+  static __device__ __forceinline__ uint32_t half_rope_unit(uint32_t tile, int row, int unit) {
+    return tile + C::kRopeOffset + row * C::kRopeRowBytes + ((unit ^ row / 2 % 4) * 16);
+  }
+
+  // The CTA's columns of the item's rows of Q, as many rows a warp as that makes, eight at a time.
+  __device__ __forceinline__ void load_half_q(const PieceFacts& facts) const {
+    constexpr int kWarpRows = C::kRows / C::kProducerWarps;
+    const int lane = opaque_lane(), unit = lane % 4;
+#pragma unroll 1
+    for (int item_row = warp_ * kWarpRows + lane / 4; item_row < (warp_ + 1) * kWarpRows; item_row += 8) {
+      const unsigned char* row = row_of_q(facts, item_row);
+      const bool valid = row != nullptr;
+      const unsigned char* source = (valid ? row : static_cast<const unsigned char*>(params_.q)) + unit * 16;
+      const uint32_t tile = shared_address(storage_.q[item_row / kRowTile]);
+      const int tile_row = item_row % kRowTile;
+      if constexpr (C::kRopeBehindValues) {
+        async_copy16(half_rope_unit(tile, tile_row, unit), source + kHeadDimV * 2 + rank() * C::kRopeRowBytes, valid);
+      }
+      source += rank() * C::kSlices * kSliceRowBytes;
+      uint32_t destination = tile + tile_row * kSliceRowBytes + ((unit ^ tile_row % 8) * 16);
+#pragma unroll 1
+      for (int slice = 0; slice < C::kSlices; ++slice) {
+        async_copy16(destination, source, valid);
+        async_copy16(destination ^ 64, source + 64, valid);
+        destination += C::kSliceBytes;
+        source += kSliceRowBytes;
+      }
+    }
+  }
+
   __device__ __forceinline__ void end() {
     const int piece = walk_.num_pieces;
     mbarrier_wait(shared_address(&storage_.q_empty), (piece & 1) ^ 1);
@@ -193,6 +242,39 @@ class KeyLists {
     }
     async_copy_arrive(shared_address(&storage_.q_full));
     async_copy_wait<0>();
+  }
+
+  // Goes on to the next run, where this one has ended. False where there is none, or a piece without tiles.
+  __device__ __forceinline__ bool find_run() {
+    if (walk_.run.num_tiles > 0) {
+      return true;
+    }
+    __syncwarp();
+    int found = 1;
+    if (lane_ == 0) {
+      if (walk_.second_tiles > 0) {
+        begin_second_run(params_, walk_);
+      } else {
+        found = next_piece<kItemTiles>(params_, walk_);
+      }
+    }
+    found = __shfl_sync(~0u, found, 0);
+    __syncwarp();
+    const Entry begun{found ? walk_.run.bits : 0};
+    if (!begun.has_tile()) {
+      ahead_.bits |= begun.bits;
+    }
+    return begun.has_tile();
+  }
+
+  __device__ __forceinline__ void step_over(const Run& run) {
+    __syncwarp();
+    if (lane_ == 0) {
+      walk_.run.position = run.position + C::kKeys;
+      walk_.run.num_tiles = run.num_tiles - 1;
+      walk_.run.bits = (run.bits ^ Entry::kSlot) & ~Entry::kBeginsPiece;
+    }
+    __syncwarp();
   }
 
   const SparseAttentionParams& params_;

@@ -3,20 +3,22 @@
 // while a slot is waited for. Key indices are fetched two tiles ahead.
 #pragma once
 
-#include "device/sm90/cluster.cuh"
 #include "sm90/sparse_attention/formats.cuh"
 #include "sm90/sparse_attention/key_lists.cuh"
 
 namespace flash_mla::sm90::sparse_attention {
 
-// Of the four lanes that know a key, each holds the scales of a quarter of its columns.
+// Each of the lanes that know a key, four, or two where the CTA has half of the columns, holds the scales of a quarter
+// of a row.
 template <class C, class Storage>
 class ProducerWarp : KeyLists<C, Storage> {
   using Base = KeyLists<C, Storage>;
-  using Base::ahead_, Base::lane_, Base::next_row_in_page_, Base::params_, Base::phases_, Base::storage_, Base::warp_;
+  using Base::kLanes, Base::kWarpKeys, Base::ahead_, Base::lane_, Base::next_row_in_page_, Base::params_, Base::phases_,
+      Base::storage_, Base::warp_;
   static constexpr bool kPaired = C::kRanks == 2;
   static constexpr int kUnits = 32 / C::kRanks;  // of 16 values, that this CTA has of a row
-  static constexpr int kPasses = Base::kWarpKeys / C::kRanks;
+  static constexpr int kPasses = kWarpKeys / C::kRanks;
+  static_assert(kLanes * C::kRanks == 4);
 
  public:
   __device__ __forceinline__ ProducerWarp(const SparseAttentionParams& params, Storage& storage, int warp, int lane)
@@ -34,15 +36,14 @@ class ProducerWarp : KeyLists<C, Storage> {
       // hardware has for them, so that a wait for one would be a wait for any that follow it.
       const Entry next = ahead_;
       const unsigned char* const next_row = this->locate(next);
-      if (entry.begins_piece()) {
-        if constexpr (kPaired) {
-          this->begin_piece(entry.piece(), [this](const PieceFacts& facts) { load_half_q(facts); });
-        } else {
-          this->begin_piece(entry.piece());
-        }
+      if (entry.skipped()) {
+        ring_.advance();
       }
-      if (entry.has_tile()) {
-        const int slot = kPaired ? ring_.stage : entry.slot();
+      if (entry.begins_piece()) {
+        this->begin_piece(entry.piece());
+      }
+      const int slot = kPaired ? ring_.stage : entry.slot();
+      if (entry.has_tile() && this->is_own(entry.bits)) {
         mbarrier_wait(shared_address(&storage_.k_empty[slot]), (kPaired ? ring_.parity : phases_.parity(slot)) ^ 1);
         publish_valid(slot);
         copy_rope(slot);
@@ -52,6 +53,8 @@ class ProducerWarp : KeyLists<C, Storage> {
         if (lane_ == 0) {
           mbarrier_arrive(shared_address(&storage_.k_full[slot][kValues]));
         }
+      }
+      if (entry.has_tile()) {
         if constexpr (kPaired) {
           ring_.advance();
         } else {
@@ -74,14 +77,6 @@ class ProducerWarp : KeyLists<C, Storage> {
   static constexpr KVFormat kSecond = kTwoFormats ? C::kExtraFormat : C::kFormat;
   static __device__ __forceinline__ bool is_extra_format(const Entry& entry) { return kTwoFormats && entry.source(); }
 
-  __device__ __forceinline__ int rank() const {
-    if constexpr (kPaired) {
-      return cluster_rank();
-    } else {
-      return 0;
-    }
-  }
-
   // Calls `function` with the format of the entry's source.
   template <class Function>
   __device__ __forceinline__ void with_format(const Entry& entry, Function&& function) const {
@@ -102,14 +97,14 @@ class ProducerWarp : KeyLists<C, Storage> {
         const int distance = (page - row_in_page_) * kLayout.row_stride() + row_in_page_ * kLayout.scale_stride();
         scales = row_ + (row_ == kZeroRow ? 0 : distance);
       }
-      scales_ = format.load_scales(scales, lane_ % 4);
+      scales_ = format.load_scales(scales, this->rank() * kLanes + lane_ % kLanes);
       const int lane = this->opaque_lane();
       const auto bits = reinterpret_cast<uintptr_t>(row_);
 #pragma unroll
       for (int pass = 0; pass < kPasses; ++pass) {
         const int key = pass * C::kRanks + lane / kUnits;
-        raw[pass] = format.load(reinterpret_cast<const unsigned char*>(__shfl_sync(~0u, bits, 4 * key)),
-                                rank() * kUnits + lane % kUnits);
+        raw[pass] = format.load(reinterpret_cast<const unsigned char*>(__shfl_sync(~0u, bits, kLanes * key)),
+                                this->rank() * kUnits + lane % kUnits);
       }
     });
     if constexpr (C::kHasRope) {
@@ -119,11 +114,12 @@ class ProducerWarp : KeyLists<C, Storage> {
 
   __device__ __forceinline__ void convert(const Entry& entry, int slot, const uint4 (&raw)[kPasses]) const {
     with_format(entry, [&](auto format) {
-      const int lane = this->opaque_lane(), odd = lane / kUnits, own = lane % kUnits, unit = rank() * kUnits + own;
+      const int lane = this->opaque_lane(), odd = lane / kUnits, own = lane % kUnits,
+                unit = this->rank() * kUnits + own;
       float scales[kPasses];
 #pragma unroll
       for (int pass = 0; pass < kPasses; ++pass) {
-        scales[pass] = format.scale(scales_, 4 * (pass * C::kRanks + odd) + unit / 8, unit);
+        scales[pass] = format.scale(scales_, kLanes * (pass * C::kRanks + odd) + own / 8, unit);
       }
       if (C::kRopeInValues && unit >= 28) {
         return;
@@ -132,12 +128,12 @@ class ProducerWarp : KeyLists<C, Storage> {
       // banks. A warp's key has its units permuted by its number.
       const bool swapped = lane & 4;
       const uint32_t first = shared_address(storage_.k[0]) + slot * C::kTileBytes + own / 4 * C::kSliceBytes +
-                             (warp_ * Base::kWarpKeys + odd) * kSliceRowBytes + ((lane % 4 * 2 + swapped) ^ odd) * 16;
+                             (this->first_key() + odd) * kSliceRowBytes + ((lane % 4 * 2 + swapped) ^ odd) * 16;
 #pragma unroll
       for (int pass = 0; pass < kPasses; ++pass) {
         const int key = pass * C::kRanks;  // and `odd`
-        format.convert(raw[pass], scales[pass], swapped, (first ^ key * 16) + key * kSliceRowBytes,
-                       (first ^ 16 ^ key * 16) + key * kSliceRowBytes);
+        const uint32_t place = (first ^ key % 8 * 16) + key * kSliceRowBytes;
+        format.convert(raw[pass], scales[pass], swapped, place, place ^ 16);
       }
     });
   }
@@ -146,7 +142,8 @@ class ProducerWarp : KeyLists<C, Storage> {
   __device__ __forceinline__ void publish_valid(int slot) {
     const uint32_t valid = this->valid_keys(row_);
     if (lane_ == 0) {
-      storage_.valid[slot][warp_] = static_cast<unsigned char>(valid);
+      auto& bits = storage_.valid[slot][warp_ % Base::kGroupWarps];
+      bits = static_cast<std::remove_reference_t<decltype(bits)>>(valid);
     }
   }
 
@@ -156,53 +153,26 @@ class ProducerWarp : KeyLists<C, Storage> {
       const int lane = this->opaque_lane();
       const uint32_t tile = shared_address(storage_.k[0]) + slot * C::kTileBytes;
       if constexpr (kPaired && C::kRopeBehindValues) {
-        // Half of them for each CTA; a lane knows its own key's row.
-        const int key = warp_ * Base::kWarpKeys + lane / 4;
-        async_copy16(half_rope_unit(tile, key, lane % 4),
-                     row_ + layout_of(C::kFormat).rope_offset() + rank() * C::kRopeRowBytes + lane % 4 * 16);
-      } else if (!kPaired || rank() == 1) {
-        const uint32_t rows = tile + C::kRopeSlice * C::kSliceBytes + warp_ * Base::kWarpKeys * kSliceRowBytes;
         const auto bits = reinterpret_cast<uintptr_t>(row_);
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
+        for (int i = 0; i < kWarpKeys / 8; ++i) {
+          const int key = i * 8 + lane / 4;
+          const auto source = reinterpret_cast<const unsigned char*>(__shfl_sync(~0u, bits, kLanes * key));
+          async_copy16(this->half_rope_unit(tile, this->first_key() + key, lane % 4),
+                       source + layout_of(C::kFormat).rope_offset() + this->rank() * C::kRopeRowBytes + lane % 4 * 16);
+        }
+      } else if (!kPaired || this->rank() == 1) {
+        const uint32_t rows = tile + C::kRopeSlice * C::kSliceBytes + this->first_key() * kSliceRowBytes;
+        const auto bits = reinterpret_cast<uintptr_t>(row_);
+#pragma unroll
+        for (int i = 0; i < kWarpKeys / 4; ++i) {
           const int key = i * 4 + lane / 8, part = lane % 8;
-          const auto source = reinterpret_cast<const unsigned char*>(__shfl_sync(~0u, bits, 4 * key));
-          async_copy16(rows + key * kSliceRowBytes + ((part ^ key) * 16),
+          const auto source = reinterpret_cast<const unsigned char*>(__shfl_sync(~0u, bits, kLanes * key));
+          async_copy16(rows + key * kSliceRowBytes + ((part ^ key % 8) * 16),
                        source + layout_of(C::kFormat).rope_offset() + part * 16);
         }
       }
       async_copy_arrive(shared_address(&storage_.k_full[slot][kRope]));
-    }
-  }
-
-  // Where a row's unit of the CTA's RoPE columns lies, which are a slice of 64-byte rows behind a tile's values.
-  static __device__ __forceinline__ uint32_t half_rope_unit(uint32_t tile, int row, int unit) {
-    return tile + C::kRopeOffset + row * C::kRopeRowBytes + ((unit ^ row / 2 % 4) * 16);
-  }
-
-  // The CTA's columns of the item's rows of Q, as many rows a warp as that makes, eight at a time.
-  __device__ __forceinline__ void load_half_q(const PieceFacts& facts) const {
-    constexpr int kWarpRows = C::kRows / C::kProducerWarps;
-    const int lane = this->opaque_lane(), unit = lane % 4;
-#pragma unroll 1
-    for (int item_row = warp_ * kWarpRows + lane / 4; item_row < (warp_ + 1) * kWarpRows; item_row += 8) {
-      const unsigned char* row = this->row_of_q(facts, item_row);
-      const bool valid = row != nullptr;
-      const unsigned char* source = (valid ? row : static_cast<const unsigned char*>(params_.q)) + unit * 16;
-      const uint32_t tile = shared_address(storage_.q[item_row / kRowTile]);
-      const int tile_row = item_row % kRowTile;
-      if constexpr (C::kRopeBehindValues) {
-        async_copy16(half_rope_unit(tile, tile_row, unit), source + kHeadDimV * 2 + rank() * C::kRopeRowBytes, valid);
-      }
-      source += rank() * C::kSlices * kSliceRowBytes;
-      uint32_t destination = tile + tile_row * kSliceRowBytes + ((unit ^ tile_row % 8) * 16);
-#pragma unroll 1
-      for (int slice = 0; slice < C::kSlices; ++slice) {
-        async_copy16(destination, source, valid);
-        async_copy16(destination ^ 64, source + 64, valid);
-        destination += C::kSliceBytes;
-        source += kSliceRowBytes;
-      }
     }
   }
 
