@@ -124,8 +124,6 @@ constexpr Kernel<SparseAttentionProblem, SparseAttentionParams> kSparseAttention
      sparse_attention_paired::launch_v41_fp4},
     {"sm90_sparse_paired_v32_no_rope", why_not_paired<KVFormat::kV32NoRope, 512>,
      sparse_attention_paired::launch_v32_no_rope},
-    {"sm90_sparse_paired_bf16_576", why_not_paired<KVFormat::kBf16, 576>, sparse_attention_paired::launch_bf16_576},
-    {"sm90_sparse_paired_bf16_512", why_not_paired<KVFormat::kBf16, 512>, sparse_attention_paired::launch_bf16_512},
     {"sm90_sparse_attention_v32", why_not_sparse_attention<KVFormat::kV32, 576>, sparse_attention::launch_v32},
     {"sm90_sparse_attention_model1", why_not_sparse_attention<KVFormat::kModel1, 512>, sparse_attention::launch_model1},
     {"sm90_sparse_attention_v41", why_not_sparse_attention<KVFormat::kV41, 512>, sparse_attention::launch_v41},

@@ -61,7 +61,7 @@ class KeyLists {
       run = walk_.run;
     }
     ahead_.bits |= run.bits;
-    const int position = run.position + listed_key_of_lane();
+    const int position = run.position + key_of_lane();
     if (position < run.length && is_own(run.bits)) {
       index_ = load_index(run.list + (params_.from_table ? page_of(params_.keys[0], position) : position));
     }
@@ -101,10 +101,7 @@ class KeyLists {
   }
 
   __device__ __forceinline__ int first_key() const { return warp_ % kGroupWarps * kWarpKeys; }
-  // Which key of a tile's list goes there. The second of two CTAs has the halves of a tile the other way round.
-  __device__ __forceinline__ int listed_key_of_lane() const {
-    return (first_key() + lane_ / kLanes) ^ (C::kKeys / 2 * rank());
-  }
+  __device__ __forceinline__ int key_of_lane() const { return first_key() + lane_ / kLanes; }
 
   static __device__ __forceinline__ int load_index(const int32_t* address) {
     int index;
@@ -122,7 +119,7 @@ class KeyLists {
     const KeySource& keys = params_.keys[entry.source()];
     int page;
     if (params_.from_table) {
-      const int position = walk_.run.position - C::kKeys + listed_key_of_lane();  // its fetching was the last step
+      const int position = walk_.run.position - C::kKeys + key_of_lane();  // its fetching was the last step
       page = index_;
       next_row_in_page_ = position - page_of(keys, position) * keys.page;
       if (static_cast<uint32_t>(index_) >= keys.num_slots / static_cast<uint32_t>(keys.page)) {

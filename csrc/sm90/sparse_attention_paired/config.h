@@ -13,8 +13,7 @@ struct Config {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kRopeBehindValues = kHeadDim > kHeadDimV;
   static constexpr bool kRopeInValues = kFormat == KVFormat::kModel1;
-  static constexpr bool kCopied = kFormat == KVFormat::kBf16;  // rows go straight to their places, as one part
-  static constexpr bool kHasRope = !kCopied && (kRopeBehindValues || kRopeInValues);
+  static constexpr bool kHasRope = kRopeBehindValues || kRopeInValues;
 
   static constexpr int kRanks = 2;  // CTAs that share the columns of a row
   static constexpr int kRows = 2 * kRowTile;
@@ -27,12 +26,12 @@ struct Config {
   static constexpr int kStages = 3;
 
   static constexpr int kMathThreads = 256;
-  static constexpr int kProducerWarps = kCopied ? 4 : 8, kProducerGroups = kCopied ? 1 : 2;
+  static constexpr int kProducerWarps = 8, kProducerGroups = 2;
   static constexpr int kProducerThreads = 32 * kProducerWarps;
   static constexpr int kThreads = kMathThreads + kProducerThreads;
-  // Registers per thread after the roles part: 2 * 128 * 192 + 2 * 128 * 64 = 64 K, or 2 * 128 * 216 + 128 * 72.
-  static constexpr int kMathRegisters = kCopied ? 216 : 192;
-  static constexpr int kProducerRegisters = kCopied ? 72 : 64;
+  // Registers per thread after the roles part: 2 * 128 * 192 + 2 * 128 * 64 = 64 K.
+  static constexpr int kMathRegisters = 192;
+  static constexpr int kProducerRegisters = 64;
 };
 
 }  // namespace flash_mla::sm90::sparse_attention_paired

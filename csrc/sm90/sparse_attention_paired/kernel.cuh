@@ -3,7 +3,6 @@
 
 #include "sm90/sparse_attention/producer.cuh"
 #include "sm90/sparse_attention_paired/math.cuh"
-#include "sm90/sparse_attention_paired/row_copier.cuh"
 
 namespace flash_mla::sm90::sparse_attention_paired {
 
@@ -12,18 +11,17 @@ __device__ __forceinline__ void init_barriers(Storage<C>& storage) {
   constexpr int kWarpsOfAWarpgroup = 4;
   for (int slot = 0; slot < C::kStages; ++slot) {
     // Converted columns are handed over by warps, copied ones by threads.
-    mbarrier_init(shared_address(&storage.k_full[slot][kValues]),
-                  C::kProducerWarps / C::kProducerGroups + (C::kCopied ? C::kProducerThreads : 0));
+    mbarrier_init(shared_address(&storage.k_full[slot][kValues]), C::kProducerWarps / C::kProducerGroups);
     mbarrier_init(shared_address(&storage.k_full[slot][kRope]), C::kProducerThreads / C::kProducerGroups);
     mbarrier_init(shared_address(&storage.k_empty[slot]), 2 * kWarpsOfAWarpgroup);
   }
   mbarrier_init(shared_address(&storage.q_full), C::kProducerThreads);
   mbarrier_init(shared_address(&storage.q_empty), 2 * kWarpsOfAWarpgroup);
-  for (int tile = 0; tile < 2; ++tile) {
-    mbarrier_init(shared_address(&storage.scores_full[tile]), 1);
-    mbarrier_init(shared_address(&storage.peer_scores_read[tile]), kWarpsOfAWarpgroup);
-    mbarrier_init(shared_address(&storage.message_full[tile][0]), 1);
-    mbarrier_init(shared_address(&storage.message_full[tile][1]), 1);
+  mbarrier_init(shared_address(&storage.scores_full), 1);
+  mbarrier_init(shared_address(&storage.peer_scores_read), kWarpsOfAWarpgroup);
+  for (int turn = 0; turn < 2; ++turn) {
+    mbarrier_init(shared_address(&storage.message_full[turn]), 1);
+    mbarrier_init(shared_address(&storage.peer_message_read[turn]), kWarpsOfAWarpgroup);
   }
   fence_mbarrier_init();
 }
@@ -46,10 +44,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
   if (warpgroup >= 2) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(C::kProducerRegisters));
-    using Producer =
-        std::conditional_t<C::kCopied, RowCopier<C, Storage<C>>, sparse_attention::ProducerWarp<C, Storage<C>>>;
     const int warp = __shfl_sync(~0u, threadIdx.x / 32 - C::kMathThreads / 32, 0), lane = threadIdx.x % 32;
-    Producer(params, storage, warp, lane).run();
+    sparse_attention::ProducerWarp<C, Storage<C>>(params, storage, warp, lane).run();
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C::kMathRegisters));
     MathWarpgroup<C>(params, storage, warpgroup).run();

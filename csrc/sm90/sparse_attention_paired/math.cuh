@@ -1,8 +1,9 @@
 // The two math warpgroups. Each has one of the pair's row tiles, and of its output the CTA's half of the columns.
-// Scores are sums over columns, so each CTA computes a part of them. It receives the other's part for its half of a
-// tile's keys, and the two exchange the probabilities.
+// Scores are sums over columns, so each CTA computes a part: the row tile's owner, the CTA with the tile's number,
+// receives the other part, and sends the probabilities.
 #pragma once
 
+#include "device/sm90/cluster.cuh"
 #include "sm90/seesaw.cuh"
 #include "sm90/sparse_attention/epilogue.cuh"
 #include "sm90/sparse_attention_paired/storage.h"
@@ -10,12 +11,12 @@
 namespace flash_mla::sm90::sparse_attention_paired {
 
 template <class C>
-class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>, true> {
+class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>> {
   using T = __nv_bfloat16;
-  using Base = SeesawWarpgroup<T, Storage<C>, true>;
-  using Base::lane_, Base::maximum_, Base::output_, Base::reference_, Base::row_, Base::storage_, Base::sum_,
-      Base::thread_;
+  using Base = SeesawWarpgroup<T, Storage<C>>;
+  using Base::lane_, Base::output_, Base::reference_, Base::row_, Base::storage_, Base::sum_, Base::thread_;
   using typename Base::Atoms;
+  static constexpr int kScoreBytes = sizeof(Storage<C>::scores), kRowBytes = sizeof(Message::rows);
 
  public:
   __device__ __forceinline__ MathWarpgroup(const SparseAttentionParams& params, Storage<C>& storage, int row_tile)
@@ -32,54 +33,88 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>, true> {
       this->begin_rows();
       if (num_tiles == 0) {
         this->release_q();
+      }
+      if (owns_rows()) {
+        run_owner(num_tiles, piece);
       } else {
-        run_tiles(num_tiles, piece);
+        run_other(num_tiles);
       }
       finish_piece(piece);
     }
   }
 
  private:
-  // A step sends the part of the next tile's scores that the other CTA needs before it multiplies the last tile's
-  // probabilities, so that neither CTA waits for what is on its way. No product is in flight at a loop's back edge,
-  // where the compiler would have to merge accumulators: it serialises all products then.
-  __device__ __forceinline__ void run_tiles(int num_tiles, int piece) {
+  // No product is in flight at a loop's back edge, where the compiler would have to merge accumulators: it serialises
+  // all products then. One warpgroup's products run under the other's exchange and exponentials.
+
+  __device__ __forceinline__ bool owns_rows() const { return row_tile_ == cluster_rank(); }
+
+  __device__ __forceinline__ void run_owner(int num_tiles, int piece) {
+#pragma unroll 1
+    for (int tile = 0; tile < num_tiles; ++tile) {
+      float scores[32];
+      uint32_t probabilities[16];
+      wait_for_keys(keys_);
+      wgmma_fence();
+      issue_scores(scores, keys_.stage);
+      wgmma_wait<0>();
+      add_peer_scores(scores);
+      find_probabilities(scores, probabilities, piece, tile, num_tiles, keys_.stage);
+      multiply(probabilities);
+    }
+  }
+
+  __device__ __forceinline__ void find_probabilities(float (&scores)[32], uint32_t (&probabilities)[16], int piece,
+                                                     int tile, int num_tiles, int stage) {
+    if (tile + 1 == num_tiles) {
+      this->release_q();
+    }
+    mask(scores, piece, tile, stage);
+    if (params_.max_logits != nullptr) {
+      keep_maximum(scores, tile == 0);
+    }
+    this->move_reference(scores, params_.scale_log2, [] {});
+    exponentiate<T, 0, 4>(scores, params_.scale_log2, reference_, sum_, probabilities);
+    send_probabilities(probabilities);
+  }
+
+  // The scores of a tile are sent before the probabilities of the tile before it are waited for.
+  __device__ __forceinline__ void run_other(int num_tiles) {
     Ring<C::kStages> ahead = keys_;
-    float scores[16];  // of this CTA's half of the keys
-    uint32_t own[8];   // probabilities of the same, of the tile before
 #pragma unroll 1
     for (int tile = 0; tile <= num_tiles; ++tile) {
       if (tile < num_tiles) {
-        compute_scores(scores, ahead);
-        ahead.advance();
+        float scores[32];
+        wait_for_keys(ahead);
+        wgmma_fence();
+        issue_scores(scores, ahead.stage);
+        wgmma_wait<0>();
         if (tile + 1 == num_tiles) {
           this->release_q();
         }
+        send_scores(scores);
+        ahead.advance();
       }
       if (tile > 0) {
-        multiply(own, tile == num_tiles);
-      }
-      if (tile < num_tiles) {
-        add_peer_scores(scores);
-        mask(scores, piece, tile, (keys_.stage));
-        move_reference(scores);
-        exponentiate<T, 0, 2>(scores, params_.scale_log2, reference_, sum_, own);
-        send_probabilities(own, tile + 1 == num_tiles);
+        uint32_t probabilities[16];
+        receive_probabilities(probabilities);
+        multiply(probabilities);
       }
     }
   }
 
-  // This CTA's part of a tile's scores; the half that the other one needs goes there.
-  __device__ __forceinline__ void compute_scores(float (&kept)[16], const Ring<C::kStages>& at) {
+  // ---- products
+  __device__ __forceinline__ void wait_for_keys(const Ring<C::kStages>& at) const {
     mbarrier_wait(shared_address(&storage_.k_full[at.stage][kValues]), at.parity);
     if constexpr (C::kHasRope) {
       mbarrier_wait(shared_address(&storage_.k_full[at.stage][kRope]), at.parity);
     }
     fence_async_proxy();
-    const uint32_t q_tile = shared_address(storage_.q[row_tile_]), k_tile = shared_address(storage_.k[at.stage]);
+  }
+
+  __device__ __forceinline__ void issue_scores(float (&scores)[32], int stage) const {
+    const uint32_t q_tile = shared_address(storage_.q[row_tile_]), k_tile = shared_address(storage_.k[stage]);
     const Descriptor q(q_tile, 16), k(k_tile, 16);
-    float scores[32];
-    wgmma_fence();
 #pragma unroll
     for (int s = 0; s < C::kSlices; ++s) {
 #pragma unroll
@@ -96,159 +131,143 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>, true> {
       }
     }
     wgmma_commit();
-    wgmma_wait<0>();
+  }
 
-    mbarrier_wait(shared_address(&storage_.peer_scores_read[row_tile_]), scores_parity_ ^ 1);
-    const uint32_t barrier = peer_address(shared_address(&storage_.scores_full[row_tile_])),
-                   destination = peer_address(shared_address(&storage_.scores[row_tile_][0][thread_]));
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float* sent = &scores[16 + 4 * i];
-      store_peer(destination + i * sizeof(storage_.scores[0][0]), __float_as_uint(sent[0]), __float_as_uint(sent[1]),
-                 __float_as_uint(sent[2]), __float_as_uint(sent[3]), barrier);
-    }
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      kept[i] = scores[i];
+  __device__ __forceinline__ void multiply(const uint32_t (&probabilities)[16]) {
+    wgmma_fence();
+    this->template multiply_registers<0>(keys_.stage, probabilities);
+    wgmma_wait<0>();
+    release(keys_.stage);
+    keys_.advance();
+  }
+
+  __device__ __forceinline__ void release(int stage) {
+    if (lane_ == 0) {
+      mbarrier_arrive(shared_address(&storage_.k_empty[stage]));
     }
   }
 
-  __device__ __forceinline__ void add_peer_scores(float (&scores)[16]) {
-    expect(storage_.scores_full[row_tile_], sizeof(storage_.scores[0]));
-    mbarrier_wait(shared_address(&storage_.scores_full[row_tile_]), scores_parity_);
+  // The largest scores so far, for those who ask.
+  __device__ __forceinline__ void keep_maximum(const float (&scores)[32], bool first) {
+    float largest[2];
+    row_maximum(scores, largest);
+    if (lane_ % 4 == 0) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float4 part = storage_.scores[row_tile_][i][thread_];
+      for (int r = 0; r < 2; ++r) {
+        float& kept = storage_.row_max[row_ + 8 * r];
+        kept = fmaxf(first ? -INFINITY : kept, largest[r] * params_.scale_log2);
+      }
+    }
+  }
+
+  // ---- scores: from the other warpgroup of a row tile to its owner
+  __device__ __forceinline__ void send_scores(const float (&scores)[32]) {
+    mbarrier_wait(shared_address(&storage_.peer_scores_read), scores_parity_ ^ 1);
+    const uint32_t barrier = peer_address(shared_address(&storage_.scores_full)),
+                   destination = peer_address(shared_address(&storage_.scores[0][thread_]));
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      store_peer(destination + i * sizeof(storage_.scores[0]), __float_as_uint(scores[4 * i]),
+                 __float_as_uint(scores[4 * i + 1]), __float_as_uint(scores[4 * i + 2]),
+                 __float_as_uint(scores[4 * i + 3]), barrier);
+    }
+    scores_parity_ ^= 1;
+  }
+
+  __device__ __forceinline__ void add_peer_scores(float (&scores)[32]) {
+    expect(storage_.scores_full, kScoreBytes);
+    mbarrier_wait(shared_address(&storage_.scores_full), scores_parity_);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float4 part = storage_.scores[i][thread_];
       scores[4 * i] += part.x;
       scores[4 * i + 1] += part.y;
       scores[4 * i + 2] += part.z;
       scores[4 * i + 3] += part.w;
     }
-    __syncwarp();
-    if (lane_ == 0) {
-      mbarrier_arrive_peer(peer_address(shared_address(&storage_.peer_scores_read[row_tile_])));
-    }
+    tell_peer(storage_.peer_scores_read);
     scores_parity_ ^= 1;
   }
 
   // Keys that do not count become -inf.
-  __device__ __forceinline__ void mask(float (&scores)[16], int piece, int tile, int stage) const {
-    const uint32_t valid = *reinterpret_cast<const uint32_t*>(storage_.valid[stage]);
-    if (valid != ~0u) {
-      mask_keys(scores, valid, 0, lane_);
+  __device__ __forceinline__ void mask(float (&scores)[32], int piece, int tile, int stage) const {
+    const uint2 valid = *reinterpret_cast<const uint2*>(storage_.valid[stage]);
+    if ((valid.x & valid.y) != ~0u) {
+      mask_keys(scores, valid.x, valid.y, lane_);
     }
     if (params_.causal) {
       int limit[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        limit[r] = storage_.pieces[piece].limit - tile * C::kKeys - cluster_rank() * C::kKeys / 2 +
+        limit[r] = storage_.pieces[piece].limit - tile * C::kKeys +
                    (storage_.pieces[piece].row_tile * C::kRows + row_tile_ * kRowTile + row_ + 8 * r) / params_.h_q;
       }
-      if (limit[0] < C::kKeys / 2 || limit[1] < C::kKeys / 2) {
+      if (limit[0] < C::kKeys || limit[1] < C::kKeys) {
         mask_scores(scores, limit, lane_);
       }
     }
   }
 
-  // References are whole numbers: going over to another one is exact, also for probabilities that have been rounded.
-  __device__ __forceinline__ void move_reference(const float (&scores)[16]) {
-    float largest[2], next[2];
-    row_maximum(scores, largest);
-    bool outgrown = false;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float scaled = largest[r] * params_.scale_log2;
-      maximum_[r] = fmaxf(maximum_[r], scaled);
-      const bool grows = scaled > reference_[r] + kSlack;
-      next[r] = grows ? ceilf(scaled) : reference_[r];
-      outgrown |= grows;
-    }
-    if (__any_sync(~0u, outgrown)) {
-      this->rescale(next);
-    }
-  }
-
-  __device__ __forceinline__ void send_probabilities(const uint32_t (&own)[8], bool last) {
-    const Message& message = storage_.messages[row_tile_][messages_.stage];
-    const uint32_t barrier = peer_address(shared_address(&storage_.message_full[row_tile_][messages_.stage])),
+  // ---- probabilities, and then sums: from a row tile's owner to the other warpgroup
+  __device__ __forceinline__ void send_probabilities(const uint32_t (&probabilities)[16]) {
+    const int turn = messages_.stage;
+    const Message& message = storage_.messages[turn];
+    mbarrier_wait(shared_address(&storage_.peer_message_read[turn]), messages_.parity ^ 1);
+    const uint32_t barrier = peer_address(shared_address(&storage_.message_full[turn])),
                    destination = peer_address(shared_address(&message.probabilities[0][thread_]));
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      store_peer(destination + i * sizeof(message.probabilities[0]), own[4 * i], own[4 * i + 1], own[4 * i + 2],
-                 own[4 * i + 3], barrier);
+    for (int i = 0; i < 4; ++i) {
+      store_peer(destination + i * sizeof(message.probabilities[0]), probabilities[4 * i], probabilities[4 * i + 1],
+                 probabilities[4 * i + 2], probabilities[4 * i + 3], barrier);
     }
-    const uint32_t quad = thread_ / 4;
-    if (lane_ % 4 == 0) {
-      store_peer(peer_address(shared_address(&message.references[quad])), reference_[0], reference_[1], barrier);
-    }
-    if (last) {
-      sum_[0] = quad_sum(sum_[0]);
-      sum_[1] = quad_sum(sum_[1]);
-      if (lane_ % 4 == 0) {
-        store_peer(peer_address(shared_address(&message.sums[quad])), sum_[0], sum_[1], barrier);
-        store_peer(peer_address(shared_address(&message.maxima[quad])), maximum_[0], maximum_[1], barrier);
-      }
-    }
+    send_rows(message, reference_, barrier);
   }
 
-  // output += probabilities x values of the oldest tile, of which this CTA has its own half of the probabilities.
-  __device__ __forceinline__ void multiply(const uint32_t (&own)[8], bool last) {
-    uint64_t& full = storage_.message_full[row_tile_][messages_.stage];
-    expect(full, sizeof(Message) - (last ? 0 : sizeof(Message::sums) + sizeof(Message::maxima)));
-    mbarrier_wait(shared_address(&full), messages_.parity);
-    const Message& message = storage_.messages[row_tile_][messages_.stage];
-    uint32_t probabilities[16];
+  __device__ __forceinline__ void receive_probabilities(uint32_t (&probabilities)[16]) {
+    const Message& message = receive(sizeof(Message));
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < 4; ++i) {
       const uint4 words = message.probabilities[i][thread_];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        probabilities[4 * i + j] = own[4 * i + j];
-      }
-      probabilities[8 + 4 * i] = words.x;
-      probabilities[9 + 4 * i] = words.y;
-      probabilities[10 + 4 * i] = words.z;
-      probabilities[11 + 4 * i] = words.w;
+      probabilities[4 * i] = words.x;
+      probabilities[4 * i + 1] = words.y;
+      probabilities[4 * i + 2] = words.z;
+      probabilities[4 * i + 3] = words.w;
     }
-    const float2 reference = message.references[thread_ / 4];
-    float2 sums{0, 0};
-    if (last) {
-      sums = message.sums[thread_ / 4];
-      const float2 maxima = message.maxima[thread_ / 4];
-      maximum_[0] = fmaxf(maximum_[0], maxima.x);
-      maximum_[1] = fmaxf(maximum_[1], maxima.y);
+    const float2 reference = message.rows[thread_ / 4];
+    finish_message();
+    this->adopt_reference({reference.x, reference.y});
+  }
+
+  __device__ __forceinline__ void send_sums(const float (&total)[2]) {
+    const int turn = messages_.stage;
+    mbarrier_wait(shared_address(&storage_.peer_message_read[turn]), messages_.parity ^ 1);
+    send_rows(storage_.messages[turn], total, peer_address(shared_address(&storage_.message_full[turn])));
+  }
+
+  __device__ __forceinline__ void receive_sums(float (&total)[2]) {
+    const float2 sums = receive(kRowBytes).rows[thread_ / 4];
+    finish_message();
+    total[0] = sums.x;
+    total[1] = sums.y;
+  }
+
+  __device__ __forceinline__ void send_rows(const Message& message, const float (&values)[2], uint32_t barrier) {
+    if (lane_ % 4 == 0) {
+      store_peer(peer_address(shared_address(&message.rows[thread_ / 4])), values[0], values[1], barrier);
     }
     messages_.advance();
-    if (__any_sync(~0u, reference.x != reference_[0] || reference.y != reference_[1])) {
-      join_references(probabilities, reference, sums);
-    }
-    sum_[0] += sums.x;
-    sum_[1] += sums.y;
-    wgmma_fence();
-    this->template multiply_registers<0>(keys_.stage, probabilities);
-    wgmma_wait<0>();
-    if (lane_ == 0) {
-      mbarrier_arrive(shared_address(&storage_.k_empty[keys_.stage]));
-    }
-    keys_.advance();
   }
 
-  // The two CTAs' references have grown apart in this tile: both go on from the larger one.
-  __device__ __forceinline__ void join_references(uint32_t (&probabilities)[16], const float2& others, float2& sums) {
-    const float other[2] = {others.x, others.y},
-                next[2] = {fmaxf(reference_[0], other[0]), fmaxf(reference_[1], other[1])};
-    const float own_factor[2] = {exp2_approx(reference_[0] - next[0]), exp2_approx(reference_[1] - next[1])},
-                other_factor[2] = {exp2_approx(other[0] - next[0]), exp2_approx(other[1] - next[1])};
-    this->rescale(next);
-    sums.x *= other_factor[0];
-    sums.y *= other_factor[1];
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      const int r = i % 2;
-      const float factor = i < 8 ? own_factor[r] : other_factor[r];
-      const float2 pair = unpack2<T>(probabilities[i]);
-      probabilities[i] = pack2<T>(pair.x * factor, pair.y * factor);
-    }
+  __device__ __forceinline__ const Message& receive(int bytes) {
+    uint64_t& full = storage_.message_full[messages_.stage];
+    expect(full, bytes);
+    mbarrier_wait(shared_address(&full), messages_.parity);
+    return storage_.messages[messages_.stage];
+  }
+
+  __device__ __forceinline__ void finish_message() {
+    tell_peer(storage_.peer_message_read[messages_.stage]);
+    messages_.advance();
   }
 
   // The bytes may already have come: the phase lasts until they are expected.
@@ -258,19 +277,41 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>, true> {
     }
   }
 
+  // The warp has read what the other CTA may now write over.
+  __device__ __forceinline__ void tell_peer(uint64_t& barrier) const {
+    __syncwarp();
+    if (lane_ == 0) {
+      mbarrier_arrive_peer(peer_address(shared_address(&barrier)));
+    }
+  }
+
+  // ---- the end of a piece
   __device__ __forceinline__ void finish_piece(int piece) {
     int row = row_;
     asm volatile("" : "+r"(row));  // keeps the epilogue's addresses out of the loop over pieces
     PieceFacts facts = storage_.pieces[piece];
     facts.row_tile = facts.row_tile * 2 + row_tile_;
-    const int side = cluster_rank();
-    if (facts.partial >= 0) {
-      sparse_attention::write_partial(params_, facts, side, side == 0, row, lane_, output_, reference_, sum_);
-    } else {
-      if (params_.max_logits != nullptr && side == 0) {
-        sparse_attention::write_maximum(params_, facts, row, lane_, maximum_);
+    float total[2], maximum[2] = {-INFINITY, -INFINITY};
+    const bool owner = owns_rows();
+    if (owner) {
+      total[0] = quad_sum(sum_[0]);
+      total[1] = quad_sum(sum_[1]);
+      send_sums(total);
+      if (params_.max_logits != nullptr && facts.num_tiles > 0) {
+        maximum[0] = storage_.row_max[row_];
+        maximum[1] = storage_.row_max[row_ + 8];
       }
-      sparse_attention::write_final(params_, facts, side, side == 0, row, lane_, output_, reference_, sum_, maximum_);
+      if (params_.max_logits != nullptr) {
+        sparse_attention::write_maximum(params_, facts, row, lane_, maximum);
+      }
+    } else {
+      receive_sums(total);
+    }
+    if (facts.partial >= 0) {
+      sparse_attention::write_partial(params_, facts, cluster_rank(), owner, row, lane_, output_, reference_, total);
+    } else {
+      sparse_attention::write_final(params_, facts, cluster_rank(), owner, row, lane_, output_, reference_, total,
+                                    maximum);
     }
   }
 
