@@ -190,7 +190,8 @@ def dense_job(
     }
     types = POINTERS | {"q": "*bf16", "k_cache": "*bf16" if format == "NONE" else "*u8", "out": "*bf16"}
     what = f"d{d_qk}" if format == "NONE" else format
-    name = f"dense_decode {what} page {page} {tile.block_m}x{tile.block_n}{' fixed cuts' if fixed_cuts else ''}"
+    variant = " fixed cuts" if fixed_cuts else " long" if long else ""
+    name = f"dense_decode {what} page {page} {tile.block_m}x{tile.block_n}{variant}"
     return Job(name, dense_decode_kernel, constants, types, tile.num_warps, tile.num_stages)
 
 
