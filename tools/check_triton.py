@@ -115,7 +115,7 @@ def jobs(card: Card, quick: bool) -> Iterator[Job]:
     yield dequantize_job(gpu, "MODEL1")
     yield combine_job()
     yield merge_job()
-    yield plan_job(config.num_parts(gpu, 1, 16, 1))
+    yield plan_job(config.num_parts(gpu, 1, 16, 1)[0])
     yield compact_job()
     for rows, d_qk in ((128, 576),) if quick else ((16, 576), (32, 576), (128, 576), (16, 512), (128, 512)):
         yield dense_job(gpu, rows, d_qk, page=64)
@@ -123,6 +123,7 @@ def jobs(card: Card, quick: bool) -> Iterator[Job]:
         yield dense_job(gpu, 16, 576, page=1)
         yield dense_job(gpu, 128, 576, page=64, fixed_cuts=True)
         yield dense_job(gpu, 16, 576, page=64, long=True)
+        yield dense_job(gpu, 32, 576, page=64, long=True)
         for format in ("V32", "V32_NO_ROPE", "MODEL1", "V41", "E4M3_576", "E4M3_512"):
             for rows in (16, 128):
                 yield dense_job(gpu, rows, 576 if format in ("V32", "E4M3_576") else 512, page=64, format=format)
@@ -189,7 +190,8 @@ def dense_job(
     }
     types = POINTERS | {"q": "*bf16", "k_cache": "*bf16" if format == "NONE" else "*u8", "out": "*bf16"}
     what = f"d{d_qk}" if format == "NONE" else format
-    name = f"dense_decode {what} page {page} {tile.block_m}x{tile.block_n}{' fixed cuts' if fixed_cuts else ''}"
+    variant = " fixed cuts" if fixed_cuts else " long" if long else ""
+    name = f"dense_decode {what} page {page} {tile.block_m}x{tile.block_n}{variant}"
     return Job(name, dense_decode_kernel, constants, types, tile.num_warps, tile.num_stages)
 
 
@@ -208,7 +210,8 @@ def sparse_job(
     from flash_mla.backends.triton.sparse_prefill import sparse_prefill_kernel
 
     d_qk = 576 if first in ("V32", "BF16_576") else 512
-    tile = config.sparse_tiles(gpu, heads, d_qk, max(Format[name].in_flight for name in (first, extra)))[0]
+    in_flight = max(Format[name].in_flight for name in (first, extra))
+    tile = config.sparse_tiles(gpu, heads, d_qk, in_flight, wide_v)[0]
     constants = {
         "PAGE": 64 if first == "MODEL1" else 1,
         "EXTRA_PAGE": 64 if extra == "MODEL1" else 1,
@@ -306,9 +309,10 @@ def merge_job(parts: int = 3) -> Job:
 
 
 def plan_job(num_parts: int) -> Job:
-    from flash_mla.backends.triton.plan import MAX_TOLERANCE, plan_kernel
+    from flash_mla.backends.triton.plan import LEAST_PART, MAX_TOLERANCE, plan_kernel
 
-    constants = {"MAX_TOLERANCE": MAX_TOLERANCE, "PARTS": 1 << num_parts.bit_length(), "REQUESTS": 16, "CHUNK": 16}
+    constants = {"MAX_TOLERANCE": MAX_TOLERANCE, "LEAST_PART": LEAST_PART, "PARTS": 1 << num_parts.bit_length()}
+    constants |= {"REQUESTS": 16, "CHUNK": 16}
     return Job("plan", plan_kernel, constants, POINTERS, 8, 3)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from flash_mla import problem
 from flash_mla.problem_prefill import HEAD_DIM_V
 
 INTERPRETED_SMS = 4
@@ -59,6 +60,9 @@ class Tile:
     num_stages: int
 
 
+D_ROPE = 64
+"""Values of the RoPE part."""
+
 RESERVED_SHARED_MEMORY = 6 * 1024
 """Probabilities, reductions and conversions between layouts, beside the tiles."""
 
@@ -91,10 +95,17 @@ _CANDIDATES = {
 LONG_KEYS = 4096
 """From so many keys on a request is a long one."""
 
-_LONG = Tile(16, 32, 4, 4)
-"""Perf: 187 us on H200 where other tiles of 16 rows take 200 and more (64 requests of 8k keys, 16 heads); 62 us against
-58 for 128 requests of 1k.
+_LONG = {16: Tile(16, 64, 4, 2), 32: Tile(32, 64, 4, 2)}
+"""Two programs on a multiprocessor of SM90, of which one loads while the other multiplies. Perf, with all keys in the
+L2 cache, which is what a faster memory leaves (H100): 129 us where tiles of one program take 151 and more (16 heads, 64
+requests of 8k keys), 196 where they take 230 (32 heads, 128 of 4k). From an H100's memory 225 and 266 instead of 220
+and 253.
 """
+
+
+def _pairs(gpu: Gpu, height: int) -> bool:
+    """Whether two programs of dense decode share a multiprocessor, where keys are many. Measured on SM90 only."""
+    return height in _LONG and _largest_height(gpu) == 64
 
 
 @lru_cache(maxsize=1024)
@@ -110,9 +121,7 @@ def dense_tiles(gpu: Gpu, rows: int, d_qk: int, long: bool = False) -> tuple[Til
         return shared_bytes(tile, d_qk, height == 64) + RESERVED_SHARED_MEMORY <= gpu.shared_memory
 
     tiles = tuple(tile for tile in _CANDIDATES[height] if fits(tile)) or _CANDIDATES[16][-1:]
-    if long and height == 16 and _largest_height(gpu) == 64:  # measured on SM90 only
-        return (_LONG, *tiles)
-    return tiles
+    return (_LONG[height], *tiles) if long and _pairs(gpu, height) else tiles
 
 
 def dense_tile(gpu: Gpu, rows: int, d_qk: int, long: bool = False) -> Tile:
@@ -129,17 +138,17 @@ _SPARSE_CANDIDATES = {
 # leave too few to convert keys.
 _QUANTISED_CANDIDATES = {
     16: (Tile(16, 32, 4, 3), Tile(16, 32, 4, 2), Tile(16, 16, 4, 3)),
-    64: (Tile(64, 64, 8, 2), Tile(64, 32, 8, 3)),
+    64: (Tile(64, 64, 8, 3), Tile(64, 64, 8, 2), Tile(64, 32, 8, 3)),
 }
 
 
 @lru_cache(maxsize=1024)
-def sparse_tiles(gpu: Gpu, heads: int, d_qk: int, in_flight: int) -> tuple[Tile, ...]:
+def sparse_tiles(gpu: Gpu, heads: int, d_qk: int, in_flight: int, wide_v: bool = False) -> tuple[Tile, ...]:
     """The tiles of sparse attention over `heads` query heads, and of dense decode over quantised caches, that fit, the
     preferred one first; `dense_tiles` says what limits them.
 
     `in_flight`: bytes that a quantised key takes while it is loaded, beside its place among the operands of products; 0
-    for bfloat16, which is loaded to that place.
+    for bfloat16, which is loaded to that place. `wide_v`: V has more than 512 values.
     """
     height = 16 if heads <= 16 else 32 if heads <= 32 else _largest_height(gpu)
     if in_flight and height > 16:
@@ -147,6 +156,9 @@ def sparse_tiles(gpu: Gpu, heads: int, d_qk: int, in_flight: int) -> tuple[Tile,
 
     def fits(tile: Tile) -> bool:
         ahead = max(tile.num_stages - 1, 1)
+        if in_flight and height == 64:  # one place for the RoPE part, where V is without it, and for probabilities
+            keys = 2 * (problem.HEAD_DIM_V + D_ROPE + D_ROPE * wide_v) + ahead * in_flight
+            return 2 * d_qk * height + tile.block_n * keys <= gpu.shared_memory
         keys = 2 * d_qk + ahead * in_flight if in_flight else 2 * d_qk * (ahead + (height == 64))
         return 2 * d_qk * height + tile.block_n * keys + RESERVED_SHARED_MEMORY <= gpu.shared_memory
 
@@ -195,8 +207,8 @@ def num_sparse_parts(gpu: Gpu, s_q: int, h_q: int) -> int:
     return max(1, min(programs // (s_q * -(-h_q // height)), MAX_PARTS))
 
 
-def num_parts(gpu: Gpu, s_q: int, h_q: int, h_kv: int) -> int:
-    """Rows of a plan: as many as fill the machine once with one program per multiprocessor.
+def num_parts(gpu: Gpu, s_q: int, h_q: int, h_kv: int) -> tuple[int, int]:
+    """Rows of a plan, and how many of them are used where keys are few: as many as fill the machine once.
 
     More would balance better, but the memory for partial results grows with them.
     """
@@ -204,4 +216,5 @@ def num_parts(gpu: Gpu, s_q: int, h_q: int, h_kv: int) -> int:
     # d_qk is not known when a plan is made; it does not change the height of the tile.
     height = dense_tile(gpu, rows, 576).block_m
     tiles = h_kv * -(-rows // height)
-    return max(1, min(gpu.num_sms // tiles, MAX_PARTS))
+    few = max(1, min(gpu.num_sms // tiles, MAX_PARTS))
+    return (max(1, min(2 * gpu.num_sms // tiles, MAX_PARTS)) if _pairs(gpu, height) else few), few

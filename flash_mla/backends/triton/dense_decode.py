@@ -73,7 +73,7 @@ def load_keys(
     BLOCK_N: tl.constexpr,
     ROPE: tl.constexpr,
     WIDE_ROWS: tl.constexpr,
-    AS_WORDS: tl.constexpr,
+    CHUNKED: tl.constexpr,
 ) -> Any:
     """Keys `[start, start + BLOCK_N)` of a request: V's part `[BLOCK_N, 512]` and the rest.
 
@@ -87,7 +87,7 @@ def load_keys(
         first = k_head + page.to(tl.int64) * stride_k_page
         all_valid = tl.full([BLOCK_N], 1, tl.int1)
         in_page = (start + row) % PAGE
-        k, k_rope = load_tokens(first, in_page, all_valid, stride_k_row, PAGE, FORMAT, HARDWARE, BLOCK_N, AS_WORDS)
+        k, k_rope = load_tokens(first, in_page, all_valid, stride_k_row, PAGE, FORMAT, HARDWARE, BLOCK_N, CHUNKED)
     else:
         if PAGE % BLOCK_N == 0:  # one 64-bit address and 32-bit distances from it save registers
             first = k_head + (page.to(tl.int64) * stride_k_page + wide(start % PAGE) * stride_k_row)
@@ -158,7 +158,7 @@ def dense_decode_kernel(
     Partial results are float32 `[parts * 2, h_kv, num_row_tiles * BLOCK_M, 512]` (with FIXED_CUTS one per part), each
     the attention over the keys of one piece; `partial_lse` `[...]` holds the base-2 logarithm of each row's sum.
     """
-    TAIL: tl.constexpr = FORMAT == MODEL1
+    TAIL: tl.constexpr = FORMAT == MODEL1 and BLOCK_M < 64
     row_tile = tl.program_id(0) % num_row_tiles
     kv_head = tl.program_id(0) // num_row_tiles
     part = tl.program_id(1)
@@ -235,7 +235,7 @@ def dense_decode_kernel(
                 BLOCK_N,
                 ROPE,
                 WIDE_ROWS,
-                BLOCK_M < 64,
+                BLOCK_M >= 64,
             )
             page = load_pages(table_row, start + BLOCK_N, end_key, PAGE, BLOCK_N)
             scores = scores_of(q_v, q_rope, k, k_rope, scale_log2, ROPE or TAIL, BLOCK_M, BLOCK_N)

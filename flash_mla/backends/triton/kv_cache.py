@@ -218,17 +218,12 @@ def dequantize_kernel(
     slot = wide(tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
     exists = slot < num_slots
     first = cache + (slot // PAGE) * stride_page
-    k, k_rope = load_tokens(
-        first, (slot % PAGE).to(tl.int32), exists, stride_token, PAGE, FORMAT, HARDWARE, ROWS, False
-    )
-    # Where the RoPE part stands: behind V, or at its end.
-    rope: tl.constexpr = D_V - D_ROPE if FORMAT == MODEL1 else D_V
+    k, k_rope = load_tokens(first, (slot % PAGE).to(tl.int32), exists, stride_token, PAGE, FORMAT, HARDWARE, ROWS, True)
     d_qk: tl.constexpr = D_V + D_ROPE if FORMAT == V32 else D_V
     at = values + slot[:, None] * d_qk
-    column = tl.arange(0, D_V)[None, :]
-    tl.store(at + column, k, mask=exists[:, None] & (column < rope))
-    if rope < d_qk:
-        tl.store(at + rope + tl.arange(0, D_ROPE)[None, :], k_rope, mask=exists[:, None])
+    tl.store(at + tl.arange(0, D_V)[None, :], k, mask=exists[:, None])
+    if FORMAT == V32:
+        tl.store(at + D_V + tl.arange(0, D_ROPE)[None, :], k_rope, mask=exists[:, None])
 
 
 # ---- The launches.

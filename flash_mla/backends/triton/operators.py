@@ -88,7 +88,7 @@ def plan_dense_decode(cache_seqlens: Tensor, s_q: int, h_q: int, h_kv: int) -> t
     _check_serves(cache_seqlens, "planning")
     from flash_mla.backends.triton import plan
 
-    return plan.plan_dense_decode(cache_seqlens, config.num_parts(config.Gpu.of(cache_seqlens.device), s_q, h_q, h_kv))
+    return plan.plan_dense_decode(cache_seqlens, *config.num_parts(config.Gpu.of(cache_seqlens.device), s_q, h_q, h_kv))
 
 
 def merge_attention_states(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -223,7 +223,7 @@ def fake_sparse_plan(requests: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 def fake_plan(cache_seqlens: Tensor, s_q: int, h_q: int, h_kv: int) -> tuple[Tensor, Tensor]:
     """The shapes of a plan."""
     problem.check_plan(cache_seqlens, s_q, h_q, h_kv)
-    parts = config.num_parts(config.Gpu.of(cache_seqlens.device), s_q, h_q, h_kv)
+    parts, _ = config.num_parts(config.Gpu.of(cache_seqlens.device), s_q, h_q, h_kv)
     new = cache_seqlens.new_empty
     return new((parts, problem.ROW_FIELDS)), new((cache_seqlens.shape[0] + 1,))
 

@@ -84,7 +84,7 @@ def attend_lanes(
         valid = (index >= 0) & (index < num_slots)
         slot = tl.where(valid, index, 0)
         first = cache + (slot // PAGE).to(tl.int64) * stride_page
-        k, k_rope = load_tokens(first, slot % PAGE, valid, stride_token, PAGE, FORMAT, HARDWARE, BLOCK_N, BLOCK_M < 64)
+        k, k_rope = load_tokens(first, slot % PAGE, valid, stride_token, PAGE, FORMAT, HARDWARE, BLOCK_N, BLOCK_M >= 64)
         index = load_lanes(row, start + BLOCK_N, end, BLOCK_N)
         scores = scores_of(q_v, q_rope, k, k_rope, scale_log2, ROPE, BLOCK_M, BLOCK_N)
         scores = tl.where(valid[None, :], scores, float("-inf"))
@@ -203,7 +203,7 @@ def sparse_decode_kernel(
     With FIXED_CUTS part p is piece `p % max_cuts` of request `first + p // max_cuts`, and `schedule` is not read.
     Partial results are float32 `[parts * 2, s_q, num_head_tiles * BLOCK_M, 512]` (with FIXED_CUTS one per part).
     """
-    TAIL: tl.constexpr = FORMAT == MODEL1
+    TAIL: tl.constexpr = FORMAT == MODEL1 and BLOCK_M < 64
     head_tile = tl.program_id(0) % num_head_tiles
     token = tl.program_id(0) // num_head_tiles
     part = tl.program_id(1)

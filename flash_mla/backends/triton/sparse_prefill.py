@@ -111,7 +111,7 @@ def sparse_prefill_kernel(
     head = head_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     head64 = head.to(tl.int64)
     exists = head < h_q
-    TAIL: tl.constexpr = FORMAT == MODEL1
+    TAIL: tl.constexpr = FORMAT == MODEL1 and BLOCK_M < 64
     column = tl.arange(0, D_V)[None, :]
     rope_column = (D_V - D_ROPE if TAIL else D_V) + tl.arange(0, D_ROPE)[None, :]
     # A sink of -inf changes nothing.
@@ -243,7 +243,9 @@ def sparse_prefill(call: Call, tile: Tile | None = None) -> None:
     keys, extra = call.keys, call.extra or call.keys
     if tile is None:
         kind = ("sparse_prefill", *kinds_of((keys, extra)), h_q, call.out.shape[2], tuning.size_class(s_q))
-        tiles = sparse_tiles(gpu, h_q, d_qk, max(keys.format.in_flight, extra.format.in_flight))
+        tiles = sparse_tiles(
+            gpu, h_q, d_qk, max(keys.format.in_flight, extra.format.in_flight), call.out.shape[2] > HEAD_DIM_V
+        )
         tile = tuning.choose(kind, tiles, call.q.device, lambda tile: sparse_prefill(call, tile))
     tensors, sizes = keys.arguments()
     extra_tensors, extra_sizes = extra.arguments()
