@@ -1,0 +1,90 @@
+// From a fragment of 64 keys x 64 columns to the sums of the keys' rows in device memory.
+#pragma once
+
+#include "sm90/sparse_prefill_backward/config.h"
+
+namespace flash_mla::sm90::sparse_prefill_backward {
+
+// `a` where the condition holds, else `b`. The compiler would move its own selection in front of the wait for the
+// products that it selects from, and then serialises them.
+__device__ __forceinline__ float select(bool condition, float a, float b) {
+  float selected;
+  asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %3, 0;\nselp.f32 %0, %1, %2, p;\n}"
+               : "=f"(selected)
+               : "f"(a), "f"(b), "r"(static_cast<uint32_t>(condition)));
+  return selected;
+}
+
+// Where `adds`. Without a branch: where one joins while products are in flight, the compiler waits for all of them.
+__device__ __forceinline__ void add4_if(bool adds, float* to, float a, float b, float c, float d) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\n@p red.global.add.v4.f32 [%0], {%1, %2, %3, %4};\n}" ::"l"(to),
+               "f"(a), "f"(b), "f"(c), "f"(d), "r"(static_cast<uint32_t>(adds))
+               : "memory");
+}
+
+__device__ __forceinline__ void add_units(int64_t* to, int64_t units) {
+  asm volatile("red.global.add.u64 [%0], %1;" ::"l"(to), "l"(units) : "memory");
+}
+
+// A fragment's thread has two keys, `row` and the one 8 further, and pairs of columns.
+template <class C>
+__device__ __forceinline__ void scatter_floats(float* sums, const int* slots, int row, int lane, int column,
+                                               float (&terms)[32]) {
+  // Pairs of lanes exchange pairs, so that each has four columns in a row: the even lane of even octets.
+  const bool odd = lane & 1;
+#pragma unroll
+  for (int i = 0; i < 32; i += 8) {
+#pragma unroll
+    for (int j = i; j < i + 4; ++j) {
+      const float received = __shfl_xor_sync(~0u, select(odd, terms[j], terms[j + 4]), 1);
+      terms[j] = odd ? received : terms[j];
+      terms[j + 4] = odd ? terms[j + 4] : received;
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int slot = slots[row + 8 * r];
+    float* to = sums + static_cast<int64_t>(slot) * C::kColumns + column + lane % 4 / 2 * 4 + (odd ? 8 : 0);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int at = 8 * i + 2 * r;
+      add4_if(slot >= 0, to + 16 * i, terms[at], terms[at + 1], terms[at + 4], terms[at + 5]);
+    }
+  }
+}
+
+template <class C>
+__device__ __forceinline__ void scatter_units(const FixedPointSums& fixed, const int* slots, int row, int lane,
+                                              int column, const float (&terms)[32]) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int slot = slots[row + 8 * r];
+    if (slot >= 0) {
+      const float factor = fixed.units_per_one[slot];
+      int64_t* to = fixed.sums + static_cast<int64_t>(slot) * C::kColumns + column + lane % 4 * 2;
+      bool fits = true;
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        const float units = terms[i / 2 * 4 + 2 * r + i % 2] * factor;
+        fits &= fabsf(units) < kMostUnits;
+        add_units(to + i / 2 * 8 + i % 2, __float2ll_rn(units));
+      }
+      if (!fits) {
+        fixed.overflows[slot] = 1;
+      }
+    }
+  }
+}
+
+// Adds terms of 64 keys x 64 columns from `column` on to the keys' sums. `slots`: of the keys; -1 is none.
+template <class C>
+__device__ __forceinline__ void scatter(const SparsePrefillBackwardParams& params, const int* slots, int row, int lane,
+                                        int column, float (&terms)[32]) {
+  if constexpr (C::kFixedPoint) {
+    scatter_units<C>(params.fixed, slots, row, lane, column, terms);
+  } else {
+    scatter_floats<C>(params.sums, slots, row, lane, column, terms);
+  }
+}
+
+}  // namespace flash_mla::sm90::sparse_prefill_backward
