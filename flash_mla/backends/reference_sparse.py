@@ -224,7 +224,7 @@ def attend_backward(
     for part in _groups(q, selections, d_v, one_at_a_time=False):
         chosen = [selection.of_tokens(part) for selection in selections]
         rows, dout = q[part].to(compute_dtype), d_out[part].to(compute_dtype)
-        forward = _attend_group(rows, chosen, softmax_scale, attn_sink, d_v, None)
+        forward = _attend_group(rows, chosen, softmax_scale, attn_sink, d_v, probability_dtype)
         share = _share(forward.lse, attn_sink)
         has_key = forward.lse != float("inf")
         out = forward.out if probability_dtype is None else forward.out.to(probability_dtype).to(compute_dtype)
