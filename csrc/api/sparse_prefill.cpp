@@ -388,9 +388,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_prefill_backward(
   params.stride_do_s = d_out.stride(0), params.stride_do_h = d_out.stride(1);
   params.stride_dlse_s = d_lse.stride(0), params.stride_dlse_h = d_lse.stride(1);
   params.s_q = static_cast<int>(s_q), params.h_q = static_cast<int>(h_q), params.d_qk = static_cast<int>(d_qk);
+  params.head_blocks = ceil_div(params.h_q, kRowTile);
   params.num_sms = facts.num_sms;
   params.softmax_scale = static_cast<float>(sm_scale), params.scale_log2 = scale_log2_of(sm_scale);
   params.lse_base2 = lse_base.view() == "2";
+  constexpr int64_t kMostInL2 = int64_t{32} << 20;
+  params.prefetches = slots * d_qk * (2 + (deterministic ? 8 : 4)) > kMostInL2;
   void* stream = current_stream(q.device);
   launch_sparse_backward_prepare(params, stream);
   if (s_q > 0) {

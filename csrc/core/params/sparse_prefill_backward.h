@@ -59,10 +59,12 @@ struct SparsePrefillBackwardParams {
   int64_t stride_do_s, stride_do_h;
   int64_t stride_dlse_s, stride_dlse_h;
   int s_q, h_q, d_qk;
+  int head_blocks;  // of kRowTile heads
   int num_sms;
   float softmax_scale;
   float scale_log2;  // softmax_scale * log2(e)
   bool lse_base2;    // of lse and d_lse
+  bool prefetches;   // rows and their sums into L2, which does not hold all of them
 };
 
 }  // namespace flash_mla

@@ -11,7 +11,8 @@ namespace flash_mla::sm90::sparse_prefill_backward {
 template <int kHeadDim, bool kFixed>
 struct Config {
   static constexpr bool kFixedPoint = kFixed;  // sums of 64-bit integers instead of float32
-  static constexpr int kHeads = 64;
+  static constexpr int kHeads = kRowTile;
+  static_assert(kHeads == 64);
   static constexpr int kKeys = 64;
   static constexpr int kColumns = kHeadDim;
   static constexpr int kSlices = kHeadDim / kSliceColumns;

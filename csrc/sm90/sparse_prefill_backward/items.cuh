@@ -14,13 +14,14 @@ struct Item {
 // Calls f(item) for the items of this CTA.
 template <class C, class F>
 __device__ __forceinline__ void for_items(const SparsePrefillBackwardParams& params, F&& f) {
-  const int blocks = ceil_div(params.h_q, C::kHeads);
-  const int64_t num_items = static_cast<int64_t>(params.s_q) * blocks;
 #pragma unroll 1
-  for (int64_t number = blockIdx.x; number < num_items; number += gridDim.x) {
+  for (int number = blockIdx.x;; number += gridDim.x) {
     Item item;
-    item.token = static_cast<int>(number / blocks);
-    item.first_head = static_cast<int>(number % blocks) * C::kHeads;
+    item.token = number / params.head_blocks;
+    if (item.token >= params.s_q) {
+      return;
+    }
+    item.first_head = number % params.head_blocks * C::kHeads;
     item.length = params.keys.topk;
     if (params.keys.lengths != nullptr) {
       item.length = min(max(params.keys.lengths[item.token * params.keys.stride_lengths_s], 0), item.length);

@@ -30,7 +30,9 @@ void launch(const SparsePrefillBackwardParams& params, void* stream) {
   const TensorMaps maps{
       heads_map<C>(params, "q", params.q, C::kSlices, params.stride_q_s, params.stride_q_h),
       heads_map<C>(params, "d_out", params.d_out, C::kValueSlices, params.stride_do_s, params.stride_do_h)};
-  const int64_t items = static_cast<int64_t>(params.s_q) * ceil_div(params.h_q, C::kHeads);
+  const int64_t items = static_cast<int64_t>(params.s_q) * params.head_blocks;
+  check(items <= INT32_MAX - params.num_sms, ErrorKind::kUnsupported, "sm90_sparse_prefill_backward: ", items,
+        " blocks of 64 heads are too many");
   device::launch_dependent("sm90_sparse_prefill_backward", kKernel,
                            static_cast<unsigned>(std::min<int64_t>(items, params.num_sms)), C::kThreads,
                            sizeof(Storage<C>), stream, params, maps);

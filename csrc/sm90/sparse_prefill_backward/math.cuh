@@ -22,50 +22,48 @@ class MathWarpgroup {
 
  public:
   __device__ __forceinline__ MathWarpgroup(const SparsePrefillBackwardParams& params, Storage<C>& storage)
-      : params_(params), storage_(storage), lane_(threadIdx.x % 32), row_(threadIdx.x / 32 % 4 * 16 + lane_ / 4) {}
+      : params_(params), storage_(storage) {}
 
   __device__ __forceinline__ void run() {
     for_items<C>(params_, [&](const Item& item) {
       clear(dq_);
       clear(last_dq_);
-      bool has_key = false;
       if (item.length > 0) {
         load_row_terms(item);
-        has_key = terms_[0][0] < INFINITY || terms_[1][0] < INFINITY;
-        mbarrier_wait(shared_address(&storage_.q_full), num_items_ & 1);
+        mbarrier_wait(shared_address(&storage_.q_full), parities_ >> 1);
 #pragma unroll 1
         for (int left = item.length; left > 0; left -= C::kKeys) {
           step(left <= C::kKeys);
         }
-        ++num_items_;
+        parities_ ^= 2;
       }
-      write(item, has_key);
+      write(item);
     });
   }
 
  private:
-  // Of each of the thread's two rows: {log_sum, share} or {share * scale, offset * scale}.
+  // Of one of the thread's two rows.
+  __device__ __forceinline__ BackwardRow row_terms(const Item& item, int r) const {
+    const int head = item.first_head + row() + 8 * r;
+    if (head >= params_.h_q) {
+      return {INFINITY, 0, 0, 0};
+    }
+    const int64_t at = static_cast<int64_t>(item.token) * params_.h_q + head;
+    const float4 words = *reinterpret_cast<const float4*>(params_.rows + at);
+    return {words.x, words.y, words.z, words.w};
+  }
+
   __device__ __forceinline__ void load_row_terms(const Item& item) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int head = item.first_head + row_ + 8 * r;
-      BackwardRow row{INFINITY, 0, 0, 0};
-      if (head < params_.h_q) {
-        const int64_t at = static_cast<int64_t>(item.token) * params_.h_q + head;
-        const float4 words = *reinterpret_cast<const float4*>(params_.rows + at);
-        row = {words.x, words.y, words.z, words.w};
-      }
-      terms_[r][0] = row.log_sum;
-      terms_[r][1] = row.share;
-      if constexpr (kWarpgroup == 1) {
-        factor_[r] = row.share * params_.softmax_scale;
-        offset_[r] = row.offset * params_.softmax_scale;
-      }
+      const BackwardRow terms = row_terms(item, r);
+      terms_[r][0] = kWarpgroup == 0 ? terms.log_sum : terms.share * params_.softmax_scale;
+      terms_[r][1] = kWarpgroup == 0 ? terms.share : terms.offset * params_.softmax_scale;
     }
   }
 
   __device__ __forceinline__ void step(bool last) {
-    const uint32_t parity = num_tiles_ & 1;
+    const uint32_t parity = parities_ & 1;
     if constexpr (kWarpgroup == 0) {
       compute_probabilities(parity);
     } else {
@@ -75,7 +73,7 @@ class MathWarpgroup {
     wgmma_fence();
     issue_query_gradient();
     multiply_keys<0>(parity, last);
-    ++num_tiles_;
+    parities_ ^= 1;
   }
 
   // Slice after slice of the gradients of the tile's keys.
@@ -96,7 +94,7 @@ class MathWarpgroup {
         release(storage_.probabilities_empty, true);
         release(storage_.q_empty, last);
       }
-      scatter<C>(params_, storage_.slots[parity], row_, lane_, (kFirstSlice + kSlice) * kSliceColumns, sums);
+      scatter<C>(params_, storage_.slots[parity], row(), lane(), (kFirstSlice + kSlice) * kSliceColumns, sums);
       multiply_keys<kSlice + 1>(parity, last);
     }
   }
@@ -127,7 +125,7 @@ class MathWarpgroup {
     wgmma_wait<0>();
     const uint2 valid = *reinterpret_cast<const uint2*>(storage_.valid[parity]);
     if ((valid.x & valid.y) != ~0u) {
-      mask_keys(scores, valid.x, valid.y, lane_);
+      mask_keys(scores, valid.x, valid.y, lane());
     }
     const float scale = params_.scale_log2;
 #pragma unroll
@@ -173,8 +171,8 @@ class MathWarpgroup {
       for (int word = 0; word < 4; ++word) {
         const int i = 8 * j + 2 * word, r = word % 2;
         const float2 probability = unpack2<T>(words[word]);
-        words[word] = pack2<T>(probability.x * fmaf(d_probabilities[i], factor_[r], offset_[r]),
-                               probability.y * fmaf(d_probabilities[i + 1], factor_[r], offset_[r]));
+        words[word] = pack2<T>(probability.x * fmaf(d_probabilities[i], terms_[r][0], terms_[r][1]),
+                               probability.y * fmaf(d_probabilities[i + 1], terms_[r][0], terms_[r][1]));
       }
       store_matrix_x4(address, words);
     }
@@ -183,7 +181,7 @@ class MathWarpgroup {
 
   // The lane's row of 16 keys of a tile of 64 heads x 64 keys.
   __device__ __forceinline__ uint32_t fragment_address(const unsigned char* tile, int j) const {
-    const int row = threadIdx.x / 32 % 4 * 16 + lane_ % 16, unit = 2 * j + lane_ / 16;
+    const int lane = this->lane(), row = warp_row() + lane % 16, unit = 2 * j + lane / 16;
     return shared_address(tile) + row * kSliceRowBytes + ((unit ^ row % 8) * 16);
   }
 
@@ -222,17 +220,17 @@ class MathWarpgroup {
   }
 
   // A token without keys has no gradient, whatever is in its d_out.
-  __device__ __forceinline__ void write(const Item& item, bool has_key) {
-    if (!has_key) {
+  __device__ __forceinline__ void write(const Item& item) {
+    if (row_terms(item, 0).log_sum == INFINITY && row_terms(item, 1).log_sum == INFINITY) {
       clear(dq_);
       clear(last_dq_);
     }
-    const int64_t row = static_cast<int64_t>(item.token) * params_.h_q + item.first_head;
-    T* const rows = static_cast<T*>(params_.dq) + row * C::kColumns + kFirstSlice * kSliceColumns;
+    const int64_t first = static_cast<int64_t>(item.token) * params_.h_q + item.first_head;
+    T* const rows = static_cast<T*>(params_.dq) + first * C::kColumns + kFirstSlice * kSliceColumns;
     const int num_rows = params_.h_q - item.first_head;
-    write_gradient<T, 256>(rows, C::kColumns, row_, num_rows, lane_, 1.0f, dq_);
+    write_gradient<T, 256>(rows, C::kColumns, row(), num_rows, lane(), 1.0f, dq_);
     if constexpr (kHasLast) {
-      write_gradient<T, 64>(rows + 256, C::kColumns, row_, num_rows, lane_, 1.0f, last_dq_);
+      write_gradient<T, 64>(rows + 256, C::kColumns, row(), num_rows, lane(), 1.0f, last_dq_);
     }
   }
 
@@ -245,16 +243,32 @@ class MathWarpgroup {
   }
 
   __device__ __forceinline__ void release(uint64_t& barrier, bool condition) {
-    mbarrier_arrive_if(shared_address(&barrier), condition && lane_ == 0);
+    mbarrier_arrive_if(shared_address(&barrier), condition && lane() == 0);
   }
+
+  // Read anew at each use: the accumulators leave no register for what special registers hold.
+  static __device__ __forceinline__ int lane() {
+    int lane;
+    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+    return lane;
+  }
+
+  // The first of the warp's 16 rows.
+  static __device__ __forceinline__ int warp_row() {
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread / 32 % 4 * 16;
+  }
+
+  // The first of the thread's two rows, the other is 8 further.
+  static __device__ __forceinline__ int row() { return warp_row() + lane() / 4; }
 
   static constexpr int kProbabilitiesReady = 1, kDScoresReady = 2;
 
   const SparsePrefillBackwardParams& params_;
   Storage<C>& storage_;
-  const int lane_, row_;  // row_: the first of the thread's two rows, the other is 8 further
-  uint32_t num_tiles_ = 0, num_items_ = 0;
-  float terms_[2][2], factor_[2], offset_[2];
+  uint32_t parities_ = 0;  // of the tile and of the item
+  float terms_[2][2];      // of each of the thread's two rows: {log_sum, share} or {share * scale, offset * scale}
   float dq_[128], last_dq_[kHasLast ? 32 : 1];
 };
 

@@ -28,6 +28,9 @@ class ProducerWarp {
         const int current = index;
         index = load_index(list, item.length, first + C::kKeys);
         copy_tile(current);
+        if (params_.prefetches) {
+          prefetch(index);
+        }
         if (first == 0 && warp_ == 0) {
           load_rows(item);
         }
@@ -44,13 +47,35 @@ class ProducerWarp {
     return position < length ? __ldg(list + position) : -1;
   }
 
-  __device__ __forceinline__ void copy_tile(int index) {
+  // Where an index's row lies behind the first one, in bytes; -1 where it names none.
+  __device__ __forceinline__ int64_t offset_of(int index) const {
     const KeySource& keys = params_.keys;
-    const bool counts = static_cast<uint32_t>(index) < keys.num_slots;
     const int page = keys.page_shift >= 0
                          ? index >> keys.page_shift
                          : static_cast<int>(static_cast<unsigned>(index) / static_cast<unsigned>(keys.page));
-    const int64_t offset = counts ? page * keys.stride_page + (index - page * keys.page) * keys.stride_row : -1;
+    return static_cast<uint32_t>(index) < keys.num_slots
+               ? page * keys.stride_page + (index - page * keys.page) * keys.stride_row
+               : -1;
+  }
+
+  // Of the next tile. Device memory gives whole rows better than the pieces that sums are added to.
+  __device__ __forceinline__ void prefetch(int index) const {
+    const int64_t offset = offset_of(index);
+    if (offset < 0) {
+      return;
+    }
+    if (lane_ < C::kWarpKeys) {
+      bulk_prefetch_l2(static_cast<const unsigned char*>(params_.keys.cache) + offset, 2 * C::kColumns);
+    } else {
+      const void* sums = C::kFixedPoint ? static_cast<const void*>(params_.fixed.sums) : params_.sums;
+      constexpr int kRowBytes = C::kColumns * (C::kFixedPoint ? sizeof(int64_t) : sizeof(float));
+      bulk_prefetch_l2(static_cast<const unsigned char*>(sums) + static_cast<int64_t>(index) * kRowBytes, kRowBytes);
+    }
+  }
+
+  __device__ __forceinline__ void copy_tile(int index) {
+    const int64_t offset = offset_of(index);
+    const bool counts = offset >= 0;
     constexpr int kCopies = C::kWarpKeys / 4;  // of a slice: eight lanes have a key
     const int unit = lane_ % 8;
     const unsigned char* sources[kCopies];
@@ -59,7 +84,7 @@ class ProducerWarp {
     for (int i = 0; i < kCopies; ++i) {
       const int64_t at = __shfl_sync(~0u, offset, 4 * i + lane_ / 8);
       valid[i] = at >= 0;
-      sources[i] = static_cast<const unsigned char*>(keys.cache) + (valid[i] ? at : 0) + unit * 16;
+      sources[i] = static_cast<const unsigned char*>(params_.keys.cache) + (valid[i] ? at : 0) + unit * 16;
     }
     const uint32_t votes = __ballot_sync(~0u, counts);
     const uint32_t parity = num_tiles_ & 1;
