@@ -32,9 +32,12 @@ __device__ float warp_sum(float value) {
   return value;
 }
 
-// Of numbers that are not negative; what is no finite number does not count.
+// 0 where there is none: what is no finite number is told of when it is scattered.
+__device__ float finite_magnitude(float value) { return fabsf(value) < INFINITY ? fabsf(value) : 0; }
+
+// To the bits of a number that is not negative.
 __device__ void raise(uint32_t* largest, float value) {
-  const uint32_t bits = __reduce_max_sync(~0u, value < INFINITY ? __float_as_uint(value) : 0);
+  const uint32_t bits = __reduce_max_sync(~0u, __float_as_uint(value));
   if (threadIdx.x % 32 == 0 && bits > *largest) {
     atomicMax(largest, bits);
   }
@@ -54,13 +57,12 @@ __device__ void unpack8(const void* from, float (&values)[8]) {
 }
 
 // A warp takes a head of a token.
-__device__ void prepare_row(const SparsePrefillBackwardParams& params, int64_t number, int lane) {
-  const int64_t token = number / params.h_q, head = number % params.h_q;
+__device__ void prepare_row(const SparsePrefillBackwardParams& params, int64_t token, int64_t head, int lane) {
   const auto* d_out =
       static_cast<const __nv_bfloat16*>(params.d_out) + token * params.stride_do_s + head * params.stride_do_h;
   const auto* out =
       static_cast<const __nv_bfloat16*>(params.out) + token * params.stride_out_s + head * params.stride_out_h;
-  float delta = 0, square = 0;
+  float delta = 0, largest = 0;
 #pragma unroll
   for (int i = 0; i < kHeadDimV / 256; ++i) {
     float left[8], right[8];
@@ -69,7 +71,7 @@ __device__ void prepare_row(const SparsePrefillBackwardParams& params, int64_t n
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       delta = fmaf(left[j], right[j], delta);
-      square = fmaf(left[j], left[j], square);
+      largest = fmaxf(largest, finite_magnitude(left[j]));
     }
   }
   delta = warp_sum(delta);
@@ -83,20 +85,20 @@ __device__ void prepare_row(const SparsePrefillBackwardParams& params, int64_t n
   const BackwardRow row =
       has_key ? BackwardRow{lse, share, d_lse - share * delta, (share - 1) * delta} : BackwardRow{INFINITY, 0, 0, 0};
   if (lane == 0) {
-    *reinterpret_cast<float4*>(params.rows + number) = make_float4(row.log_sum, row.share, row.offset, row.sink_term);
+    *reinterpret_cast<float4*>(params.rows + token * params.h_q + head) =
+        make_float4(row.log_sum, row.share, row.offset, row.sink_term);
   }
   if (params.sums == nullptr) {
-    square = warp_sum(square);
-    raise(&params.fixed.bounds->d_out, has_key ? sqrtf(square) : 0);
-    raise(&params.fixed.bounds->offset, fabsf(row.offset));
+    raise(&params.fixed.bounds->d_out, has_key ? largest : 0);
+    raise(&params.fixed.bounds->offset, finite_magnitude(row.offset));
     const auto* q = static_cast<const __nv_bfloat16*>(params.q) + token * params.stride_q_s + head * params.stride_q_h;
-    float largest = 0;
+    largest = 0;
     for (int column = 8 * lane; column < params.d_qk; column += 256) {
       float values[8];
       unpack8(q + column, values);
 #pragma unroll
       for (const float value : values) {
-        largest = fmaxf(largest, fabsf(value) < INFINITY ? fabsf(value) : 0);
+        largest = fmaxf(largest, finite_magnitude(value));
       }
     }
     raise(&params.fixed.bounds->q, largest);
@@ -110,9 +112,10 @@ __device__ int length_of(const KeySource& keys, int64_t token) {
 
 __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant__ SparsePrefillBackwardParams params) {
   begin_kernel();
-  const int64_t rows = static_cast<int64_t>(params.s_q) * params.h_q;
-  for (int64_t number = warp_of_grid(); number < rows; number += warps_of_grid()) {
-    prepare_row(params, number, threadIdx.x % 32);
+  for (int token = blockIdx.x; token < params.s_q; token += gridDim.x) {
+    for (int head = threadIdx.x / 32; head < params.h_q; head += kThreads / 32) {
+      prepare_row(params, token, head, threadIdx.x % 32);
+    }
   }
   if (params.sums != nullptr) {
     return;
@@ -159,8 +162,9 @@ __global__ void __launch_bounds__(kThreads) units_kernel(const __grid_constant__
     }
     square = warp_sum(square);
     if (lane == 0) {
-      // Probabilities may be above 1 by a rounding: twice what they are is enough for that too.
-      const float slope = fabsf(params.softmax_scale) * (d_out * sqrtf(square) + offset),
+      // |d_out . v| is at most the norm of d_out, which is below 23 times its largest element, times that of v. The
+      // factor of 2 is for roundings.
+      const float slope = fabsf(params.softmax_scale) * (23 * d_out * sqrtf(square) + offset),
                   most = 2.0f * kHeadsTogether * ceil_div(params.h_q, kHeadsTogether) * (slope * q + d_out) * count;
       const int exponent = most < INFINITY ? min(max(61 - ilogbf(fmaxf(most, 0x1p-60f)), -126), 120) : -126;
       params.fixed.units_per_one[slot] = ldexpf(1.0f, exponent);

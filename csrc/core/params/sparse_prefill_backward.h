@@ -18,8 +18,8 @@ struct alignas(16) BackwardRow {
 // What a row of the cache may be summed to at the most follows from these.
 struct BackwardBounds {
   uint32_t q;        // bits of the largest magnitude in q
-  uint32_t d_out;    // bits of the largest norm of d_out's rows
-  uint32_t offset;   // bits of the largest |offset|
+  uint32_t d_out;    // and in d_out
+  uint32_t offset;   // and among the offsets of rows
   uint32_t padding;  // to 16 bytes
 };
 

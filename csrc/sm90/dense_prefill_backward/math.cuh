@@ -3,6 +3,7 @@
 #pragma once
 
 #include "device/sm90/copy.cuh"
+#include "sm90/dense_prefill_backward/storage.h"
 #include "sm90/gradient_rows.cuh"
 #include "sm90/items.cuh"
 
