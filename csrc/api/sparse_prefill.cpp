@@ -392,8 +392,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_prefill_backward(
   params.num_sms = facts.num_sms;
   params.softmax_scale = static_cast<float>(sm_scale), params.scale_log2 = scale_log2_of(sm_scale);
   params.lse_base2 = lse_base.view() == "2";
-  constexpr int64_t kMostInL2 = int64_t{32} << 20;
-  params.prefetches = slots * d_qk * (2 + (deterministic ? 8 : 4)) > kMostInL2;
   void* stream = current_stream(q.device);
   launch_sparse_backward_prepare(params, stream);
   if (s_q > 0) {

@@ -64,7 +64,6 @@ struct SparsePrefillBackwardParams {
   float softmax_scale;
   float scale_log2;  // softmax_scale * log2(e)
   bool lse_base2;    // of lse and d_lse
-  bool prefetches;   // rows and their sums into L2, which does not hold all of them
 };
 
 }  // namespace flash_mla

@@ -84,11 +84,6 @@ __device__ __forceinline__ void prefetch_l2(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address) : "memory");
 }
 
-// So many bytes, a multiple of 16, from an address that is one too.
-__device__ __forceinline__ void bulk_prefetch_l2(const void* address, uint32_t bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes) : "memory");
-}
-
 // Four 8 x 8 matrices of 16-bit values; each lane names the address of one row.
 __device__ __forceinline__ void store_matrix_x4(uint32_t row, const uint32_t* fragment) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(fragment[0]),

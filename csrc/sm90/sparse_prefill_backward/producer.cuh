@@ -28,9 +28,6 @@ class ProducerWarp {
         const int current = index;
         index = load_index(list, item.length, first + C::kKeys);
         copy_tile(current);
-        if (params_.prefetches) {
-          prefetch(index);
-        }
         if (first == 0 && warp_ == 0) {
           load_rows(item);
         }
@@ -56,21 +53,6 @@ class ProducerWarp {
     return static_cast<uint32_t>(index) < keys.num_slots
                ? page * keys.stride_page + (index - page * keys.page) * keys.stride_row
                : -1;
-  }
-
-  // Of the next tile. Device memory gives whole rows better than the pieces that sums are added to.
-  __device__ __forceinline__ void prefetch(int index) const {
-    const int64_t offset = offset_of(index);
-    if (offset < 0) {
-      return;
-    }
-    if (lane_ < C::kWarpKeys) {
-      bulk_prefetch_l2(static_cast<const unsigned char*>(params_.keys.cache) + offset, 2 * C::kColumns);
-    } else {
-      const void* sums = C::kFixedPoint ? static_cast<const void*>(params_.fixed.sums) : params_.sums;
-      constexpr int kRowBytes = C::kColumns * (C::kFixedPoint ? sizeof(int64_t) : sizeof(float));
-      bulk_prefetch_l2(static_cast<const unsigned char*>(sums) + static_cast<int64_t>(index) * kRowBytes, kRowBytes);
-    }
   }
 
   __device__ __forceinline__ void copy_tile(int index) {
