@@ -16,9 +16,21 @@ import torch
 
 from benchmarks.inputs import Inputs, contiguous_inputs, paged_inputs
 from benchmarks.prefill_inputs import PrefillBackwardInputs, PrefillInputs, prefill_backward_inputs, prefill_inputs
-from benchmarks.shapes import AnyShape, PrefillBackwardShape, PrefillShape, SparsePrefillShape, SparseShape
+from benchmarks.shapes import (
+    AnyShape,
+    PrefillBackwardShape,
+    PrefillShape,
+    SparsePrefillBackwardShape,
+    SparsePrefillShape,
+    SparseShape,
+)
 from benchmarks.sparse_inputs import SparseInputs, sparse_inputs
-from benchmarks.sparse_prefill_inputs import SparsePrefillInputs, sparse_prefill_inputs
+from benchmarks.sparse_prefill_inputs import (
+    SparsePrefillBackwardInputs,
+    SparsePrefillInputs,
+    sparse_prefill_backward_inputs,
+    sparse_prefill_inputs,
+)
 
 AnyInputs = Inputs | SparseInputs | PrefillInputs | SparsePrefillInputs
 
@@ -81,6 +93,8 @@ class Ours(Implementation):
             return prefill_backward_inputs(shape, device, sets)
         if isinstance(shape, PrefillShape):
             return prefill_inputs(shape, device, sets)
+        if isinstance(shape, SparsePrefillBackwardShape):
+            return sparse_prefill_backward_inputs(shape, device, sets)
         if isinstance(shape, SparsePrefillShape):
             return sparse_prefill_inputs(shape, device, sets)
         return paged_inputs(shape, device, sets)
@@ -92,6 +106,8 @@ class Ours(Implementation):
             return [lambda: Variant("default", self._prefill_backward_calls(inputs))]
         if isinstance(inputs, PrefillInputs):
             return [lambda: Variant("default", self._prefill_calls(inputs))]
+        if isinstance(inputs, SparsePrefillBackwardInputs):
+            return [lambda: Variant("default", self._sparse_prefill_backward_calls(inputs))]
         if isinstance(inputs, SparsePrefillInputs):
             return [lambda: Variant("default", self._sparse_prefill_calls(inputs))]
         return [lambda: Variant("default", self._calls(inputs))]
@@ -167,6 +183,23 @@ class Ours(Implementation):
 
         return [call(index) for index in range(inputs.sets)]
 
+    def _sparse_prefill_backward_calls(self, inputs: SparsePrefillBackwardInputs) -> list[Call]:
+        """The operator that autograd calls."""
+        attend, differentiate = torch.ops.flash_mla.sparse_prefill, torch.ops.flash_mla.sparse_prefill_backward
+        shape = inputs.shape
+        assert isinstance(shape, SparsePrefillBackwardShape)
+        self._require_kernel("sparse_prefill_backward", q=inputs.q[0], kv=inputs.kv, indices=inputs.indices[0])
+        options = (shape.d_qk**-0.5, "e", shape.deterministic)
+
+        def call(index: int) -> Call:
+            rows = (inputs.kv[:, None], inputs.indices[index], None, None, None, None, inputs.sink, "BF16", None)
+            q, d_out = inputs.q[index], inputs.d_out[index]
+            out, _, lse = attend(q, *rows, shape.d_v, *options)
+            d_lse = torch.zeros_like(lse)
+            return lambda: (differentiate(d_out, d_lse, q, *rows, *options, out, lse), None)
+
+        return [call(index) for index in range(inputs.sets)]
+
     def _require_kernel(self, op: str, **call: Any) -> None:
         """Raises NotServed where another backend would serve a call on a GPU: right, but not what is to be timed."""
         if not call["q"].is_cuda:
@@ -197,6 +230,8 @@ class FlashMLA(Implementation):
         if isinstance(shape, PrefillShape):
             raise NotServed("has dense prefill for Blackwell only")
         if isinstance(shape, SparsePrefillShape):
+            if isinstance(shape, SparsePrefillBackwardShape):
+                raise NotServed("has no gradients of sparse prefill")
             if shape.source != "BF16":
                 raise NotServed("takes bf16 rows only")
             return sparse_prefill_inputs(shape, device, sets)

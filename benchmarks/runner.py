@@ -24,6 +24,7 @@ from benchmarks.shapes import (
     PrefillBackwardShape,
     PrefillShape,
     Shape,
+    SparsePrefillBackwardShape,
     SparsePrefillShape,
     SparseShape,
 )
@@ -294,7 +295,10 @@ def _work(shape: AnyShape) -> Any:
             row_bytes=shape.format.row_bytes,
         )
     if isinstance(shape, SparsePrefillShape):
-        return roofline.sparse_prefill_work(
+        work_of_rows = roofline.sparse_prefill_work
+        if isinstance(shape, SparsePrefillBackwardShape):
+            work_of_rows = roofline.sparse_prefill_backward_work
+        return work_of_rows(
             shape.s_q,
             shape.s_kv,
             shape.topk,

@@ -214,12 +214,21 @@ class SparsePrefillShape:
         return dataclasses.asdict(self)
 
 
+@dataclass(frozen=True)
+class SparsePrefillBackwardShape(SparsePrefillShape):
+    """The gradients of q, kv and the sink of such a call over BF16 rows, whose results are given."""
+
+    deterministic: bool = False
+    op: str = "sparse_prefill_backward"
+
+
 AnyShape = Shape | SparseShape | PrefillShape | SparsePrefillShape
 _KINDS: dict[str, Any] = {
     "sparse_decode": SparseShape,
     "dense_prefill": PrefillShape,
     "dense_prefill_backward": PrefillBackwardShape,
     "sparse_prefill": SparsePrefillShape,
+    "sparse_prefill_backward": SparsePrefillBackwardShape,
 }
 
 
@@ -366,6 +375,23 @@ SPARSE_PREFILL = [
     ),
 ]
 
+
+def _sparse_backward(
+    h_q: int, topk: int, s_kv: str, d_qk: int = 576, deterministic: bool = False
+) -> SparsePrefillBackwardShape:
+    words = [f"d{d_qk}", f"h{h_q}", *[f"topk{topk}"] * (topk != 2048), s_kv, *["deterministic"] * deterministic]
+    name = "_".join(["sparse_prefill_backward", *words])
+    return SparsePrefillBackwardShape(name, 4096, h_q, topk, _S_KV[s_kv], d_qk, deterministic=deterministic)
+
+
+SPARSE_PREFILL_BACKWARD = [
+    *(_sparse_backward(128, 2048, s_kv) for s_kv in ("8k", "64k")),
+    _sparse_backward(128, 2048, "8k", deterministic=True),
+    *(_sparse_backward(h, 2048, "8k") for h in (64, 16)),
+    _sparse_backward(64, 512, "8k", 512),
+    _sparse_backward(128, 1024, "8k", 512),
+]
+
 # Small enough for a CPU: for trying the tool itself.
 SMOKE = [
     Shape("smoke_h4_b2_100", 2, 1, 4, 100),
@@ -378,6 +404,7 @@ SMOKE = [
     PrefillBackwardShape("smoke_prefill_backward_h2_b3", 3, 60, 2, True, varied=True, shortest=1),
     SparsePrefillShape("smoke_sparse_prefill_h4", 6, 4, 40, 100),
     SparsePrefillShape("smoke_sparse_prefill_v32_h4", 6, 4, 40, 100, source="V32"),
+    SparsePrefillBackwardShape("smoke_sparse_prefill_backward_h4", 6, 4, 40, 100),
 ]
 
 # What the reference is expected to do on two cores in less than two seconds.
@@ -395,6 +422,7 @@ GROUPS: dict[str, list[AnyShape]] = {
     "dense_prefill": DENSE_PREFILL,
     "dense_prefill_backward": DENSE_PREFILL_BACKWARD,
     "sparse_prefill": SPARSE_PREFILL,
+    "sparse_prefill_backward": SPARSE_PREFILL_BACKWARD,
     "cpu": CPU,
     "smoke": SMOKE,
 }

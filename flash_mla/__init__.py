@@ -17,7 +17,7 @@ from flash_mla.prefill import (
 from flash_mla.problem import DenseDecodeProblem
 from flash_mla.problem_kv_cache import KVCacheProblem
 from flash_mla.problem_prefill import DensePrefillBackwardProblem, DensePrefillProblem
-from flash_mla.problem_sparse import SparseDecodeProblem, SparsePrefillProblem
+from flash_mla.problem_sparse import SparseDecodeProblem, SparsePrefillBackwardProblem, SparsePrefillProblem
 from flash_mla.schedule import FlashMLASchedMeta, get_mla_decoding_metadata, get_mla_metadata
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "KVFormat",
     "KernelSupport",
     "SparseDecodeProblem",
+    "SparsePrefillBackwardProblem",
     "SparsePrefillProblem",
     "UnsupportedError",
     "__version__",

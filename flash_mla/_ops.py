@@ -216,10 +216,33 @@ def _register() -> None:
     define_twins("reference", SCHEMAS, _REFERENCE_PLANS)
 
 
+def _backward_op(backward: str) -> Any:
+    """Operator `backward`, or the reference's where it has kernels, but none for the call."""
+    op = getattr(_ops.flash_mla, backward).default
+    if backward != "sparse_prefill_backward" or backward not in NATIVE:
+        return op
+
+    def serve(d_out: Tensor, d_lse: Tensor, q: Tensor, *rest: Any) -> Any:
+        from flash_mla.backends import cuda
+        from flash_mla.backends import reference as reference_backend
+
+        kv, indices, _, extra, extra_indices, _, _, kv_format, _, sm_scale = rest[:10]
+        wanted = problem_sparse.SparsePrefillBackwardProblem.of(
+            q, kv, indices, d_out.shape[-1], extra, extra_indices, kv_format, sm_scale
+        )
+        reason = cuda.why_not(wanted) if q.is_cuda else None
+        if reason is None:
+            return op(d_out, d_lse, q, *rest)
+        reference_backend.warn_once(reason)
+        return _ops.flash_mla.reference_sparse_prefill_backward(d_out, d_lse, q, *rest)
+
+    return serve
+
+
 def _register_autograd(name: str, op: str, backward: str) -> None:
     """The gradient of operator `op`, which is `name` or its twin: by operator `backward`, where it has one."""
     if name in _schemas.GRADIENTS:
-        gradient = _schemas.GRADIENTS[name](getattr(_ops.flash_mla, backward).default)
+        gradient = _schemas.GRADIENTS[name](_backward_op(backward))
         _library.register_autograd(
             f"{NAMESPACE}::{op}", gradient.backward, setup_context=gradient.setup_context, lib=_definitions
         )

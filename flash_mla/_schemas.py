@@ -24,7 +24,7 @@ _SPARSE_DECODE_INPUTS = (
 )
 _SPARSE_PREFILL_INPUTS = (
     f"Tensor q, Tensor kv, {_SPARSE_INDICES}, Tensor? attn_sink, str kv_format, str? extra_kv_format, int d_v, "
-    "float sm_scale, str lse_base"
+    "float sm_scale, str lse_base, bool deterministic"
 )
 _DENSE_PREFILL_OPTIONS = (
     "Tensor cu_seqlens_qo, Tensor cu_seqlens_kv, int max_seqlen_qo, int max_seqlen_kv, float softmax_scale, "
@@ -44,7 +44,7 @@ SCHEMAS = {
     "sparse_prefill_out": (f"({_SPARSE_PREFILL_INPUTS}, Tensor(a!) out, Tensor(b!) max_logits, Tensor(c!) lse) -> ()"),
     "sparse_prefill_backward": (
         f"(Tensor d_out, Tensor d_lse, Tensor q, Tensor kv, {_SPARSE_INDICES}, Tensor? attn_sink, str kv_format, "
-        "str? extra_kv_format, float sm_scale, str lse_base, Tensor out, Tensor lse)"
+        "str? extra_kv_format, float sm_scale, str lse_base, bool deterministic, Tensor out, Tensor lse)"
         " -> (Tensor, Tensor, Tensor, Tensor)"
     ),
     "dense_prefill": f"(Tensor q, Tensor k, Tensor v, {_DENSE_PREFILL_OPTIONS}) -> (Tensor, Tensor)",
@@ -190,17 +190,18 @@ def sparse_prefill_gradient(backward_op: Callable[..., Any]) -> Gradient:
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         out, max_logits, lse = output
-        *tensors, kv_format, extra_kv_format, _, sm_scale, lse_base = inputs
+        *tensors, kv_format, extra_kv_format, _, sm_scale, lse_base, deterministic = inputs
         ctx.mark_non_differentiable(max_logits)
         ctx.save_for_backward(*tensors, out, lse)
-        ctx.options = (kv_format, extra_kv_format, sm_scale, lse_base)
+        ctx.options = (kv_format, extra_kv_format, sm_scale, lse_base, deterministic)
 
     def backward(ctx: Any, d_out: Tensor | None, _: Any, d_lse: Tensor | None) -> tuple[Any, ...]:
         *tensors, out, lse = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        d_out, d_lse = _or_zeros(d_out, out), _or_zeros(d_lse, lse)
+        # A gradient of a sum or a slice may be expanded or strided, which kernels do not take.
+        d_out, d_lse = _or_zeros(d_out, out).contiguous(), _or_zeros(d_lse, lse)
         d_q, d_kv, d_extra, d_sink = backward_op(d_out, d_lse, *tensors, *ctx.options, out, lse)
-        gradients: list[Tensor | None] = [None] * 13
+        gradients: list[Tensor | None] = [None] * 14
         for position, gradient in ((0, d_q), (1, d_kv), (4, d_extra), (7, d_sink)):
             if needs[position]:
                 gradients[position] = gradient

@@ -28,15 +28,20 @@ def flash_mla_sparse_fwd(
     extra_k_cache: Tensor | None = None,
     extra_indices_in_kvcache: Tensor | None = None,
     extra_topk_length: Tensor | None = None,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of each query over its own selected rows; V is the first `d_v` values of a row.
 
     With `s_i = sm_scale * q . k_i` over the rows that the indices name, each as often as it is named:
     `max_logits = max_i s_i`, `lse = ln(sum_i exp s_i)`,
     `out = sum_i exp(s_i - lse) v_i * exp(lse) / (exp(lse) + exp(sink))`. A query without a valid index gets out 0,
-    max_logits -inf and lse +inf. out and lse are differentiable in q, in bfloat16 kv and extra_k_cache, and in
-    attn_sink. FP8 caches are read as they are; where more than 32 heads select each row often and a bfloat16 copy takes
-    256 MiB at the most, the CUDA backend makes one for the duration of the call, which is faster.
+    max_logits -inf and lse +inf. FP8 caches are read as they are; where more than 32 heads select each row often and a
+    bfloat16 copy takes 256 MiB at the most, the CUDA backend makes one for the duration of the call, which is faster.
+
+    out and lse are differentiable in q, in bfloat16 kv and extra_k_cache, and in attn_sink. On Hopper kernels compute
+    the gradients where kv is bfloat16 and the only source, and d_v is 512. Their workspace: `4 * d_qk` bytes per row of
+    kv (twice the size of kv), `8 * d_qk + 12` where `deterministic`; 16 bytes per query and head. Elsewhere the
+    reference computes them, and the forward again.
 
     Args:
         q: bfloat16 `[s_q, h_q, d_qk]`, last dimension contiguous; d_qk 576 or 512.
@@ -54,6 +59,7 @@ def flash_mla_sparse_fwd(
         extra_k_cache: a second source of rows, of the same format (or V41_FP4 beside V41).
         extra_indices_in_kvcache: int32 `[s_q, h_kv, extra_topk]`, indices into it.
         extra_topk_length: int32 `[s_q]`.
+        deterministic: gradients with the same bits on every run. Otherwise those of kv are sums in any order.
 
     Returns:
         out bfloat16 `[s_q, h_q, d_v]`, max_logits float32 `[s_q, h_q]` and lse float32 `[s_q, h_q]`, after the scale.
@@ -70,7 +76,7 @@ def flash_mla_sparse_fwd(
     known, extra_known = problem_sparse.formats_of_call("kv", cache, extra, q.shape[-1], kv_format)
     selected = (q, cache, indices, topk_length, extra, extra_indices_in_kvcache, extra_topk_length, attn_sink)
     formats = (known.value, None if extra_known is None else extra_known.value)
-    inputs = (*selected, *formats, d_v, sm_scale, return_lse_base)
+    inputs = (*selected, *formats, d_v, sm_scale, return_lse_base, deterministic)
 
     def problem_of(*_: Any) -> SparsePrefillProblem:
         return SparsePrefillProblem.of(q, cache, indices, d_v, extra, extra_indices_in_kvcache, known, sm_scale)

@@ -85,8 +85,9 @@ class SparsePrefillProblem:
     extra_topk: int
     sm_scale: float
 
-    @staticmethod
+    @classmethod
     def of(
+        cls,
         q: Tensor,
         kv: Tensor,
         indices: Tensor,
@@ -100,7 +101,7 @@ class SparsePrefillProblem:
         s_q, h_q, d_qk = q.shape
         known, extra = resolve_formats("kv", as_cache(kv), as_cache(extra_k_cache), d_qk, kv_format)
         extra_topk = 0 if extra_indices_in_kvcache is None else extra_indices_in_kvcache.shape[-1]
-        return SparsePrefillProblem(
+        return cls(
             *problem.device_of(q),
             known,
             extra,
@@ -112,6 +113,13 @@ class SparsePrefillProblem:
             extra_topk,
             problem.default_softmax_scale(d_qk) if sm_scale is None else sm_scale,
         )
+
+
+@dataclass(frozen=True)
+class SparsePrefillBackwardProblem(SparsePrefillProblem):
+    """The same for the gradients of q, kv and the sink."""
+
+    op: ClassVar[str] = "sparse_prefill_backward"
 
 
 def as_cache(kv: Any) -> Any:
@@ -248,6 +256,7 @@ def check_sparse_prefill(
     d_v: Any,
     sm_scale: Any,
     lse_base: Any,
+    deterministic: Any,
     out: Any = None,
     max_logits: Any = None,
     lse: Any = None,
@@ -273,6 +282,7 @@ def check_sparse_prefill(
         raise ValueError(wanted("d_v", f"at most d_qk = {d_qk}", d_v))
     arguments.check_scale(sm_scale, "sm_scale")
     arguments.check_one_of("return_lse_base", lse_base, LSE_BASES)
+    arguments.check_flag("deterministic", deterministic)
     arguments.check_sink(attn_sink, h_q, q.device)
     if out is not None:
         arguments.check_tensor("out", out, 3, "[s_q, h_q, d_v]")

@@ -125,6 +125,12 @@ class TestShapes:
         assert all(shapes.from_json(shape.to_json()) == shape for shape in group)
         assert [shape.deterministic for shape in group if shape.length == 16384] == [False, True]
 
+    def test_sparse_prefill_backward_shapes(self):
+        group = shapes.GROUPS["sparse_prefill_backward"]
+        assert len({shape.name for shape in group}) == len(group) == 7
+        assert all(shapes.from_json(shape.to_json()) == shape for shape in group)
+        assert sum(shape.deterministic for shape in group) == 1
+
     def test_sparse_prefill_goals(self):
         goals = shapes.GROUPS["sparse_prefill"]
         assert len(goals) == 13
@@ -246,6 +252,11 @@ class TestRoofline:
         work = roofline.sparse_prefill_work(3, 100, 5, h_q=2, d_qk=6, d_v=4, bytes_per_token=12)
         assert work.flop == 2 * 2 * 3 * 5 * (6 + 4)
         assert work.bytes == 100 * 12 + 2 * 3 * 2 * (6 + 4)
+
+    def test_sparse_prefill_backward_work_by_hand(self):
+        work = roofline.sparse_prefill_backward_work(3, 100, 5, h_q=2, d_qk=6, d_v=4, bytes_per_token=12)
+        assert work.flop == 2 * 2 * 3 * 5 * (3 * 6 + 2 * 4)
+        assert work.bytes == 2 * (100 * 12 + 2 * 3 * 2 * (6 + 4))
 
     def test_rows_at_random_places_have_their_own_ceiling(self):
         ceilings = roofline.Ceilings(800.0, 3000.0, {656: 2000.0})
@@ -435,6 +446,21 @@ class TestSparsePrefillInputs:
         assert inputs.check(made, 0, out, lse)[0] > 0.1
         out[4, 2, 511] = math.nan
         assert inputs.check(made, 1, out, lse + 1) == (math.inf, pytest.approx(1.0, abs=1e-3))
+
+
+class TestSparsePrefillBackwardInputs:
+    @pytest.mark.parametrize("s_kv", [4, 130])
+    def test_check_tells_right_from_wrong(self, s_kv):
+        shape = shapes.SparsePrefillBackwardShape("x", 5, 3, min(40, s_kv), s_kv)
+        made = sparse_prefill_inputs.sparse_prefill_backward_inputs(shape, CPU, 2)
+        leaves = [tensor.clone().requires_grad_() for tensor in (made.q[1], made.kv)]
+        out, _, _ = flash_mla.flash_mla_sparse_fwd(*leaves, made.indices[1], 576**-0.5, 512, made.sink)
+        gradients = torch.autograd.grad(out, leaves, made.d_out[1])
+        assert inputs.check(made, 1, gradients, None)[0] < 5e-3
+        assert inputs.check(made, 0, gradients, None)[0] > 0.1
+        for gradient in gradients:
+            wrong = [torch.zeros_like(other) if other is gradient else other for other in gradients]
+            assert inputs.check(made, 1, wrong, None)[0] > 0.1
 
 
 class TestReport:

@@ -370,7 +370,7 @@ SIGNATURES = {
     "get_mla_decoding_metadata": "seqlens_k num_q_tokens_per_head_k h_k h_q is_fp8_kvcache topk",
     "flash_mla_sparse_fwd": (
         "q kv indices sm_scale d_v attn_sink topk_length out return_lse_base kv_format "
-        "extra_k_cache extra_indices_in_kvcache extra_topk_length"
+        "extra_k_cache extra_indices_in_kvcache extra_topk_length deterministic"
     ),
     "flash_attn_varlen_func": (
         "q k v cu_seqlens_qo cu_seqlens_kv max_seqlen_qo max_seqlen_kv dropout_p softmax_scale causal "

@@ -716,7 +716,13 @@ def test_the_kernel_table_without_a_gpu() -> None:
     assert backends.select(PROBLEM) is backends.CUDA
 
 
-OPS_WITH_KERNELS = ("dense_decode", "sparse_decode", "dense_prefill", "dense_prefill_backward")
+OPS_WITH_KERNELS = (
+    "dense_decode",
+    "sparse_decode",
+    "sparse_prefill_backward",
+    "dense_prefill",
+    "dense_prefill_backward",
+)
 
 
 @pytest.mark.skipif(backends.cuda_missing is not None, reason=str(backends.cuda_missing))
@@ -730,6 +736,7 @@ def test_the_support_matrix_says_what_the_table_says() -> None:
     formats = {"V32", "V32_NO_ROPE", "MODEL1", "V41"}
     assert taken["dense_decode"] == {"bfloat16", "float16", *formats}
     assert taken["sparse_decode"] == {"BF16", "V41 + V41_FP4", *formats}
+    assert taken["sparse_prefill_backward"] == {"BF16"}
     assert taken["dense_prefill"] == taken["dense_prefill_backward"] == {"bfloat16", "float16"}
     prefill = [entry for entry in hopper if entry.op in ("dense_prefill", "dense_prefill_backward")]
     assert {d_qk for entry in prefill for d_qk in entry.d_qk} == {192, 128}

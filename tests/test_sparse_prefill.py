@@ -415,7 +415,7 @@ def test_opcheck(backend: Target) -> None:
     ]
     for prefix in ("triton_",) if backend.name == "triton" else ("", "reference_"):
         operator = getattr(torch.ops.flash_mla, f"{prefix}sparse_prefill").default
-        torch.library.opcheck(operator, (*moved, "BF16", "BF16", 512, 0.04, "e"))
+        torch.library.opcheck(operator, (*moved, "BF16", "BF16", 512, 0.04, "e", False))
 
 
 def test_compiled_without_graph_breaks(backend: Target) -> None:

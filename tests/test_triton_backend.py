@@ -23,6 +23,7 @@ from flash_mla import (
     KVCacheProblem,
     KVFormat,
     SparseDecodeProblem,
+    SparsePrefillBackwardProblem,
     SparsePrefillProblem,
     UnsupportedError,
     backends,
@@ -110,6 +111,7 @@ def test_reasons_of_the_problem() -> None:
     assert triton.why_not(DensePrefillBackwardProblem(**vars(mha))) == triton.support.NO_GRADIENTS
     prefill = SparsePrefillProblem("cuda", 90, KVFormat.V32, None, 4, 2, 576, 576, 9, 0, 0.04)
     assert triton.why_not(prefill) is None
+    assert triton.why_not(SparsePrefillBackwardProblem(**vars(prefill))) == triton.support.NO_GRADIENTS
     assert triton.why_not(replace(prefill, d_v=577)) == "d_v must be 1 to 576, got 577"
     assert triton.why_not(replace(prefill, d_qk=128)) == "d_qk must be 576 or 512, got 128"
 
@@ -120,19 +122,24 @@ def test_every_operation_is_served_without_being_asked_for(monkeypatch: pytest.M
     sparse, prefill = make_sparse_decode_inputs(2, h_q=2), make_sparse_prefill_inputs(2, h_q=2)
     dense = make_dense_prefill_inputs([(3, 5)])
     prefill_arguments = dense.q, dense.k, dense.v, dense.cu_seqlens_qo
-    gradients = DensePrefillBackwardProblem.of(*prefill_arguments)
+    prefill_tensors = prefill.q, prefill.primary.cache, prefill.primary.indices
+    gradients: list[Problem] = [
+        SparsePrefillBackwardProblem.of(*prefill_tensors),
+        DensePrefillBackwardProblem.of(*prefill_arguments),
+    ]
     problems: list[Problem] = [
         PROBLEM,
         replace(PROBLEM, fp8_cache="V32"),
         SparseDecodeProblem.of(sparse.q, sparse.primary.cache, sparse.primary.indices),
-        SparsePrefillProblem.of(prefill.q, prefill.primary.cache, prefill.primary.indices),
+        SparsePrefillProblem.of(*prefill_tensors),
         DensePrefillProblem.of(*prefill_arguments),
         KVCacheProblem("cuda", 80, KVFormat.V41_FP4, 64),
     ]
-    assert {problem.op for problem in [*problems, gradients]} == set(capability.OPERATIONS)
+    assert {problem.op for problem in [*problems, *gradients]} == set(capability.OPERATIONS)
     for problem in problems:
         assert backends.select(replace(problem, device_type="cuda", compute_capability=80)) is backends.TRITON
-    assert backends.select(replace(gradients, device_type="cuda", compute_capability=80)) is backends.REFERENCE
+    for problem in gradients:
+        assert backends.select(replace(problem, device_type="cuda", compute_capability=80)) is backends.REFERENCE
     operators = {field.name for field in fields(backends.Operators)}
     assert set(triton.OPERATORS) == operators
 

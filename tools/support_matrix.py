@@ -40,6 +40,7 @@ REFERENCE = {
     "dense_decode": _DENSE_DECODE,
     "sparse_decode": [(_ROWS, "576, 512", "any", "1")],
     "sparse_prefill": [(_ROWS, "576, 512", "any", "1")],
+    "sparse_prefill_backward": [(_ROWS, "576, 512", "any", "1")],
     "dense_prefill": [("bfloat16, float16", "192, 128", "-", "any")],
     "dense_prefill_backward": [("bfloat16, float16", "192, 128", "-", "any")],
     "kv_cache": [(_CACHES, "576, 512", "any", "1")],

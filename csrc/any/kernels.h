@@ -9,6 +9,7 @@
 #include "core/params/dense_prefill_backward.h"
 #include "core/params/kv_cache.h"
 #include "core/params/sparse_attention.h"
+#include "core/params/sparse_prefill_backward.h"
 
 namespace flash_mla {
 
@@ -38,6 +39,11 @@ void launch_prefill_backward_plan(const DensePrefillBackwardParams& params, void
 // What the backward's kernel starts from: items, deltas, zeros in `dq_sum` and `turns`. Then, from the sums, dq.
 void launch_prefill_backward_prepare(const DensePrefillBackwardParams& params, void* stream);
 void launch_prefill_backward_finish(const DensePrefillBackwardParams& params, void* stream);
+
+// The same for sparse prefill: rows, zeros in the sums, and units where they are in fixed point. Then, from the sums, dkv,
+// and d_sink.
+void launch_sparse_backward_prepare(const SparsePrefillBackwardParams& params, void* stream);
+void launch_sparse_backward_finish(const SparsePrefillBackwardParams& params, void* stream);
 
 // Joins the partial results of split requests into `out` and `lse`.
 void launch_combine(const DenseDecodeParams& params, void* stream);

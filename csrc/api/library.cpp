@@ -69,12 +69,20 @@ STABLE_TORCH_LIBRARY(flash_mla, m) {
       "sparse_prefill(Tensor q, Tensor kv, Tensor indices, Tensor? topk_length, Tensor? extra_k_cache, Tensor? "
       "extra_indices, Tensor? extra_topk_length, Tensor? attn_sink, str kv_format, str? extra_kv_format, int d_v, "
       "float "
-      "sm_scale, str lse_base) -> (Tensor, Tensor, Tensor)");
+      "sm_scale, str lse_base, bool deterministic) -> (Tensor, Tensor, Tensor)");
   m.def(
       "sparse_prefill_out(Tensor q, Tensor kv, Tensor indices, Tensor? topk_length, Tensor? extra_k_cache, Tensor? "
       "extra_indices, Tensor? extra_topk_length, Tensor? attn_sink, str kv_format, str? extra_kv_format, int d_v, "
       "float "
-      "sm_scale, str lse_base, Tensor(a!) out, Tensor(b!) max_logits, Tensor(c!) lse) -> ()");
+      "sm_scale, str lse_base, bool deterministic, Tensor(a!) out, Tensor(b!) max_logits, Tensor(c!) lse) -> ()");
+  m.def(
+      "sparse_prefill_backward(Tensor d_out, Tensor d_lse, Tensor q, Tensor kv, Tensor indices, Tensor? topk_length, "
+      "Tensor? extra_k_cache, Tensor? extra_indices, Tensor? extra_topk_length, Tensor? attn_sink, str kv_format, str? "
+      "extra_kv_format, float sm_scale, str lse_base, bool deterministic, Tensor out, Tensor lse) -> (Tensor, Tensor, "
+      "Tensor, Tensor)");
+  m.def(
+      "sparse_prefill_backward_why_not(int compute_capability, int kv_format, int extra_kv_format, int h_q, int d_qk, "
+      "int d_v, float sm_scale) -> str");
   m.def(
       "sparse_decode_why_not(int compute_capability, int scalar_type, int kv_format, int extra_kv_format, "
       "bool from_table, int b, int s_q, int h_q, int d_qk, int d_v, int page_block_size, int extra_page_block_size, "
@@ -110,6 +118,7 @@ STABLE_TORCH_LIBRARY_IMPL(flash_mla, CUDA, m) {
   m.impl("plan_sparse_decode", TORCH_BOX(&plan_sparse_decode));
   m.impl("sparse_prefill", TORCH_BOX(&sparse_prefill));
   m.impl("sparse_prefill_out", TORCH_BOX(&sparse_prefill_out));
+  m.impl("sparse_prefill_backward", TORCH_BOX(&sparse_prefill_backward));
   m.impl("dense_prefill", TORCH_BOX(&dense_prefill));
   m.impl("dense_prefill_backward", TORCH_BOX(&dense_prefill_backward));
   m.impl("append_kv_cache", TORCH_BOX(&append_kv_cache));
@@ -120,6 +129,7 @@ STABLE_TORCH_LIBRARY_IMPL(flash_mla, CompositeExplicitAutograd, m) {
   m.impl("num_sm_parts", TORCH_BOX(&num_sm_parts));
   m.impl("dense_decode_why_not", TORCH_BOX(&dense_decode_why_not));
   m.impl("sparse_decode_why_not", TORCH_BOX(&sparse_decode_why_not));
+  m.impl("sparse_prefill_backward_why_not", TORCH_BOX(&sparse_prefill_backward_why_not));
   m.impl("dense_prefill_why_not", TORCH_BOX(&dense_prefill_why_not));
   m.impl("dense_prefill_backward_why_not", TORCH_BOX(&dense_prefill_backward_why_not));
   m.impl("kv_cache_why_not", TORCH_BOX(&kv_cache_why_not));

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "any/kernels.h"
 #include "api/decode.h"
 #include "api/device.h"
 #include "api/kv_cache.h"
@@ -89,6 +90,23 @@ struct Selection {
   }
 };
 
+void check_query(const View& q) {
+  check(q.device >= 0, ErrorKind::kValue, "q must be on CUDA");
+  check_dim(q, 3, "[s_q, h_q, d_qk]");
+  check_dtype(q, ScalarType::BFloat16);
+  check(q.size(2) == 576 || q.size(2) == 512, ErrorKind::kValue, "q must have d_qk 576 or 512, got ", ShapeText{q});
+  constexpr int64_t kMaxRows = int64_t{1} << 30;
+  check(q.size(1) > 0 && q.size(1) < kMaxRows && q.size(0) < kMaxRows, ErrorKind::kValue,
+        "q must have at least one head and fewer than 2^30 tokens and heads, got ", ShapeText{q});
+  check_contiguous_last(q);
+}
+
+void check_options(double sm_scale, const Name& lse_base) {
+  check(std::isfinite(sm_scale), ErrorKind::kValue, "sm_scale must be finite, got ", sm_scale);
+  check(lse_base.view() == "2" || lse_base.view() == "e", ErrorKind::kValue, "return_lse_base must be e or 2, got ",
+        lse_base.view());
+}
+
 struct Call {
   View q;
   std::optional<View> sink;
@@ -104,18 +122,9 @@ struct Call {
         sink(optional_view("attn_sink", attn_sink)),
         sm_scale(sm_scale_),
         lse_base2(lse_base.view() == "2") {
-    check(q.device >= 0, ErrorKind::kValue, "q must be on CUDA");
-    check_dim(q, 3, "[s_q, h_q, d_qk]");
-    check_dtype(q, ScalarType::BFloat16);
-    check(q.size(2) == 576 || q.size(2) == 512, ErrorKind::kValue, "q must have d_qk 576 or 512, got ", ShapeText{q});
-    constexpr int64_t kMaxRows = int64_t{1} << 30;
-    check(q.size(1) > 0 && q.size(1) < kMaxRows && q.size(0) < kMaxRows, ErrorKind::kValue,
-          "q must have at least one head and fewer than 2^30 tokens and heads, got ", ShapeText{q});
-    check_contiguous_last(q);
+    check_query(q);
     check(d_v >= 1 && d_v <= q.size(2), ErrorKind::kValue, "d_v must be 1 to d_qk = ", q.size(2), ", got ", d_v);
-    check(std::isfinite(sm_scale), ErrorKind::kValue, "sm_scale must be finite, got ", sm_scale);
-    check(lse_base2 || lse_base.view() == "e", ErrorKind::kValue, "return_lse_base must be e or 2, got ",
-          lse_base.view());
+    check_options(sm_scale, lse_base);
     if (sink) {
       check_sink(*sink, q.size(1), q.device);
     }
@@ -213,13 +222,64 @@ struct Call {
   const SparseKernel* kernel = nullptr;
 };
 
+constexpr char kBackwardOp[] = "sparse_prefill_backward";
+
+// Rows that TMA can load: 16-byte aligned, none of them twice. Others as a copy.
+Tensor with_rows_for_tma(const char* name, const Tensor& rows) {
+  const View view(name, rows);
+  bool fits = reinterpret_cast<uintptr_t>(view.data) % 16 == 0;
+  for (int d = 0; d < 2; ++d) {
+    fits &= view.size(d) <= 1 || (view.stride(d) > 0 && view.stride(d) % 8 == 0);
+  }
+  if (fits) {
+    return rows;
+  }
+  Tensor copy = empty(view.device, view.dtype, {view.size(0), view.size(1), view.size(2)});
+  return torch::stable::copy_(copy, rows);
+}
+
+// What the forward gave, and the gradients of it.
+void check_results(const View& d_out, const View& d_lse, const View& out, const View& lse, const View& q) {
+  for (const View* rows : {&d_out, &out}) {
+    check_dim(*rows, 3, "[s_q, h_q, 512]");
+    check_size(*rows, 0, q.size(0), "[s_q, h_q, 512]");
+    check_size(*rows, 1, q.size(1), "[s_q, h_q, 512]");
+    check_size(*rows, 2, kHeadDimV, "[s_q, h_q, 512]");
+    check_dtype(*rows, ScalarType::BFloat16);
+    check_device(*rows, q.device);
+    check_contiguous_last(*rows);
+  }
+  check_aligned(out, 2);
+  for (const View* rows : {&d_lse, &lse}) {
+    check_dim(*rows, 2, "[s_q, h_q]");
+    check_size(*rows, 0, q.size(0), "[s_q, h_q]");
+    check_size(*rows, 1, q.size(1), "[s_q, h_q]");
+    check_dtype(*rows, ScalarType::Float);
+    check_device(*rows, q.device);
+  }
+}
+
+SparseAttentionProblem backward_problem(int compute_capability, KVFormat format, KVFormat extra_format, int64_t h_q,
+                                        int64_t d_qk, int64_t d_v, double sm_scale) {
+  SparseAttentionProblem problem{};
+  problem.compute_capability = compute_capability;
+  problem.element = Element::kBFloat16;
+  problem.format = format, problem.extra_format = extra_format;
+  problem.h_q = static_cast<int>(h_q), problem.d_qk = static_cast<int>(d_qk), problem.d_v = static_cast<int>(d_v);
+  problem.softmax_scale = static_cast<float>(sm_scale);
+  return problem;
+}
+
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> sparse_prefill(
-    const Tensor& q, const Tensor& kv, const Tensor& indices, const std::optional<Tensor>& topk_length,
-    const std::optional<Tensor>& extra_k_cache, const std::optional<Tensor>& extra_indices,
-    const std::optional<Tensor>& extra_topk_length, const std::optional<Tensor>& attn_sink, const Name& kv_format,
-    const std::optional<Name>& extra_kv_format, int64_t d_v, double sm_scale, const Name& lse_base) {
+std::tuple<Tensor, Tensor, Tensor> sparse_prefill(const Tensor& q, const Tensor& kv, const Tensor& indices,
+                                                  const std::optional<Tensor>& topk_length,
+                                                  const std::optional<Tensor>& extra_k_cache,
+                                                  const std::optional<Tensor>& extra_indices,
+                                                  const std::optional<Tensor>& extra_topk_length,
+                                                  const std::optional<Tensor>& attn_sink, const Name& kv_format,
+                                                  const std::optional<Name>& extra_kv_format, int64_t d_v,
+                                                  double sm_scale, const Name& lse_base, bool /*deterministic*/) {
   Call call(q, kv, indices, topk_length, extra_k_cache, extra_indices, extra_topk_length, attn_sink, kv_format,
             extra_kv_format, d_v, sm_scale, lse_base);
   const torch::stable::accelerator::DeviceGuard guard(call.q.device);
@@ -237,7 +297,7 @@ void sparse_prefill_out(const Tensor& q, const Tensor& kv, const Tensor& indices
                         const std::optional<Tensor>& extra_indices, const std::optional<Tensor>& extra_topk_length,
                         const std::optional<Tensor>& attn_sink, const Name& kv_format,
                         const std::optional<Name>& extra_kv_format, int64_t d_v, double sm_scale, const Name& lse_base,
-                        const Tensor& out, const Tensor& max_logits, const Tensor& lse) {
+                        bool /*deterministic*/, const Tensor& out, const Tensor& max_logits, const Tensor& lse) {
   Call call(q, kv, indices, topk_length, extra_k_cache, extra_indices, extra_topk_length, attn_sink, kv_format,
             extra_kv_format, d_v, sm_scale, lse_base);
   const torch::stable::accelerator::DeviceGuard guard(call.q.device);
@@ -262,6 +322,93 @@ void sparse_prefill_out(const Tensor& q, const Tensor& kv, const Tensor& indices
             (h_q <= 1 || maximum_view.stride(1) == lse_view.stride(1)),
         ErrorKind::kValue, "max_logits must have the strides of lse");
   call.run_into(out, maximum_view, lse_view);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_prefill_backward(
+    const Tensor& d_out_, const Tensor& d_lse_, const Tensor& q_, const Tensor& kv, const Tensor& indices,
+    const std::optional<Tensor>& topk_length, const std::optional<Tensor>& extra_k_cache,
+    const std::optional<Tensor>& /*extra_indices*/, const std::optional<Tensor>& /*extra_topk_length*/,
+    const std::optional<Tensor>& attn_sink, const Name& kv_format, const std::optional<Name>& extra_kv_format,
+    double sm_scale, const Name& lse_base, bool deterministic, const Tensor& out_, const Tensor& lse_) {
+  const View given("q", q_), d_lse("d_lse", d_lse_), out("out", out_), lse("lse", lse_);
+  check_query(given);
+  check_options(sm_scale, lse_base);
+  const std::optional<View> sink = optional_view("attn_sink", attn_sink);
+  if (sink) {
+    check_sink(*sink, given.size(1), given.device);
+  }
+  const View d_out_given("d_out", d_out_);
+  check_dim(d_out_given, 3, "[s_q, h_q, d_v]");
+  const KVFormat format = format_of("kv_format", kv_format),
+                 extra_format = extra_kv_format ? format_of("extra_kv_format", *extra_kv_format) : KVFormat::kNone;
+  check(extra_k_cache.has_value() == extra_kv_format.has_value(), ErrorKind::kValue,
+        "extra_k_cache and extra_kv_format must come together");
+  const torch::stable::accelerator::DeviceGuard guard(given.device);
+  const DeviceFacts& facts = device_facts(given.device);
+  const auto& kernel = select(kBackwardOp, sm90::sparse_prefill_backward_kernels(),
+                              backward_problem(facts.compute_capability, format, extra_format, given.size(1),
+                                               given.size(2), d_out_given.size(2), sm_scale));
+  check_results(d_out_given, d_lse, out, lse, given);
+  const Tensor q_rows = with_rows_for_tma("q", q_), d_out_rows = with_rows_for_tma("d_out", d_out_);
+  const View q("q", q_rows), d_out("d_out", d_out_rows);
+  const Selection selection("kv", kv, "indices", indices, "topk_length", topk_length, format, q);
+  const int64_t s_q = q.size(0), h_q = q.size(1), d_qk = q.size(2), slots = selection.slots();
+  check(slots <= INT32_MAX, ErrorKind::kUnsupported, kBackwardOp, " takes fewer than 2^31 rows of kv, got ", slots);
+  Tensor dq = empty(q.device, ScalarType::BFloat16, {s_q, h_q, d_qk});
+  Tensor dkv = empty(q.device, ScalarType::BFloat16,
+                     {selection.cache.size(0), selection.cache.size(1), selection.cache.size(2), d_qk});
+  Tensor d_extra = empty(q.device, ScalarType::BFloat16, {0});
+  Tensor d_sink = empty(q.device, ScalarType::Float, {sink ? h_q : 0});
+
+  Tensor rows = empty(q.device, ScalarType::Float, {s_q, h_q, int64_t{sizeof(BackwardRow) / sizeof(float)}});
+  // Sums in fixed point have 8 bytes.
+  Tensor sums = empty(q.device, ScalarType::Float, {slots, d_qk * (deterministic ? 2 : 1)});
+  constexpr int64_t kBoundsWords = sizeof(BackwardBounds) / sizeof(int32_t);
+  Tensor per_slot = empty(q.device, ScalarType::Int, {deterministic ? 3 * slots + kBoundsWords : 0});
+
+  SparsePrefillBackwardParams params{};
+  params.q = q.data, params.d_out = d_out.data, params.out = out.data;
+  params.lse = static_cast<const float*>(lse.data), params.d_lse = static_cast<const float*>(d_lse.data);
+  params.attn_sink = sink ? static_cast<const float*>(sink->data) : nullptr;
+  params.keys = selection.source();
+  params.dq = dq.data_ptr(), params.dkv = dkv.data_ptr();
+  params.d_sink = sink ? static_cast<float*>(d_sink.data_ptr()) : nullptr;
+  params.rows = static_cast<BackwardRow*>(rows.data_ptr());
+  if (deterministic) {
+    auto* words = static_cast<int32_t*>(per_slot.data_ptr());
+    params.fixed = {static_cast<int64_t*>(sums.data_ptr()), words + kBoundsWords,
+                    reinterpret_cast<float*>(words + kBoundsWords + slots), words + kBoundsWords + 2 * slots,
+                    reinterpret_cast<BackwardBounds*>(words)};
+  } else {
+    params.sums = static_cast<float*>(sums.data_ptr());
+  }
+  params.stride_q_s = q.stride(0), params.stride_q_h = q.stride(1);
+  params.stride_out_s = out.stride(0), params.stride_out_h = out.stride(1);
+  params.stride_lse_s = lse.stride(0), params.stride_lse_h = lse.stride(1);
+  params.stride_do_s = d_out.stride(0), params.stride_do_h = d_out.stride(1);
+  params.stride_dlse_s = d_lse.stride(0), params.stride_dlse_h = d_lse.stride(1);
+  params.s_q = static_cast<int>(s_q), params.h_q = static_cast<int>(h_q), params.d_qk = static_cast<int>(d_qk);
+  params.head_blocks = ceil_div(params.h_q, kRowTile);
+  params.num_sms = facts.num_sms;
+  params.softmax_scale = static_cast<float>(sm_scale), params.scale_log2 = scale_log2_of(sm_scale);
+  params.lse_base2 = lse_base.view() == "2";
+  void* stream = current_stream(q.device);
+  launch_sparse_backward_prepare(params, stream);
+  if (s_q > 0) {
+    kernel.launch(params, stream);
+  }
+  launch_sparse_backward_finish(params, stream);
+  return {dq, dkv, d_extra, d_sink};
+}
+
+std::string sparse_prefill_backward_why_not(int64_t compute_capability, int64_t kv_format, int64_t extra_kv_format,
+                                            int64_t h_q, int64_t d_qk, int64_t d_v, double sm_scale) {
+  constexpr int64_t kNone = static_cast<int64_t>(KVFormat::kNone);
+  check(std::min(kv_format, extra_kv_format) >= 0 && std::max(kv_format, extra_kv_format) <= kNone, ErrorKind::kValue,
+        "kv_format and extra_kv_format must be in 0 to ", kNone, ", got ", kv_format, " and ", extra_kv_format);
+  return explain(sm90::sparse_prefill_backward_kernels(),
+                 backward_problem(static_cast<int>(compute_capability), static_cast<KVFormat>(kv_format),
+                                  static_cast<KVFormat>(extra_kv_format), h_q, d_qk, d_v, sm_scale));
 }
 
 }  // namespace flash_mla::api

@@ -7,6 +7,7 @@
 #include "sm90/sparse_attention_bf16/launch.h"
 #include "sm90/sparse_attention_few_heads/launch.h"
 #include "sm90/sparse_attention_paired/launch.h"
+#include "sm90/sparse_prefill_backward/launch.h"
 
 namespace flash_mla::sm90 {
 namespace {
@@ -137,6 +138,19 @@ constexpr Kernel<SparseAttentionProblem, SparseAttentionParams> kSparseAttention
      sparse_attention_bf16::launch_512},
 };
 
+template <int kHeadDim>
+const char* why_not_sparse_prefill_backward(const SparseAttentionProblem& problem) {
+  if (problem.extra_format != KVFormat::kNone) {
+    return "there must be no extra_k_cache";
+  }
+  return why_not_sparse_attention<KVFormat::kBf16, kHeadDim>(problem);
+}
+
+constexpr Kernel<SparseAttentionProblem, SparsePrefillBackwardParams> kSparsePrefillBackward[] = {
+    {"sm90_sparse_prefill_backward_576", why_not_sparse_prefill_backward<576>, sparse_prefill_backward::launch_576},
+    {"sm90_sparse_prefill_backward_512", why_not_sparse_prefill_backward<512>, sparse_prefill_backward::launch_512},
+};
+
 template <Element kElement, int kHeadDim>
 const char* why_not_dense_prefill(const DensePrefillProblem& problem) {
   if (problem.compute_capability != 90) {
@@ -181,6 +195,10 @@ std::span<const Kernel<DenseDecodeProblem, DenseDecodeParams>> dense_decode_kern
 
 std::span<const Kernel<SparseAttentionProblem, SparseAttentionParams>> sparse_attention_kernels() {
   return kSparseAttention;
+}
+
+std::span<const Kernel<SparseAttentionProblem, SparsePrefillBackwardParams>> sparse_prefill_backward_kernels() {
+  return kSparsePrefillBackward;
 }
 
 std::span<const Kernel<DensePrefillProblem, DensePrefillParams>> dense_prefill_kernels() { return kDensePrefill; }

@@ -15,7 +15,7 @@ from flash_mla.kv_format import KVFormat
 from flash_mla.problem import DenseDecodeProblem, Problem
 from flash_mla.problem_kv_cache import KVCacheProblem
 from flash_mla.problem_prefill import HEAD_DIM_V, HEAD_DIMS_QK, DensePrefillBackwardProblem, DensePrefillProblem
-from flash_mla.problem_sparse import SparseDecodeProblem, SparsePrefillProblem
+from flash_mla.problem_sparse import SparseDecodeProblem, SparsePrefillBackwardProblem, SparsePrefillProblem
 
 # By operation: its problem, the tensors of a call that it is made from, and the other arguments that matter.
 _EXTRA = ("extra_k_cache", "extra_indices_in_kvcache", "kv_format")
@@ -25,6 +25,7 @@ _OPERATIONS: dict[str, tuple[Any, tuple[str, ...], tuple[str, ...]]] = {
     "dense_decode": (DenseDecodeProblem, ("q", "k_cache"), (*_OPTIONS, "kv_format")),
     "sparse_decode": (SparseDecodeProblem, ("q", "k_cache", "indices"), (*_OPTIONS, *_EXTRA)),
     "sparse_prefill": (SparsePrefillProblem, ("q", "kv", "indices"), ("d_v", "sm_scale", *_EXTRA)),
+    "sparse_prefill_backward": (SparsePrefillBackwardProblem, ("q", "kv", "indices"), ("d_v", "sm_scale", *_EXTRA)),
     "dense_prefill": (DensePrefillProblem, ("q", "k", "v", "cu_seqlens_qo"), _PREFILL_OPTIONS),
     "dense_prefill_backward": (DensePrefillBackwardProblem, ("q", "k", "v", "cu_seqlens_qo"), _PREFILL_OPTIONS),
     "kv_cache": (KVCacheProblem, ("cache",), ("format",)),
@@ -39,8 +40,9 @@ def why_not(op: str, problem: Problem | None = None, **call: Any) -> str | None:
 
     Args:
         op: "dense_decode" (`flash_mla_with_kvcache` without indices), "sparse_decode" (with them), "sparse_prefill"
-            (`flash_mla_sparse_fwd`), "dense_prefill" (`flash_attn_varlen_func`), "dense_prefill_backward" (its
-            gradients) or "kv_cache" (`append_kv_cache` and `dequantize_kv_cache`).
+            (`flash_mla_sparse_fwd`), "sparse_prefill_backward" (its gradients), "dense_prefill"
+            (`flash_attn_varlen_func`), "dense_prefill_backward" (its gradients) or "kv_cache" (`append_kv_cache` and
+            `dequantize_kv_cache`).
         problem: what is asked for, as a value of the operation's class; or else
         **call: the arguments of the call by name, the tensors at least. Those that make no difference are not looked
             at.
@@ -117,7 +119,8 @@ def kernels() -> list[KernelSupport]:
         _dense_questions,
         _fp8_questions,
         _sparse_questions,
-        _sparse_prefill_questions,
+        partial(_sparse_prefill_questions, SparsePrefillProblem),
+        partial(_sparse_prefill_questions, SparsePrefillBackwardProblem),
         partial(_dense_prefill_questions, DensePrefillProblem),
         partial(_dense_prefill_questions, DensePrefillBackwardProblem),
     )
@@ -153,10 +156,10 @@ def _sparse_questions(capability: int) -> Iterator[_Question]:
         yield _Question(problem, _pair(known, extra), d_qk, page, 1)
 
 
-def _sparse_prefill_questions(capability: int) -> Iterator[_Question]:
+def _sparse_prefill_questions(kind: type[SparsePrefillProblem], capability: int) -> Iterator[_Question]:
     for known, extra, d_qk, page, h_q in _sparse_sources():
         shape = (4096, h_q, d_qk, 512, 2048, 0 if extra is None else 512, 576**-0.5)
-        problem = SparsePrefillProblem("cuda", capability, known, extra, *shape)
+        problem = kind("cuda", capability, known, extra, *shape)
         yield _Question(problem, _pair(known, extra), d_qk, page, 1)
 
 

@@ -13,7 +13,7 @@ from flash_mla.kv_format import KVFormat
 from flash_mla.problem import HEAD_DIM_V, DenseDecodeProblem, Problem
 from flash_mla.problem_kv_cache import KVCacheProblem
 from flash_mla.problem_prefill import DensePrefillBackwardProblem, DensePrefillProblem
-from flash_mla.problem_sparse import SparseDecodeProblem, SparsePrefillProblem
+from flash_mla.problem_sparse import SparseDecodeProblem, SparsePrefillBackwardProblem, SparsePrefillProblem
 
 _SCALAR_TYPES = {torch.bfloat16: 0, torch.float16: 1}
 _OTHER_SCALAR_TYPE = 2
@@ -40,6 +40,8 @@ def kernel_table(problem: Problem) -> dict[str, str]:
         return {}
     if isinstance(problem, SparseDecodeProblem):
         return _parsed(torch.ops.flash_mla.sparse_decode_why_not(*_sparse_arguments(problem)))
+    if isinstance(problem, SparsePrefillBackwardProblem):
+        return _parsed(torch.ops.flash_mla.sparse_prefill_backward_why_not(*_sparse_backward_arguments(problem)))
     if isinstance(problem, SparsePrefillProblem):
         return _parsed(torch.ops.flash_mla.sparse_decode_why_not(*_sparse_prefill_arguments(problem)))
     if isinstance(problem, DensePrefillBackwardProblem):
@@ -146,6 +148,18 @@ def _sparse_prefill_arguments(problem: SparsePrefillProblem) -> tuple[Any, ...]:
         0 if problem.extra_kv_format is None else 1,
         problem.topk,
         problem.extra_topk,
+        problem.sm_scale,
+    )
+
+
+def _sparse_backward_arguments(problem: SparsePrefillBackwardProblem) -> tuple[Any, ...]:
+    return (
+        problem.compute_capability or 0,
+        _FORMATS[problem.kv_format],
+        _NO_FORMAT if problem.extra_kv_format is None else _FORMATS[problem.extra_kv_format],
+        problem.h_q,
+        problem.d_qk,
+        problem.d_v,
         problem.sm_scale,
     )
 

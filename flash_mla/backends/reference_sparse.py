@@ -201,6 +201,8 @@ def attend_backward(
     softmax_scale: float,
     attn_sink: Tensor | None = None,
     compute_dtype: torch.dtype = torch.float32,
+    probability_dtype: torch.dtype | None = None,
+    deterministic: bool = False,
 ) -> Gradients:
     """Gradients of `attend`, with everything computed again: they carry no rounding of out or lse.
 
@@ -212,6 +214,8 @@ def attend_backward(
         d_out: `[tokens, h_q, d_v]`.
         d_lse: `[tokens, h_q]`, of the natural logarithm.
         q, selections, softmax_scale, attn_sink, compute_dtype: as in `attend`.
+        probability_dtype: rounds what kernels round: out, and probabilities and their gradients before they meet rows.
+        deterministic: the gradients of rows have the same bits on every run, on a GPU too.
     """
     d_v = d_out.shape[-1]
     d_q = torch.zeros(q.shape, dtype=compute_dtype, device=q.device)
@@ -220,10 +224,11 @@ def attend_backward(
     for part in _groups(q, selections, d_v, one_at_a_time=False):
         chosen = [selection.of_tokens(part) for selection in selections]
         rows, dout = q[part].to(compute_dtype), d_out[part].to(compute_dtype)
-        forward = _attend_group(rows, chosen, softmax_scale, attn_sink, d_v, None)
+        forward = _attend_group(rows, chosen, softmax_scale, attn_sink, d_v, probability_dtype)
         share = _share(forward.lse, attn_sink)
         has_key = forward.lse != float("inf")
-        delta = torch.where(has_key, (dout * forward.out).sum(-1), 0.0)
+        out = forward.out if probability_dtype is None else forward.out.to(probability_dtype).to(compute_dtype)
+        delta = torch.where(has_key, (dout * out).sum(-1), 0.0)
         if d_sink is not None:
             d_sink -= torch.where(has_key, (1 - share) * delta, 0.0).sum(0)
         for selection, d_row in zip(chosen, d_rows, strict=True):
@@ -234,13 +239,22 @@ def attend_backward(
                 d_p = torch.bmm(dout, keys[..., :d_v].transpose(1, 2))
                 d_s = p_out * (d_p - delta[..., None]) + p * d_lse[part].to(compute_dtype)[..., None]
                 d_s = torch.where(valid[:, None] & has_key[..., None], d_s, 0.0).mul_(softmax_scale)
+                if probability_dtype is not None:
+                    d_s, p_out = (rounded.to(probability_dtype).to(compute_dtype) for rounded in (d_s, p_out))
                 d_q[part] += torch.bmm(d_s, keys)
                 if d_row is not None:
                     d_keys = torch.bmm(d_s.transpose(1, 2), rows)
                     d_keys[..., :d_v] += torch.bmm(p_out.transpose(1, 2), dout)
-                    d_row.index_add_(0, slots[valid], d_keys[valid])
+                    _add_rows(d_row, slots[valid], d_keys[valid], deterministic)
     caches = [None if row is None else row.view(each.cache.shape) for row, each in zip(d_rows, selections, strict=True)]
     return Gradients(d_q, caches, d_sink)
+
+
+def _add_rows(sums: Tensor, slots: Tensor, rows: Tensor, deterministic: bool) -> None:
+    if deterministic and sums.is_cuda:
+        sums.index_put_((slots,), rows, accumulate=True)  # sorts; index_add_ adds in any order there
+    else:
+        sums.index_add_(0, slots, rows)
 
 
 def _zero_gradient(selection: Selection, dtype: torch.dtype) -> Tensor | None:
@@ -380,6 +394,7 @@ def sparse_prefill(
     d_v: int,
     sm_scale: float,
     lse_base: str,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`torch.ops.flash_mla.reference_sparse_prefill`: out, max_logits and lse."""
     problem_sparse.check_sparse_prefill(
@@ -396,6 +411,7 @@ def sparse_prefill(
         d_v,
         sm_scale,
         lse_base,
+        deterministic,
     )
     extra = (extra_k_cache, extra_kv_format, extra_indices, extra_topk_length)
     selections = _selections(kv, kv_format, indices, topk_length, *extra)
@@ -429,6 +445,7 @@ def sparse_prefill_backward(
     extra_kv_format: str | None,
     sm_scale: float,
     lse_base: str,
+    deterministic: bool,
     out: Tensor,
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -445,6 +462,7 @@ def sparse_prefill_backward(
         _selections(kv, kv_format, indices, topk_length, *extra),
         softmax_scale=sm_scale,
         attn_sink=attn_sink,
+        deterministic=deterministic,
     )
     none = q.new_empty(0)
     d_kv, d_extra = (*gradients.caches, None)[:2]

@@ -6,9 +6,11 @@ from flash_mla.testing.check import (
     check_dense_prefill,
     check_dense_prefill_gradients,
     check_sparse_prefill,
+    check_sparse_prefill_gradients,
     dense_prefill_gradients,
     run_decode,
     run_dense_decode,
+    sparse_prefill_gradients,
 )
 from flash_mla.testing.compare import Comparison, assert_close, compare
 from flash_mla.testing.fp8 import DenseFP8Inputs, expected_dense_fp8, make_dense_fp8_inputs
@@ -32,10 +34,12 @@ from flash_mla.testing.sparse import (
     SparsePrefillInputs,
     expected_sparse_decode,
     expected_sparse_prefill,
+    expected_sparse_prefill_gradients,
     make_selected,
     make_sparse_decode_inputs,
     make_sparse_prefill_inputs,
     poisoned_cache,
+    random_sparse_prefill_gradients,
 )
 
 __all__ = [
@@ -53,6 +57,7 @@ __all__ = [
     "check_dense_prefill",
     "check_dense_prefill_gradients",
     "check_sparse_prefill",
+    "check_sparse_prefill_gradients",
     "compare",
     "dense_prefill_gradients",
     "expected_dense_decode",
@@ -61,6 +66,7 @@ __all__ = [
     "expected_dense_prefill_gradients",
     "expected_sparse_decode",
     "expected_sparse_prefill",
+    "expected_sparse_prefill_gradients",
     "make_dense_decode_inputs",
     "make_dense_fp8_inputs",
     "make_dense_prefill_inputs",
@@ -70,6 +76,8 @@ __all__ = [
     "make_sparse_prefill_inputs",
     "poisoned_cache",
     "random_dense_prefill_gradients",
+    "random_sparse_prefill_gradients",
     "run_decode",
     "run_dense_decode",
+    "sparse_prefill_gradients",
 ]

@@ -22,6 +22,8 @@ from flash_mla.testing.sparse import (
     SparsePrefillInputs,
     expected_sparse_decode,
     expected_sparse_prefill,
+    expected_sparse_prefill_gradients,
+    random_sparse_prefill_gradients,
 )
 
 DecodeInputs = DenseDecodeInputs | DenseFP8Inputs | SparseDecodeInputs
@@ -110,6 +112,49 @@ def check_sparse_prefill(
         assert_close("max_logits", max_logits, answer.max_logits, answer.emulated_max_logits),
         assert_close("lse", lse, answer.lse, answer.emulated_lse),
     )
+
+
+def sparse_prefill_gradients(
+    inputs: SparsePrefillInputs, d_out: Tensor, d_lse: Tensor, **options: Any
+) -> dict[str, Tensor]:
+    """Gradients of q, of bfloat16 caches and of the sink by autograd through `flash_mla_sparse_fwd`, by argument."""
+    call = {**inputs.call(), **options}
+    leaves = {
+        name: call[name].detach().requires_grad_()
+        for name in ("q", "kv", "extra_k_cache", "attn_sink")
+        if call[name] is not None and call[name].is_floating_point() and call[name].element_size() > 1
+    }
+    out, _, lse = flash_mla_sparse_fwd(**{**call, **leaves})
+    gradients = torch.autograd.grad((out, lse), tuple(leaves.values()), (d_out, d_lse))
+    return dict(zip(leaves, gradients, strict=True))
+
+
+def check_sparse_prefill_gradients(
+    inputs: SparsePrefillInputs, *, seed: int = 0, result: dict[str, Tensor] | None = None, **options: Any
+) -> dict[str, Comparison]:
+    """Gradients for random ones of out and lse, compared with the truth.
+
+    Not that of the sink of one head: the tolerance comes from an emulation, whose error in one number may be near 0.
+
+    Args:
+        inputs: of the call.
+        seed: of the gradients of out and lse that `random_sparse_prefill_gradients` gives.
+        result: check these gradients in place of calling.
+        **options: further arguments of the call.
+
+    Raises:
+        AssertionError: naming the first bad coordinate.
+    """
+    d_out, d_lse = random_sparse_prefill_gradients(inputs, seed)
+    gradients = sparse_prefill_gradients(inputs, d_out, d_lse, **options) if result is None else result
+    truth = expected_sparse_prefill_gradients(inputs, d_out, d_lse)
+    emulation = expected_sparse_prefill_gradients(inputs, d_out, d_lse, torch.float32, inputs.q.dtype)
+    if inputs.q.shape[1] == 1:
+        gradients = {name: each for name, each in gradients.items() if name != "attn_sink"}
+    return {
+        name: assert_close(f"d_{name}", *map(torch.atleast_2d, (given, truth[name], emulation[name].to(given.dtype))))
+        for name, given in gradients.items()
+    }
 
 
 def check_dense_prefill(

@@ -153,6 +153,18 @@ def sparse_prefill_work(
     return Work(flop=flop, bytes=s_kv * bytes_per_token + 2 * s_q * h_q * (d_qk + d_v))
 
 
+def sparse_prefill_backward_work(
+    s_q: int, s_kv: int, topk: int, *, h_q: int, d_qk: int = 576, d_v: int = 512, bytes_per_token: int = 1152
+) -> Work:
+    """FLOP and bytes of the gradients of sparse prefill.
+
+    FLOP = 2 * heads * s_q * topk * (3 * d_qk + 2 * d_v): the products of the scores, of the gradients of probabilities,
+    q, K and V. Bytes = what the forward counts and the gradients of the same tensors, once each.
+    """
+    forward = sparse_prefill_work(s_q, s_kv, topk, h_q=h_q, d_qk=d_qk, d_v=d_v, bytes_per_token=bytes_per_token)
+    return Work(flop=2 * h_q * s_q * topk * (3 * d_qk + 2 * d_v), bytes=2 * forward.bytes)
+
+
 def measure_ceilings(device: torch.device | str, *, quick: bool = False, gather_rows: Sequence[int] = ()) -> Ceilings:
     """Measures the ceilings on `device`, in a few tenths of a second each.
 

@@ -318,3 +318,44 @@ def expected_sparse_prefill(inputs: SparsePrefillInputs, compute_dtype: torch.dt
     emulated = _attend(inputs.q, inputs, inputs.sm_scale, inputs.d_v, probability_dtype=inputs.q.dtype)
     emulated_out = emulated.out.to(inputs.q.dtype)
     return PrefillAnswer(truth.out, truth.lse, emulated_out, emulated.lse, truth.max_logits, emulated.max_logits)
+
+
+def random_sparse_prefill_gradients(inputs: SparsePrefillInputs, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Gradients of out, in q's dtype, and of lse, NaN for the queries that select nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = inputs.q.shape[:2]
+    d_out = torch.randn((*shape, inputs.d_v), generator=generator).to(inputs.q)
+    d_lse = torch.randn(shape, generator=generator).to(inputs.q.device)
+    nothing = _attend(inputs.q, inputs, inputs.sm_scale, inputs.d_v).lse == float("inf")
+    return d_out.masked_fill(nothing[..., None], float("nan")), d_lse.masked_fill(nothing, float("nan"))
+
+
+def expected_sparse_prefill_gradients(
+    inputs: SparsePrefillInputs,
+    d_out: Tensor,
+    d_lse: Tensor,
+    compute_dtype: torch.dtype = torch.float64,
+    probability_dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """Gradients of q, of bfloat16 caches and of the sink, as far as there are any, for those of out `[s_q, h_q, d_v]`
+    and lse `[s_q, h_q]`, of base e.
+
+    `probability_dtype`: with the roundings of a kernel, for the tolerance.
+    """
+    gradients = reference_sparse.attend_backward(
+        d_out,
+        d_lse,
+        inputs.q,
+        [side.selection() for side in (inputs.primary, inputs.extra) if side is not None],
+        softmax_scale=inputs.sm_scale,
+        attn_sink=inputs.attn_sink,
+        compute_dtype=compute_dtype,
+        probability_dtype=probability_dtype,
+    )
+    names = ("q", "kv", "extra_k_cache", "attn_sink")
+    kv, extra = (*gradients.caches, None)[:2]
+    known = dict(zip(names, (gradients.q, kv, extra, gradients.attn_sink), strict=True))
+    shapes = {"kv": inputs.primary.cache.shape}
+    if inputs.extra is not None:
+        shapes["extra_k_cache"] = inputs.extra.cache.shape
+    return {name: each.view(shapes.get(name, each.shape)) for name, each in known.items() if each is not None}

@@ -91,7 +91,15 @@ __device__ __forceinline__ void store_matrix_x4(uint32_t row, const uint32_t* fr
                : "memory");
 }
 
-// The same with each matrix transposed: a lane's address is that of one column.
+// The other way round.
+__device__ __forceinline__ void load_matrix_x4(uint32_t row, uint32_t (&fragment)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+               : "r"(row)
+               : "memory");
+}
+
+// As `store_matrix_x4` with each matrix transposed: a lane's address is that of one column.
 __device__ __forceinline__ void store_matrix_x4_transposed(uint32_t column, const uint32_t* fragment) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(column), "r"(fragment[0]),
                "r"(fragment[1]), "r"(fragment[2]), "r"(fragment[3])

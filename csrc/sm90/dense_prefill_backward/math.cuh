@@ -3,7 +3,8 @@
 #pragma once
 
 #include "device/sm90/copy.cuh"
-#include "sm90/dense_prefill_backward/epilogue.cuh"
+#include "sm90/dense_prefill_backward/storage.h"
+#include "sm90/gradient_rows.cuh"
 #include "sm90/items.cuh"
 
 namespace flash_mla::sm90::dense_prefill_backward {

@@ -141,7 +141,7 @@ def sparse_decode(*inputs: Any) -> tuple[Tensor, Tensor]:
 
 def _sparse_prefill(*arguments: Any) -> None:
     q, *selected = arguments[:7]
-    attn_sink, kv_format, extra_kv_format, _, sm_scale, lse_base, *outputs = arguments[7:]
+    attn_sink, kv_format, extra_kv_format, _, sm_scale, lse_base, _, *outputs = arguments[7:]
     _check_serves(q, "sparse prefill")
     from flash_mla.backends.triton import sparse_prefill as kernels
 

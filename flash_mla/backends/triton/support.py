@@ -10,7 +10,7 @@ from flash_mla import problem, problem_prefill
 from flash_mla.backends.triton import config
 from flash_mla.problem import DenseDecodeProblem, Problem
 from flash_mla.problem_prefill import DensePrefillProblem
-from flash_mla.problem_sparse import SparseDecodeProblem, SparsePrefillProblem
+from flash_mla.problem_sparse import SparseDecodeProblem, SparsePrefillBackwardProblem, SparsePrefillProblem
 
 _Attention = DenseDecodeProblem | SparseDecodeProblem | SparsePrefillProblem | DensePrefillProblem
 
@@ -56,7 +56,7 @@ def why_not_on(device_type: str, compute_capability: int | None) -> str | None:
 
 def why_not(wanted: Problem) -> str | None:
     """None when a kernel takes `wanted`, else the reason."""
-    if isinstance(wanted, problem_prefill.DensePrefillBackwardProblem):
+    if isinstance(wanted, problem_prefill.DensePrefillBackwardProblem | SparsePrefillBackwardProblem):
         return NO_GRADIENTS
     reason = why_not_on(wanted.device_type, wanted.compute_capability)
     if reason is not None or not isinstance(wanted, _Attention):

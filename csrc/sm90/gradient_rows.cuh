@@ -1,12 +1,11 @@
-// Writing the gradients of an item's keys and values, straight from registers, while the next item's loads go on.
+// Writing rows of gradients straight from wgmma's accumulator fragment.
 #pragma once
 
 #include "device/numeric.cuh"
-#include "sm90/dense_prefill_backward/storage.h"
 
-namespace flash_mla::sm90::dense_prefill_backward {
+namespace flash_mla::sm90 {
 
-// `rows`: of the item's first key and its head; `row`: the first of the thread's two rows, the other is 8 further.
+// `rows`: the tile's first; `row`: the first of the thread's two rows, the other is 8 further.
 template <class T, int kColumns>
 __device__ __forceinline__ void write_gradient(T* rows, int64_t stride, int row, int num_rows, int lane, float scale,
                                                const float (&sums)[kColumns / 2]) {
@@ -29,4 +28,4 @@ __device__ __forceinline__ void write_gradient(T* rows, int64_t stride, int row,
   }
 }
 
-}  // namespace flash_mla::sm90::dense_prefill_backward
+}  // namespace flash_mla::sm90
