@@ -2,7 +2,7 @@
 // of Q.
 #pragma once
 
-#include "device/sm90/copy.cuh"
+#include "device/copy.cuh"
 #include "sm90/dense_prefill_backward/epilogue.cuh"
 #include "sm90/items.cuh"
 

@@ -2,8 +2,8 @@
 // in global memory, and a warp for row terms and for rows beyond a sequence's end.
 #pragma once
 
+#include "device/copy.cuh"
 #include "device/numeric.cuh"
-#include "device/sm90/copy.cuh"
 #include "sm90/dense_prefill_backward/storage.h"
 #include "sm90/items.cuh"
 

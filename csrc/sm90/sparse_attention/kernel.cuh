@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   if (warpgroup >= 2) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(C::kProducerRegisters));
     const int warp = __shfl_sync(~0u, threadIdx.x / 32 % 8, 0), lane = threadIdx.x % 32;
-    ProducerWarp<C>(params, storage, warp, lane).run();
+    ProducerWarp<C, Storage<C>>(params, storage, warp, lane).run();
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C::kMathRegisters));
     MathWarpgroup<C>(params, storage, warpgroup).run();

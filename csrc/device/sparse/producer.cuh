@@ -3,20 +3,20 @@
 // tiles ahead.
 #pragma once
 
-#include "sm90/sparse_attention/formats.cuh"
-#include "sm90/sparse_attention/key_lists.cuh"
+#include "device/sparse/formats.cuh"
+#include "device/sparse/key_lists.cuh"
 
-namespace flash_mla::sm90::sparse_attention {
+namespace flash_mla::inline device {
 
 // Of the four lanes that know a key, each holds the scales of a quarter of its columns.
-template <class C>
-class ProducerWarp : KeyLists<C, Storage<C>> {
-  using Base = KeyLists<C, Storage<C>>;
+template <class C, class Storage>
+class ProducerWarp : KeyLists<C, Storage> {
+  using Base = KeyLists<C, Storage>;
   using Base::ahead_, Base::lane_, Base::next_row_in_page_, Base::params_, Base::phases_, Base::storage_, Base::warp_;
   static constexpr int kPasses = Base::kWarpKeys;
 
  public:
-  __device__ __forceinline__ ProducerWarp(const SparseAttentionParams& params, Storage<C>& storage, int warp, int lane)
+  __device__ __forceinline__ ProducerWarp(const SparseAttentionParams& params, Storage& storage, int warp, int lane)
       : Base(params, storage, storage.walks[warp], warp, lane) {}
 
   __device__ __forceinline__ void run() {
@@ -150,4 +150,4 @@ class ProducerWarp : KeyLists<C, Storage<C>> {
   QuarterScales scales_;
 };
 
-}  // namespace flash_mla::sm90::sparse_attention
+}  // namespace flash_mla::inline device
