@@ -8,7 +8,7 @@
 #include "any/kernels.h"
 #include "api/decode.h"
 #include "api/device.h"
-#include "sm90/kernels.h"
+#include "api/tables.h"
 
 namespace flash_mla::api {
 namespace {
@@ -191,7 +191,7 @@ std::tuple<Tensor, Tensor> dense_prefill(const Tensor& q_, const Tensor& k_, con
   const Shapes s = check_inputs(q, k, v, cu_q, cu_kv, max_seqlen_qo, max_seqlen_kv, softmax_scale);
   const torch::stable::accelerator::DeviceGuard guard(q.device);
   const DeviceFacts& facts = device_facts(q.device);
-  const auto& kernel = select(kOp, sm90::dense_prefill_kernels(), problem_of(q, s, facts, softmax_scale));
+  const auto& kernel = select(kOp, dense_prefill_kernels(), problem_of(q, s, facts, softmax_scale));
   Tensor out = empty(q.device, q.dtype, {s.tokens_q, s.h_q, kPrefillHeadDimV});
   Tensor lse = empty_lse(q.device, s.tokens_q, s.h_q);
   if (s.tokens_q == 0) {
@@ -220,8 +220,7 @@ std::tuple<Tensor, Tensor, Tensor> dense_prefill_backward(const Tensor& d_out_, 
   check_results(d_out, d_lse, out, lse, q, s);
   const torch::stable::accelerator::DeviceGuard guard(q.device);
   const DeviceFacts& facts = device_facts(q.device);
-  const auto& kernel =
-      select(kBackwardOp, sm90::dense_prefill_backward_kernels(), problem_of(q, s, facts, softmax_scale));
+  const auto& kernel = select(kBackwardOp, dense_prefill_backward_kernels(), problem_of(q, s, facts, softmax_scale));
   Tensor dq = empty(q.device, q.dtype, {s.tokens_q, s.h_q, s.d_qk});
   Tensor dk = empty(q.device, q.dtype, {s.tokens_kv, s.h_kv, s.d_qk});
   Tensor dv = empty(q.device, q.dtype, {s.tokens_kv, s.h_kv, kPrefillHeadDimV});
@@ -263,13 +262,12 @@ std::tuple<Tensor, Tensor, Tensor> dense_prefill_backward(const Tensor& d_out_, 
 
 std::string dense_prefill_why_not(int64_t compute_capability, int64_t scalar_type, int64_t h_q, int64_t h_kv,
                                   int64_t d_qk, int64_t d_v, double softmax_scale) {
-  return explain(sm90::dense_prefill_kernels(),
-                 asked(compute_capability, scalar_type, h_q, h_kv, d_qk, d_v, softmax_scale));
+  return explain(dense_prefill_kernels(), asked(compute_capability, scalar_type, h_q, h_kv, d_qk, d_v, softmax_scale));
 }
 
 std::string dense_prefill_backward_why_not(int64_t compute_capability, int64_t scalar_type, int64_t h_q, int64_t h_kv,
                                            int64_t d_qk, int64_t d_v, double softmax_scale) {
-  return explain(sm90::dense_prefill_backward_kernels(),
+  return explain(dense_prefill_backward_kernels(),
                  asked(compute_capability, scalar_type, h_q, h_kv, d_qk, d_v, softmax_scale));
 }
 
