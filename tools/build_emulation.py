@@ -6,16 +6,19 @@
 
 Targets: `instructions-eager` and `-lazy`, a program for an H100; `tutorials-eager` and
 `-lazy`, Blackwell kernels of the package nvidia-cutlass, unchanged; `library-eager` and `-lazy`, libflash_mla.so with
-the kernels of SM100 in place of SM90's (needs `make build` first). See tests/sm100/README.md.
+the kernels of SM100 in place of SM90's (needs `make build` first); `mutants`, such libraries with a mistake each, which
+their tests must find (needs `library-eager`). See tests/sm100/README.md.
 """
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import cute_adapter
+import sm100_mutations as mutations
 
 import build_native
 
@@ -46,10 +49,10 @@ def schedule_flags(schedule: str) -> list[str]:
     return ["-DFLASH_MLA_EMULATION_LAZY"] if schedule == "lazy" else []
 
 
-def emulated(schedule: str) -> list[str | Path]:
+def emulated(schedule: str, csrc: Path = ROOT / "csrc") -> list[str | Path]:
     """The emulation's headers come before those whose place they take."""
     cutlass, _ = build_native.find_cutlass()
-    return [*schedule_flags(schedule), "-I", SM100 / "emulation", "-I", SM100, "-I", ROOT / "csrc", "-isystem", cutlass]
+    return [*schedule_flags(schedule), "-I", SM100 / "emulation", "-I", SM100, "-I", csrc, "-isystem", cutlass]
 
 
 def build_instructions(schedule: str) -> None:
@@ -81,32 +84,66 @@ def build_tutorials(schedule: str) -> None:
 
 
 def build_library(schedule: str) -> None:
+    folder = OUTPUT / schedule
+    folder.mkdir(exist_ok=True)
+    objects = []
+    for source in kernel_sources(ROOT / "csrc"):
+        objects.append(folder / f"{source.name}.o")
+        compile_kernel(source, objects[-1], ROOT / "csrc", schedule)
+    objects.append(folder / "kernels.cpp.o")
+    command = ninja_command("cxx -std").replace("$out.d", f"{objects[-1]}.d").replace("$out", str(objects[-1]))
+    command = command.replace("-Icsrc", f"-I{SM100 / 'emulation'} -Icsrc")
+    run(["sh", "-c", command.replace("$in", str(SM100 / "emulation" / "kernels.cpp"))])
+    link_library(folder / build_native.LIBRARY, objects)
+
+
+def build_mutants() -> None:
+    """Of the kernel for V32, the eager schedule."""
+    for name, (file, before, after) in mutations.MUTATIONS.items():
+        folder = OUTPUT / "mutants" / name
+        shutil.copytree(ROOT / "csrc", folder / "csrc", dirs_exist_ok=True)
+        text = (ROOT / "csrc" / file).read_text()
+        if text.count(before) != 1:
+            raise build_native.BuildError(f"mutation {name}: its text is not once in {file}")
+        (folder / "csrc" / file).write_text(text.replace(before, after))
+        objects = [OUTPUT / "eager" / f"{source.name}.o" for source in kernel_sources(ROOT / "csrc")]
+        objects = [folder / "v32.cu.o" if path.name == "v32.cu.o" else path for path in objects]
+        source = next(path for path in kernel_sources(folder / "csrc") if path.name == "v32.cu")
+        compile_kernel(source, folder / "v32.cu.o", folder / "csrc", "eager")
+        link_library(folder / build_native.LIBRARY, [*objects, OUTPUT / "eager" / "kernels.cpp.o"])
+
+
+def kernel_sources(csrc: Path) -> list[Path]:
+    return sorted((csrc / "sm100" / "sparse_attention" / "inst").glob("*.cu"))
+
+
+def compile_kernel(source: Path, output: Path, csrc: Path, schedule: str) -> None:
+    nvcc("-O2", "-Xcompiler", "-fPIC,-fvisibility=hidden", *emulated(schedule, csrc), "-c", "-o", output, source)
+
+
+def ninja_line(start: str, within: str) -> str:
     ninja = ROOT / build_native.BUILD / "build.ninja"
     if not ninja.exists():
         raise build_native.BuildError("`make build` has to come first: most objects are those of the real library")
-    text = ninja.read_text()
-    host = next(line for line in text.splitlines() if line.startswith("  command = $cxx -std"))
-    link = next(line for line in text.splitlines() if line.startswith("  command = $cxx -shared"))
-    objects = next(line for line in text.splitlines() if f"/{build_native.LIBRARY}: link " in line)
-    parts = objects.split(": link ")[1].split(" | ")[0].split()
+    return next(line for line in ninja.read_text().splitlines() if line.startswith(start) and within in line)
+
+
+def ninja_command(within: str) -> str:
+    return ninja_line("  command = ", within).removeprefix("  command = ").replace("$cxx", "g++")
+
+
+def link_library(output: Path, objects: list[Path]) -> None:
+    """The real library, with its table of SM90's kernels left out."""
+    parts = ninja_line("build ", f"/{build_native.LIBRARY}: link ").split(": link ")[1].split(" | ")[0].split()
     own = [part for part in parts if "/sm100/" not in part and not part.endswith("sm90/kernels.cpp.o")]
-    folder = OUTPUT / schedule
-    folder.mkdir(exist_ok=True)
-    for source in sorted((ROOT / "csrc" / "sm100" / "sparse_attention" / "inst").glob("*.cu")):
-        own.append(str(folder / f"{source.name}.o"))
-        nvcc("-O2", "-Xcompiler", "-fPIC,-fvisibility=hidden", *emulated(schedule), "-c", "-o", own[-1], source)
-    own.append(str(folder / "kernels.cpp.o"))
-    command = host.removeprefix("  command = ").replace("$cxx", "g++").replace("$out.d", f"{own[-1]}.d")
-    command = command.replace("-Icsrc", f"-I{SM100 / 'emulation'} -Icsrc").replace("$out", own[-1])
-    run(["sh", "-c", command.replace("$in", str(SM100 / "emulation" / "kernels.cpp"))])
-    command = link.removeprefix("  command = ").replace("$cxx", "g++").replace("$in", " ".join(own))
-    run(["sh", "-c", command.replace("$out", str(folder / build_native.LIBRARY))])
+    command = ninja_command("cxx -shared").replace("$out", str(output))
+    run(["sh", "-c", command.replace("$in", " ".join([*own, *map(str, objects)]))])
 
 
 def main() -> int:
     assert __doc__
     kinds = {"instructions": build_instructions, "tutorials": build_tutorials, "library": build_library}
-    targets = [f"{kind}-{schedule}" for kind in kinds for schedule in SCHEDULES]
+    targets = [*(f"{kind}-{schedule}" for kind in kinds for schedule in SCHEDULES), "mutants"]
     asked = sys.argv[1:] or targets
     if not set(asked) <= set(targets):
         print(__doc__)
@@ -115,7 +152,10 @@ def main() -> int:
     try:
         for target in asked:
             kind, _, schedule = target.partition("-")
-            kinds[kind](schedule)
+            if kind == "mutants":
+                build_mutants()
+            else:
+                kinds[kind](schedule)
     except build_native.BuildError as error:
         print(f"flash_mla: {error}", file=sys.stderr)
         return 1

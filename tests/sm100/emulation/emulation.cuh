@@ -25,6 +25,7 @@ constexpr bool kLazy = false;
 #endif
 
 constexpr int kLanes = 128, kColumns = 512, kSlice = 32;  // columns are allocated in slices
+constexpr uint32_t kGaveUp = 1u << 31;
 constexpr int kMaxSms = 160, kWarpsOfSm = 64, kMaxOperations = 128, kMaxStores = 64, kCtas = 4096;
 constexpr long long kPatience = 4'000'000'000;  // cycles that an allocation waits
 
@@ -33,7 +34,9 @@ enum CellState : uint8_t { kNever = 0, kWritten = 1, kBeingStored = 2 };
 struct TensorMemory {
   uint32_t cells[kLanes][kColumns];
   uint8_t states[kLanes][kColumns];
-  uint32_t owners[kColumns / kSlice];  // the CTA that holds them, by its number from 1 on
+  // The CTA that holds them, by its number from 1 on, and kGaveUp once it will allocate no more. Kernels may overlap,
+  // so only an SM's own memory says which CTA is meant.
+  uint32_t owners[kColumns / kSlice];
   uint32_t lock;
 };
 
@@ -55,13 +58,9 @@ struct WarpQueue {
   Store stores[kMaxStores];
 };
 
-struct CtaFacts {
-  uint32_t sm, relinquished;
-};
-
 static __device__ TensorMemory g_memory[kMaxSms];
 static __device__ WarpQueue g_queues[kMaxSms][kWarpsOfSm];
-static __device__ CtaFacts g_ctas[kCtas];
+static __device__ uint32_t g_sm_of_cta[kCtas];
 
 #define EMULATION_CHECK(condition, what) assert((condition) && (what))
 
@@ -100,14 +99,14 @@ __device__ inline WarpQueue& own_queue() {
 class Memory {
  public:
   explicit __device__ Memory(bool peer = false) : cta_(cta_number(peer)) {
-    const int sm = peer ? __ldcg(&g_ctas[cta_ % kCtas].sm) : sm_number();
+    const int sm = peer ? __ldcg(&g_sm_of_cta[cta_ % kCtas]) : sm_number();
     memory_ = &g_memory[sm];
   }
 
   __device__ __noinline__ void check_columns(int first, int count) const {
     EMULATION_CHECK(first >= 0 && count > 0 && first + count <= kColumns, "column out of range");
     for (int slice = first / kSlice; slice <= (first + count - 1) / kSlice; ++slice) {
-      EMULATION_CHECK(__ldcg(&memory_->owners[slice]) == cta_, "columns that this CTA has not allocated");
+      EMULATION_CHECK((__ldcg(&memory_->owners[slice]) & ~kGaveUp) == cta_, "columns that this CTA has not allocated");
     }
   }
 
@@ -164,11 +163,12 @@ static __device__ __noinline__ void allocate(uint32_t destination, uint32_t colu
                   "an allocation must be of 32, 64, 128, 256 or 512 columns");
   __syncwarp();
   const Memory memory;
-  CtaFacts& facts = g_ctas[cta_number() % kCtas];
   int first = -1;
   if (lane_id() == 0) {
-    EMULATION_CHECK(__ldcg(&facts.relinquished) != cta_number(), "an allocation after the permit was given up");
-    __stcg(&facts.sm, static_cast<uint32_t>(sm_number()));
+    for (const uint32_t& owner : memory.raw().owners) {
+      EMULATION_CHECK(__ldcg(&owner) != (cta_number() | kGaveUp), "an allocation after the permit was given up");
+    }
+    __stcg(&g_sm_of_cta[cta_number() % kCtas], static_cast<uint32_t>(sm_number()));
     const long long begin = clock64();
     while (first < 0) {
       with_lock(memory.raw(), [&] {
@@ -210,14 +210,20 @@ static __device__ __noinline__ void free(uint32_t address, uint32_t columns) {
         __stcg(&memory.raw().owners[address / kSlice + slice], 0u);
       }
     });
-    __stcg(&g_ctas[cta_number() % kCtas].relinquished, 0u);
   }
   __syncwarp();
 }
 
 __device__ inline void relinquish() {
+  const Memory memory;
   if (lane_id() == 0) {
-    __stcg(&g_ctas[cta_number() % kCtas].relinquished, cta_number());
+    with_lock(memory.raw(), [&] {
+      for (uint32_t& owner : memory.raw().owners) {
+        if (__ldcg(&owner) == cta_number()) {
+          __stcg(&owner, cta_number() | kGaveUp);
+        }
+      }
+    });
   }
   __syncwarp();
 }
