@@ -94,6 +94,14 @@ void check_result() {
   }
 }
 
+// A second result of 64 rows lies in the upper halves of the lanes of the first one.
+void check_upper_lanes() {
+  using Fragment = cute::UMMA::tmem_frg<float, float, 1>;
+  const auto fragment = Fragment::make(cute::Shape<cute::Shape<Int<64>, Int<64>>, _2, _1>());
+  const auto wanted = static_cast<uint32_t>(fragment.layout()(cute::make_coord(0, 0), 1, 0));
+  expect(wanted == tmem_lane(16), "a second result of 64 rows is at %x", wanted);
+}
+
 // Registers of loads: CuTe's map from (thread, bit of its registers) to bits of the source, lane by lane.
 template <class Load, emulation::Shape kShape>
 void check_load(const char* name) {
@@ -132,6 +140,7 @@ void check_all() {
   check_instruction<cute::bfloat16_t, __nv_bfloat16, 64, 256, Major::K, Major::MN>();
   check_instruction<cute::half_t, __half, 128, 256, Major::MN, Major::K>();
 
+  check_upper_lanes();
   check_result<1, 64, 64>();
   check_result<1, 64, 256>();
   check_result<1, 128, 256>();
