@@ -160,7 +160,7 @@ def results_of(library: Path, file: Path) -> tuple[int, str]:
     environment = {**os.environ, "FLASH_MLA_LIBRARY": str(on_hopper(library)), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, SM100 / "results.py", file]
     try:
-        answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=30)
+        answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
     except subprocess.TimeoutExpired:
         return 1, "does not end"
     return answer.returncode, answer.stdout + answer.stderr
