@@ -315,6 +315,15 @@ def test_spills_are_found() -> None:
     assert warnings == []
 
 
+def test_spills_are_allowed_by_file_and_size() -> None:
+    source, most = next(iter(check_spills.ALLOWED.items()))
+    assert set(check_spills.ALLOWED) <= {path.relative_to(ROOT).as_posix() for path in native_files()}
+    spilling = check_spills.KernelReport(Path(source), "sm_100f", "kernel", 128, *most)
+    more = check_spills.KernelReport(Path(source), "sm_100f", "kernel", 128, most[0], most[1], most[2] + 4)
+    elsewhere = check_spills.KernelReport(Path("a.cu"), "sm_100f", "kernel", 128, *most)
+    assert (spilling.clean, spilling.allowed, more.allowed, elsewhere.allowed) == (False, True, False, False)
+
+
 def test_serialised_wgmma_is_found() -> None:
     line = "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to x"
     _, warnings = check_spills.read_log(Path("a.cu"), PTXAS_LOG + line + "\n")

@@ -41,7 +41,7 @@ MIN_CUDA = {"sm90": (12, 3), "sm100": (12, 9)}
 MIN_TORCH = (2, 10)
 TORCH_TARGET = "0x020a000000000000"  # the stable ABI of torch 2.10: the library loads there and in every later torch
 CUTLASS_REQUIREMENT = "nvidia-cutlass==4.2.0.0"
-GIB_PER_JOB = 3.0
+GIB_PER_JOB = 5.0  # a file of sm100 takes 4.4
 
 # CUTLASS's Blackwell FMHA is a library in the form of an example: kernels in folders of this name are made from it,
 # with the options of its own build.

@@ -16,6 +16,8 @@ namespace {
 constexpr char kOp[] = "dense_prefill";
 constexpr char kBackwardOp[] = "dense_prefill_backward";
 constexpr char kRunning[] = "[sequences + 1]";
+constexpr int kSmallestRowTile = prefill_row_tile(90);
+static_assert(kSmallestRowTile == 128);  // as the error text says
 
 Element element_of(ScalarType dtype) {
   return dtype == ScalarType::BFloat16 ? Element::kBFloat16
@@ -78,7 +80,7 @@ Shapes check_inputs(const View& q, const View& k, const View& v, const View& cu_
     check_not_expanded(*view);
   }
   // The plan numbers row tiles of heads, and the kernel tokens, in 32 bits.
-  const int64_t items = (ceil_div<int64_t>(s.tokens_q, kPrefillRowTile) + s.sequences + 1) * s.h_q;
+  const int64_t items = (ceil_div<int64_t>(s.tokens_q, kSmallestRowTile) + s.sequences + 1) * s.h_q;
   check(std::max({s.tokens_q, s.tokens_kv, items}) < INT32_MAX / 2, ErrorKind::kUnsupported, kOp, " takes up to 2^30 ",
         "tokens, and so many tiles of 128 query rows over all heads; q has shape ", ShapeText{q}, ", k ", ShapeText{k});
   return s;
@@ -116,7 +118,9 @@ DensePrefillParams make_params(const View& q, const View& k, const View& v, cons
   params.num_sequences = static_cast<int>(s.sequences);
   params.h_q = static_cast<int>(s.h_q), params.h_kv = static_cast<int>(s.h_kv), params.group = params.h_q / params.h_kv;
   params.d_qk = static_cast<int>(s.d_qk);
+  params.row_tile = prefill_row_tile(facts.compute_capability);
   params.num_sms = facts.num_sms;
+  params.softmax_scale = static_cast<float>(softmax_scale);
   params.scale_log2 = scale_log2_of(softmax_scale);
   params.causal = causal;
   return params;
@@ -247,7 +251,6 @@ std::tuple<Tensor, Tensor, Tensor> dense_prefill_backward(const Tensor& d_out_, 
   params.stride_do_t = d_out.stride(0), params.stride_do_h = d_out.stride(1);
   params.stride_dlse_t = d_lse.stride(0), params.stride_dlse_h = d_lse.stride(1);
   params.element = element_of(q.dtype);
-  params.softmax_scale = static_cast<float>(softmax_scale);
   void* stream = current_stream(q.device);
   if (s.tokens_kv > 0) {
     launch_prefill_backward_plan(params, stream);

@@ -6,6 +6,9 @@
 #ifdef FLASH_MLA_WITH_SM90
 #include "sm90/kernels.h"
 #endif
+#ifdef FLASH_MLA_WITH_SM100
+#include "sm100/kernels.h"
+#endif
 
 namespace flash_mla::api {
 namespace {
@@ -43,6 +46,9 @@ KernelTable<DensePrefillProblem, DensePrefillParams> dense_prefill_kernels() {
   static const auto kAll = joined<DensePrefillProblem, DensePrefillParams>({
 #ifdef FLASH_MLA_WITH_SM90
       sm90::dense_prefill_kernels(),
+#endif
+#ifdef FLASH_MLA_WITH_SM100
+      sm100::dense_prefill_kernels(),
 #endif
   });
   return kAll;
