@@ -1,5 +1,6 @@
 # make demo     environment, build, and `python -m flash_mla`: what this machine is and what it can do
 # make test     the tests (TESTS="tests/test_merge.py -k name" for some of them)
+# make gpu-test what a GPU of a new kind has to show: tests, the demonstration, and the benchmarks of all that is served
 # make build    compile what changed, in place
 # make lint     ruff, mypy, clang-format      make format   ruff and clang-format, writing
 # make clean    remove everything that make made
@@ -14,7 +15,7 @@ TESTS ?=
 py := $(VENV)/bin/python
 cpp := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' 2>/dev/null)
 
-.PHONY: demo test build lint format docs clean
+.PHONY: demo test gpu-test build lint format docs clean
 
 demo: $(VENV)/.installed
 	$(MAKE) --no-print-directory build
@@ -23,6 +24,15 @@ demo: $(VENV)/.installed
 test: $(VENV)/.dev
 	$(MAKE) --no-print-directory build
 	$(py) -m pytest $(TESTS)
+
+# Goes on behind a failure, so that one run tells all; fails in the end.
+gpu-test: $(VENV)/.dev
+	$(MAKE) --no-print-directory build
+	failed=0; \
+	$(py) -m pytest $(TESTS) || failed=1; \
+	$(py) -m flash_mla || failed=1; \
+	$(py) -m benchmarks run --group all --host || failed=1; \
+	exit $$failed
 
 build: $(VENV)/.base
 	$(py) tools/build_native.py

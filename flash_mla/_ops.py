@@ -74,7 +74,8 @@ def implement(name: str, function: Any, key: str) -> None:
 
 
 def build_info() -> dict[str, str]:
-    """How the native library was built: version, cuda, archs, torch_target. Empty without the library."""
+    """How the native library was built: version, cuda, archs, torch_target, and a note on what has not been run on the
+    hardware that it is for. Empty without the library."""
     if why_not_loaded is not None:
         return {}
     lines = _ops.flash_mla.build_info().splitlines()

@@ -19,6 +19,7 @@ from flash_mla import (
 )
 from flash_mla.backends import reference_prefill
 from flash_mla.errors import from_native
+from flash_mla.problem_prefill import DensePrefillBackwardProblem, DensePrefillProblem
 from flash_mla.testing import (
     DensePrefillInputs,
     check_dense_prefill,
@@ -744,6 +745,48 @@ def test_wrong_packed_tensors(backend: Target) -> None:
         flash_attn_varlen_kvpacked_func(qkv[..., :192], qkv, cu, cu, 5, 5, 192)
     with pytest.raises(TypeError, match=r"qkv: wanted a tensor \[tokens, heads, 512\], got None"):
         flash_attn_varlen_qkvpacked_func(None, cu, 5, 192)
+
+
+BLACKWELL = {
+    "bf16 192": ({}, "bf16_192: "),
+    "bf16 128": ({"d_qk": 128, "softmax_scale": 128**-0.5}, "bf16_128: "),
+    "fp16 192, a group of heads, SM103": (
+        {"dtype": torch.float16, "h_kv": 1, "compute_capability": 103},
+        "fp16_192: ",
+    ),
+    "fp16 128, not causal": ({"dtype": torch.float16, "d_qk": 128, "causal": False}, "fp16_128: "),
+    "no scale": ({"softmax_scale": 0.0}, "bf16_192: softmax_scale must be positive"),
+    "negative scale": ({"softmax_scale": -0.1}, "bf16_192: softmax_scale must be positive"),
+    "another d_qk": ({"d_qk": 64}, "bf16_192: d_qk must be 192"),
+    "another d_v": ({"d_v": 192}, "bf16_192: d_v must be 128"),
+    "SM90": (
+        {"compute_capability": 90},
+        "bf16_192: runs on compute capability 10.0 and 10.3 only, and has not been run on Blackwell hardware",
+    ),
+    "SM120": (
+        {"compute_capability": 120},
+        "bf16_192: runs on compute capability 10.0 and 10.3 only, and has not been run on Blackwell hardware",
+    ),
+}
+
+
+@pytest.mark.skipif("100f" not in flash_mla.build_info().get("archs", ""), reason="no kernels for SM100 are built")
+@pytest.mark.parametrize("case", BLACKWELL)
+def test_the_table_of_blackwell(case: str) -> None:
+    changes, wanted = BLACKWELL[case]
+    problem = DensePrefillProblem("cuda", 100, torch.bfloat16, 4, 16, 4, 192, 128, True, False, False, 192**-0.5)
+    problem = replace(problem, **changes)
+    table = backends.cuda.kernel_table(problem)
+    kernel, _, reason = wanted.partition(": ")
+    assert table[f"sm100_dense_prefill_{kernel}"] == reason
+    takes = [name for name, why_not in table.items() if why_not == "" and name.startswith("sm100")]
+    assert takes == ([f"sm100_dense_prefill_{kernel}"] if reason == "" else [])
+    if reason == "":
+        assert backends.select(problem) is backends.CUDA
+        # The gradients have no kernel there.
+        backward = DensePrefillBackwardProblem(**vars(problem))
+        assert backends.CUDA.why_not(backward)
+        assert backends.select(backward) is not backends.CUDA
 
 
 def test_the_cuda_backend_says_why_not() -> None:

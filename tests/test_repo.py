@@ -250,6 +250,37 @@ def test_each_folder_is_compiled_for_its_architecture_only() -> None:
     assert both["csrc/sm100/x/inst/a.cu"] == ["sm100"]
 
 
+def test_an_object_depends_on_the_architectures_that_it_has_code_for(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("csrc/sm100/dense_prefill/inst/a.cu", "flash_mla/_version.py", "torch/version.py"):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_text('__version__ = "2.10.0"\n'.replace('"', "'" if "torch" in name else '"'))
+    cutlass = tree / "cutlass" / "include"
+    (cutlass.parent / "examples" / build_native.FMHA_EXAMPLE).mkdir(parents=True)
+    monkeypatch.setattr(build_native, "find_cutlass", lambda: (cutlass, "4.2.0"))
+    monkeypatch.setattr(build_native.Cuda, "folder", lambda self, *_names, holds: self.root)
+    cuda = build_native.Cuda(Path("nvcc"), (13, 0), tree)
+
+    def statements(arches: list[str]) -> dict[str, str]:
+        build_native.write_ninja(build_native.Plan(cuda, arches), cuda, tree / "torch", werror=False)
+        text = (tree / build_native.BUILD / "build.ninja").read_text()
+        return {m[1]: m[0] for m in re.finditer(r"^build \S+: \w+ (csrc/\S+) .*\n(?:  .*\n)*", text, re.M)}
+
+    one, both = statements(["sm90"]), statements(["sm90", "sm100"])
+    assert one["csrc/sm90/x/inst/a.cu"] == both["csrc/sm90/x/inst/a.cu"]
+    assert one["csrc/any/combine.cu"] != both["csrc/any/combine.cu"]
+    fmha, other = both["csrc/sm100/dense_prefill/inst/a.cu"], both["csrc/sm100/x/inst/a.cu"]
+    assert "arch=compute_100f,code=sm_100f" in fmha
+    assert "--use_fast_math" in fmha
+    assert "--use_fast_math" not in other
+
+
+def test_sm100_needs_the_example_of_cutlass(tmp_path: Path) -> None:
+    with pytest.raises(build_native.BuildError, match=build_native.FMHA_EXAMPLE):
+        build_native.find_fmha(tmp_path / "include")
+
+
 def test_build_without_nvcc_removes_a_library_of_an_earlier_build(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tree / "flash_mla"
     package.mkdir()
@@ -282,6 +313,15 @@ def test_spills_are_found() -> None:
     assert (spilling.symbol, spilling.registers, spilling.clean) == ("_Z5spillPf", 255, False)
     assert (spilling.stack, spilling.spill_stores, spilling.spill_loads) == (16, 12, 8)
     assert warnings == []
+
+
+def test_spills_are_allowed_by_file_and_size() -> None:
+    source, most = next(iter(check_spills.ALLOWED.items()))
+    assert set(check_spills.ALLOWED) <= {path.relative_to(ROOT).as_posix() for path in native_files()}
+    spilling = check_spills.KernelReport(Path(source), "sm_100f", "kernel", 128, *most)
+    more = check_spills.KernelReport(Path(source), "sm_100f", "kernel", 128, most[0], most[1], most[2] + 4)
+    elsewhere = check_spills.KernelReport(Path("a.cu"), "sm_100f", "kernel", 128, *most)
+    assert (spilling.clean, spilling.allowed, more.allowed, elsewhere.allowed) == (False, True, False, False)
 
 
 def test_serialised_wgmma_is_found() -> None:

@@ -12,7 +12,8 @@ Environment:
     FLASH_MLA_WERROR   1: every warning is an error.
     FLASH_MLA_JOBS     compilers that run at once. Default: the number of cores, less where memory is short.
     FLASH_MLA_TORCH    folder of the torch package whose headers to use. Default: the torch of this environment.
-    FLASH_MLA_CUTLASS  CUTLASS's include folder. Default: the one of the package nvidia-cutlass.
+    FLASH_MLA_CUTLASS  CUTLASS's include folder, for sm100 with its examples beside it. Default: the one of the package
+                       nvidia-cutlass.
     CUDA_HOME, CXX     CUDA toolkit and host compiler. Default: nvcc and g++ on the PATH.
 """
 
@@ -40,7 +41,13 @@ MIN_CUDA = {"sm90": (12, 3), "sm100": (12, 9)}
 MIN_TORCH = (2, 10)
 TORCH_TARGET = "0x020a000000000000"  # the stable ABI of torch 2.10: the library loads there and in every later torch
 CUTLASS_REQUIREMENT = "nvidia-cutlass==4.2.0.0"
-GIB_PER_JOB = 3.0
+GIB_PER_JOB = 5.0  # a file of sm100 takes 4.4
+
+# CUTLASS's Blackwell FMHA is a library in the form of an example: kernels in folders of this name are made from it,
+# with the options of its own build.
+FMHA_EXAMPLE = "77_blackwell_fmha"
+FMHA_FOLDERS = "csrc/sm100/dense_prefill"
+FMHA_OPTIONS = ["-DNDEBUG", "--use_fast_math"]
 
 DEFINES = ["-DUSE_CUDA", "-DTORCH_STABLE_ONLY", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
 WARNINGS = ["-Wall", "-Wextra"]
@@ -196,6 +203,17 @@ def find_cutlass() -> tuple[Path, str]:
     return include, ".".join(part[1] for part in parts if part)
 
 
+def find_fmha(cutlass: Path) -> Path:
+    """The folder of the FMHA example that belongs to CUTLASS's include folder."""
+    folder = cutlass.parent / "examples" / FMHA_EXAMPLE
+    if not folder.is_dir():
+        raise BuildError(
+            f"kernels for sm100 are made from CUTLASS's example {FMHA_EXAMPLE}, which {cutlass} comes without: unset "
+            "FLASH_MLA_CUTLASS, or build without them (FLASH_MLA_ARCHES=sm90)"
+        )
+    return folder
+
+
 def find_ninja() -> str:
     """The one of the package ninja if it is there: another version of ninja would compile everything anew."""
     packaged = [folder.parents[3] / "bin" / "ninja" for folder in package_folders("ninja")]
@@ -253,7 +271,7 @@ def write_ninja(plan: Plan, cuda: Cuda, torch: Path, werror: bool) -> dict[str, 
     cuda_include = cuda.folder("include", holds="cuda_runtime_api.h")
     system = [link_headers("torch", torch / "include"), link_headers("cutlass", cutlass)]
     cuda_system = [str(cuda_include)] + [str(cuda_include / "cccl")] * (cuda_include / "cccl").is_dir()
-    common = ["-std=c++20", "-O3", *DEFINES, *(f"-DFLASH_MLA_WITH_{arch.upper()}" for arch in plan.arches), "-Icsrc"]
+    common = ["-std=c++20", "-O3", *DEFINES, "$arch_defines", "-Icsrc"]
     host = [*common, "-fPIC", "-fvisibility=hidden", *WARNINGS, *(["-Werror"] if werror else [])]
     host += [f"-isystem {path}" for path in system + cuda_system]
     host += [f"-DFLASH_MLA_{key}='\"{value}\"'" for key, value in library_defines(cuda_version, codes).items()]
@@ -284,7 +302,7 @@ def write_ninja(plan: Plan, cuda: Cuda, torch: Path, werror: bool) -> dict[str, 
         "  description = host $in",
         "rule device",
         # ptxas's report on registers and spills goes to a log that tools/check_spills.py reads; the rest is shown.
-        f"  command = $nvcc {' '.join(device)} $gencode -MMD -MF $out.d -c $in -o $out > $out.log 2>&1; "
+        f"  command = $nvcc {' '.join(device)} $options -MMD -MF $out.d -c $in -o $out > $out.log 2>&1; "
         "s=$$?; grep -vE '^ptxas info +: [^(]|^ +[0-9]+ bytes (stack|cumulative)' $out.log; exit $$s",
         "  depfile = $out.d",
         "  deps = gcc",
@@ -293,14 +311,19 @@ def write_ninja(plan: Plan, cuda: Cuda, torch: Path, werror: bool) -> dict[str, 
         f"  command = $cxx {' '.join(link)} -o $out $in {' '.join(libraries)}",
         "  description = link $out",
     ]
+    fmha = [f"-isystem {link_headers('fmha', find_fmha(cutlass))}", *FMHA_OPTIONS] if "sm100" in plan.arches else []
     objects = []
     for source, arches in sources(plan.arches):
         objects.append(f"{BUILD}/{source.relative_to('csrc')}.o")
         kind = "device" if source.suffix == ".cu" else "host"
         lines.append(f"build {objects[-1]}: {kind} {source} | {BUILD}/toolchain.json")
+        # An object knows of the architectures that it has code for: it stays valid when others join the build.
+        defined = arches if kind == "device" else plan.arches
+        lines.append(f"  arch_defines = {' '.join(f'-DFLASH_MLA_WITH_{arch.upper()}' for arch in defined)}")
         if kind == "device":
-            codes_of = [ARCHES[arch] for arch in arches]
-            lines.append(f"  gencode = {' '.join(f'-gencode arch=compute_{c},code=sm_{c}' for c in codes_of)}")
+            options = [f"-gencode arch=compute_{ARCHES[arch]},code=sm_{ARCHES[arch]}" for arch in arches]
+            options += fmha if str(source).startswith(FMHA_FOLDERS) else []
+            lines.append(f"  options = {' '.join(options)}")
     lines += [f"build {BUILD}/{LIBRARY}: link {' '.join(objects)} | {BUILD}/exports.map {BUILD}/toolchain.json"]
     write_if_changed(ROOT / BUILD / "build.ninja", "\n".join(lines) + "\n")
     return versions

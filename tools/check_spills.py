@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 """Fails if a kernel of the last build spills registers, uses a stack, or has its tensor-core instructions serialised.
 
+Kernels that are not ours may spill as much as ALLOWED says, and not a byte more.
+
     python tools/check_spills.py [--table]
 
 Reads the reports of ptxas that tools/build_native.py keeps beside the objects; --table lists every kernel's registers.
@@ -17,6 +19,13 @@ from pathlib import Path
 
 from build_native import BUILD, ROOT, Plan, make_plan, sources
 
+# Bytes of stack, of spill stores and of spill loads. CUTLASS's softmax for MLA's 128 + 64 columns holds a few words
+# more than the 184 registers that its kernel has for it.
+ALLOWED = {
+    "csrc/sm100/dense_prefill/inst/bf16_192.cu": (24, 40, 64),
+    "csrc/sm100/dense_prefill/inst/fp16_192.cu": (24, 40, 64),
+}
+
 
 @dataclass(frozen=True)
 class KernelReport:
@@ -31,6 +40,12 @@ class KernelReport:
     @property
     def clean(self) -> bool:
         return self.stack == self.spill_stores == self.spill_loads == 0
+
+    @property
+    def allowed(self) -> bool:
+        found = (self.stack, self.spill_stores, self.spill_loads)
+        most = ALLOWED.get(self.source.as_posix(), (0, 0, 0))
+        return all(bytes_ <= limit for bytes_, limit in zip(found, most, strict=True))
 
 
 ENTRY = re.compile(
@@ -87,10 +102,14 @@ def main() -> int:
     for report, name in zip(reports, demangle([r.symbol for r in reports]), strict=True):
         if arguments.table or not report.clean:
             numbers = f"{report.registers:4} registers {report.stack:5} stack"
-            print(f"{report.arch:7} {numbers} {report.spill_stores:5}/{report.spill_loads} spilled  {name}")
+            spilled = f"{report.spill_stores:5}/{report.spill_loads} spilled"
+            known = "" if report.clean or not report.allowed else "  (allowed)"
+            print(f"{report.arch:7} {numbers} {spilled}  {name}{known}")
     print("\n".join(warnings) if warnings else "no serialised wgmma")
-    bad = sum(not report.clean for report in reports)
-    print(f"{len(reports)} kernels, {bad} with a stack or spills, {len(warnings)} warnings")
+    bad = sum(not report.allowed for report in reports)
+    allowed = sum(report.allowed and not report.clean for report in reports)
+    spilling = f"{bad} with a stack or spills, {allowed} more within what is allowed"
+    print(f"{len(reports)} kernels, {spilling}, {len(warnings)} warnings")
     return 1 if bad or warnings else 0
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 BEGIN, END = "<!-- support-matrix:begin -->", "<!-- support-matrix:end -->"
-GPUS = {90: "SM90 (H100, H200, GH200)", 100: "SM100 (B200, GB200)"}
+GPUS = {90: "SM90 (H100, H200, GH200)", 100: "SM100 (B200, GB200; not yet run there)"}
 _CACHES = "BF16, V32, V32_NO_ROPE, MODEL1 (V4), V41, V41_FP4"
 _ROWS = "BF16, V32, V32_NO_ROPE, MODEL1 (V4), V41 (+ V41_FP4)"
 _DENSE_DECODE = [

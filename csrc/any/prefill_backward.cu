@@ -40,14 +40,14 @@ __device__ BackwardItem item_of(const DensePrefillParams& params, bool takes_tur
   const int in_round = within - round * round_items, rank = in_round / heads;
   const int tile = params.causal && takes_turns ? sequence.tiles - 1 - rank : rank;
   const int first_key = tile * kBackwardKeyTile;
-  const int unseeing = params.causal ? max(sequence.q_length - sequence.k_length, 0) : 0;
+  const int unseeing = params.causal ? max(sequence.q_length() - sequence.k_length(), 0) : 0;
   BackwardItem item;
   item.first_query = sequence.q_begin + unseeing;
-  item.num_queries = sequence.q_length - unseeing;
+  item.num_queries = sequence.q_length() - unseeing;
   item.first_key = sequence.k_begin + first_key;
-  item.num_keys = min(kBackwardKeyTile, sequence.k_length - first_key);
+  item.num_keys = min(kBackwardKeyTile, sequence.k_length() - first_key);
   item.kv_head = first_head + in_round % heads;
-  item.limit = params.causal ? sequence.k_length - item.num_queries + 1 - first_key : item.num_keys;
+  item.limit = params.causal ? sequence.k_length() - item.num_queries + 1 - first_key : item.num_keys;
   item.first_tile = params.causal ? max(1 - item.limit, 0) / kBackwardQueryTile : 0;
   item.key_tile = tile;
   return item;
@@ -148,7 +148,7 @@ __device__ void finish_rows(const DensePrefillBackwardParams& params, int64_t un
       low[i] = sums[2 * at], high[i] = sums[2 * at + 1];
     }
   }
-  const float scale = params.softmax_scale;
+  const float scale = params.forward.softmax_scale;
 #pragma unroll
   for (int i = 0; i < kLaneUnits; ++i) {
     if (const int at = lane + 32 * i; at < units) {

@@ -72,7 +72,7 @@ struct Running {
 
 template <bool kBackward>
 __device__ int length_class(const PrefillSequence& sequence) {
-  const int met = kBackward ? sequence.q_length : sequence.k_length;
+  const int met = kBackward ? sequence.q_length() : sequence.k_length();
   return kClasses - 1 - min(ceil_div(met, kTokensPerClass), kClasses - 1);
 }
 
@@ -86,9 +86,9 @@ __device__ void for_own_sequences(const DensePrefillParams& params, int begin, i
     const int q_rest = kBackward ? 0 : params.tokens_q, k_rest = kBackward ? params.tokens_kv : 0;
     const int q_end = max(q_start, rest ? q_rest : q.end(i)), k_end = max(k_start, rest ? k_rest : k.end(i));
     const int tiles =
-        kBackward ? ceil_div(k_end - k_start, kBackwardKeyTile) : ceil_div(q_end - q_start, kPrefillRowTile);
+        kBackward ? ceil_div(k_end - k_start, kBackwardKeyTile) : ceil_div(q_end - q_start, params.row_tile);
     if (tiles > 0) {
-      f(PrefillSequence{0, q_start, q_end - q_start, k_start, k_end - k_start, tiles, 0, 0});
+      f(PrefillSequence{0, q_start, q_end, k_start, k_end, tiles, 0, 0});
     }
     q_start = q_end, k_start = k_end;
   }
@@ -97,7 +97,7 @@ __device__ void for_own_sequences(const DensePrefillParams& params, int begin, i
 // Keys and values, or queries, gradients of the output and float32 gradients of the queries.
 template <bool kBackward>
 __device__ int heads_together(const DensePrefillParams& params, const PrefillSequence& sequence) {
-  const int64_t met = kBackward ? static_cast<int64_t>(sequence.q_length) * params.group : sequence.k_length;
+  const int64_t met = kBackward ? static_cast<int64_t>(sequence.q_length()) * params.group : sequence.k_length();
   const int64_t bytes_per_head =
       max(met, int64_t{1}) * ((params.d_qk + kPrefillHeadDimV) * 2 + (kBackward ? params.d_qk * 4 : 0));
   const int64_t at_once = min(max(kBytesTogether / bytes_per_head, int64_t{1}), static_cast<int64_t>(params.h_kv));
@@ -106,7 +106,7 @@ __device__ int heads_together(const DensePrefillParams& params, const PrefillSeq
 }
 
 template <bool kBackward>
-__global__ void __launch_bounds__(kThreads) prefill_plan_kernel(const __grid_constant__ DensePrefillParams params) {
+__global__ void __launch_bounds__(kThreads, 1) prefill_plan_kernel(const __grid_constant__ DensePrefillParams params) {
   __shared__ Shared shared;
   shared.class_size[threadIdx.x] = 0;
   asm volatile("griddepcontrol.wait;" ::: "memory");

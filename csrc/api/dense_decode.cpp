@@ -6,7 +6,7 @@
 #include "any/kernels.h"
 #include "api/decode.h"
 #include "api/device.h"
-#include "sm90/kernels.h"
+#include "api/tables.h"
 
 namespace flash_mla::api {
 namespace {
@@ -65,7 +65,7 @@ void run(const View& q, const View& k, const View& table, const View& seqlens, c
                                    static_cast<int>(s.h_q),  static_cast<int>(s.h_kv),
                                    static_cast<int>(s.d_qk), static_cast<int>(head_dim_v),
                                    static_cast<int>(s.page), static_cast<float>(softmax_scale)};
-  const auto& kernel = select(kOp, sm90::dense_decode_kernels(), problem);
+  const auto& kernel = select(kOp, dense_decode_kernels(), problem);
   if (s.b == 0) {
     return;
   }
@@ -212,7 +212,7 @@ std::string dense_decode_why_not(int64_t compute_capability, int64_t scalar_type
                                    static_cast<int>(d_v),
                                    static_cast<int>(page_block_size),
                                    static_cast<float>(softmax_scale)};
-  return explain(sm90::dense_decode_kernels(), problem);
+  return explain(dense_decode_kernels(), problem);
 }
 
 }  // namespace flash_mla::api

@@ -8,7 +8,7 @@
 #include "any/kernels.h"
 #include "api/decode.h"
 #include "api/device.h"
-#include "sm90/kernels.h"
+#include "api/tables.h"
 
 namespace flash_mla::api {
 namespace {
@@ -16,6 +16,8 @@ namespace {
 constexpr char kOp[] = "dense_prefill";
 constexpr char kBackwardOp[] = "dense_prefill_backward";
 constexpr char kRunning[] = "[sequences + 1]";
+constexpr int kSmallestRowTile = prefill_row_tile(90);
+static_assert(kSmallestRowTile == 128);  // as the error text says
 
 Element element_of(ScalarType dtype) {
   return dtype == ScalarType::BFloat16 ? Element::kBFloat16
@@ -78,7 +80,7 @@ Shapes check_inputs(const View& q, const View& k, const View& v, const View& cu_
     check_not_expanded(*view);
   }
   // The plan numbers row tiles of heads, and the kernel tokens, in 32 bits.
-  const int64_t items = (ceil_div<int64_t>(s.tokens_q, kPrefillRowTile) + s.sequences + 1) * s.h_q;
+  const int64_t items = (ceil_div<int64_t>(s.tokens_q, kSmallestRowTile) + s.sequences + 1) * s.h_q;
   check(std::max({s.tokens_q, s.tokens_kv, items}) < INT32_MAX / 2, ErrorKind::kUnsupported, kOp, " takes up to 2^30 ",
         "tokens, and so many tiles of 128 query rows over all heads; q has shape ", ShapeText{q}, ", k ", ShapeText{k});
   return s;
@@ -116,7 +118,9 @@ DensePrefillParams make_params(const View& q, const View& k, const View& v, cons
   params.num_sequences = static_cast<int>(s.sequences);
   params.h_q = static_cast<int>(s.h_q), params.h_kv = static_cast<int>(s.h_kv), params.group = params.h_q / params.h_kv;
   params.d_qk = static_cast<int>(s.d_qk);
+  params.row_tile = prefill_row_tile(facts.compute_capability);
   params.num_sms = facts.num_sms;
+  params.softmax_scale = static_cast<float>(softmax_scale);
   params.scale_log2 = scale_log2_of(softmax_scale);
   params.causal = causal;
   return params;
@@ -191,7 +195,7 @@ std::tuple<Tensor, Tensor> dense_prefill(const Tensor& q_, const Tensor& k_, con
   const Shapes s = check_inputs(q, k, v, cu_q, cu_kv, max_seqlen_qo, max_seqlen_kv, softmax_scale);
   const torch::stable::accelerator::DeviceGuard guard(q.device);
   const DeviceFacts& facts = device_facts(q.device);
-  const auto& kernel = select(kOp, sm90::dense_prefill_kernels(), problem_of(q, s, facts, softmax_scale));
+  const auto& kernel = select(kOp, dense_prefill_kernels(), problem_of(q, s, facts, softmax_scale));
   Tensor out = empty(q.device, q.dtype, {s.tokens_q, s.h_q, kPrefillHeadDimV});
   Tensor lse = empty_lse(q.device, s.tokens_q, s.h_q);
   if (s.tokens_q == 0) {
@@ -220,8 +224,7 @@ std::tuple<Tensor, Tensor, Tensor> dense_prefill_backward(const Tensor& d_out_, 
   check_results(d_out, d_lse, out, lse, q, s);
   const torch::stable::accelerator::DeviceGuard guard(q.device);
   const DeviceFacts& facts = device_facts(q.device);
-  const auto& kernel =
-      select(kBackwardOp, sm90::dense_prefill_backward_kernels(), problem_of(q, s, facts, softmax_scale));
+  const auto& kernel = select(kBackwardOp, dense_prefill_backward_kernels(), problem_of(q, s, facts, softmax_scale));
   Tensor dq = empty(q.device, q.dtype, {s.tokens_q, s.h_q, s.d_qk});
   Tensor dk = empty(q.device, q.dtype, {s.tokens_kv, s.h_kv, s.d_qk});
   Tensor dv = empty(q.device, q.dtype, {s.tokens_kv, s.h_kv, kPrefillHeadDimV});
@@ -248,7 +251,6 @@ std::tuple<Tensor, Tensor, Tensor> dense_prefill_backward(const Tensor& d_out_, 
   params.stride_do_t = d_out.stride(0), params.stride_do_h = d_out.stride(1);
   params.stride_dlse_t = d_lse.stride(0), params.stride_dlse_h = d_lse.stride(1);
   params.element = element_of(q.dtype);
-  params.softmax_scale = static_cast<float>(softmax_scale);
   void* stream = current_stream(q.device);
   if (s.tokens_kv > 0) {
     launch_prefill_backward_plan(params, stream);
@@ -263,13 +265,12 @@ std::tuple<Tensor, Tensor, Tensor> dense_prefill_backward(const Tensor& d_out_, 
 
 std::string dense_prefill_why_not(int64_t compute_capability, int64_t scalar_type, int64_t h_q, int64_t h_kv,
                                   int64_t d_qk, int64_t d_v, double softmax_scale) {
-  return explain(sm90::dense_prefill_kernels(),
-                 asked(compute_capability, scalar_type, h_q, h_kv, d_qk, d_v, softmax_scale));
+  return explain(dense_prefill_kernels(), asked(compute_capability, scalar_type, h_q, h_kv, d_qk, d_v, softmax_scale));
 }
 
 std::string dense_prefill_backward_why_not(int64_t compute_capability, int64_t scalar_type, int64_t h_q, int64_t h_kv,
                                            int64_t d_qk, int64_t d_v, double softmax_scale) {
-  return explain(sm90::dense_prefill_backward_kernels(),
+  return explain(dense_prefill_backward_kernels(),
                  asked(compute_capability, scalar_type, h_q, h_kv, d_qk, d_v, softmax_scale));
 }
 

@@ -21,11 +21,14 @@ int attribute(cudaDeviceAttr which, int device) {
 }
 
 bool is_built_for(int compute_capability) {
+  constexpr int kBuilt[] = {
 #ifdef FLASH_MLA_WITH_SM90
-  constexpr int kBuilt[] = {90};
-#else
-  constexpr int kBuilt[] = {0};
+      90,
 #endif
+#ifdef FLASH_MLA_WITH_SM100
+      100, 103,  // code for sm_100f runs on both
+#endif
+      0};
   return std::find(std::begin(kBuilt), std::end(kBuilt), compute_capability) != std::end(kBuilt);
 }
 

@@ -23,6 +23,9 @@ namespace {
 
 std::string build_info() {
   return "version=" FLASH_MLA_VERSION "\ncuda=" FLASH_MLA_CUDA_VERSION "\narchs=" FLASH_MLA_ARCHES
+#ifdef FLASH_MLA_WITH_SM100
+         "\nnote=code for 100f has not been run on Blackwell hardware"
+#endif
          "\ntorch_target=2.10\n";
 }
 

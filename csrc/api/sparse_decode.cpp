@@ -8,7 +8,7 @@
 #include "api/device.h"
 #include "api/kv_format.h"
 #include "api/sparse_keys.h"
-#include "sm90/kernels.h"
+#include "api/tables.h"
 
 namespace flash_mla::api {
 namespace {
@@ -217,7 +217,7 @@ struct SparseCall {
       problem.extra_page = static_cast<int>(extra->cache.size(1));
       problem.extra_topk = static_cast<int>(extra->indices.size(2));
     }
-    const SparseKernel& kernel = select("sparse_decode", sm90::sparse_attention_kernels(), problem);
+    const SparseKernel& kernel = select("sparse_decode", sparse_attention_kernels(), problem);
     if (problem.b == 0) {
       return;
     }
@@ -280,7 +280,7 @@ struct TableCall {
     problem.page = static_cast<int>(cache.size(1));
     problem.topk = static_cast<int>(table.size(1) * cache.size(1));
     // Before the checks of the cache: those are for the formats that kernels know.
-    const SparseKernel& kernel = select("dense_decode_fp8", sm90::sparse_attention_kernels(), problem);
+    const SparseKernel& kernel = select("dense_decode_fp8", sparse_attention_kernels(), problem);
     check_aligned(q, 2);
     check_rows(cache, format, q);
     if (problem.b == 0) {
@@ -435,7 +435,7 @@ std::string sparse_decode_why_not(int64_t compute_capability, int64_t scalar_typ
   problem.page = static_cast<int>(page_block_size), problem.extra_page = static_cast<int>(extra_page_block_size);
   problem.topk = static_cast<int>(topk), problem.extra_topk = static_cast<int>(extra_topk);
   problem.softmax_scale = static_cast<float>(softmax_scale);
-  return explain(sm90::sparse_attention_kernels(), problem);
+  return explain(sparse_attention_kernels(), problem);
 }
 
 }  // namespace flash_mla::api

@@ -11,7 +11,7 @@
 #include "api/kv_cache.h"
 #include "api/kv_format.h"
 #include "api/sparse_keys.h"
-#include "sm90/kernels.h"
+#include "api/tables.h"
 
 namespace flash_mla::api {
 namespace {
@@ -140,7 +140,7 @@ struct Call {
     problem.b = 1, problem.s_q = static_cast<int>(q.size(0)), problem.h_q = static_cast<int>(q.size(1));
     problem.d_qk = static_cast<int>(q.size(2)), problem.d_v = static_cast<int>(std::max<int64_t>(d_v, kHeadDimV));
     problem.softmax_scale = static_cast<float>(sm_scale);
-    kernel = &select("sparse_prefill", sm90::sparse_attention_kernels(), problem);
+    kernel = &select("sparse_prefill", sparse_attention_kernels(), problem);
     check_aligned(q, 2);
     keys.emplace("kv", kv, "indices", indices, "topk_length", topk_length, format, q);
     if (extra_k_cache) {
@@ -166,7 +166,7 @@ struct Call {
       extra->dequantize();
       problem.extra_format = KVFormat::kBf16;
     }
-    kernel = &select("sparse_prefill", sm90::sparse_attention_kernels(), problem);
+    kernel = &select("sparse_prefill", sparse_attention_kernels(), problem);
   }
 
   // Kernels write all 512 columns, 16 bytes at a time: where `out` has other rows, somewhere else first.

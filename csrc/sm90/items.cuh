@@ -1,8 +1,8 @@
 // Work items on their way from a scheduler warp to the other warps of the CTA.
 #pragma once
 
-#include "device/sm90/barrier.cuh"
-#include "device/sm90/slots.cuh"
+#include "device/barrier.cuh"
+#include "device/slots.cuh"
 
 namespace flash_mla::sm90 {
 

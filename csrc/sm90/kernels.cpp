@@ -1,5 +1,6 @@
 #include "sm90/kernels.h"
 
+#include "core/sparse_support.h"
 #include "sm90/dense_decode/launch.h"
 #include "sm90/dense_prefill/launch.h"
 #include "sm90/dense_prefill_backward/launch.h"
@@ -39,47 +40,10 @@ constexpr Kernel<DenseDecodeProblem, DenseDecodeParams> kDenseDecode[] = {
     {"sm90_dense_decode_fp16_512", why_not_dense_decode<Element::kFloat16, 512>, dense_decode::launch_fp16_512},
 };
 
-constexpr const char* format_reason(KVFormat format) {
-  switch (format) {
-    case KVFormat::kBf16:
-      return "k_cache must be bfloat16";
-    case KVFormat::kV32:
-      return "k_cache must be of format V32";
-    case KVFormat::kV32NoRope:
-      return "k_cache must be of format V32_NO_ROPE";
-    case KVFormat::kModel1:
-      return "k_cache must be of format MODEL1";
-    default:
-      return "k_cache must be of format V41";
-  }
-}
-
-// `kExtra`: what a second cache must be, if there is one; for V41_FP4 there must.
 template <KVFormat kFormat, int kHeadDim, KVFormat kExtra = kFormat>
 const char* why_not_sparse_attention(const SparseAttentionProblem& problem) {
-  if (problem.compute_capability != 90) {
-    return "runs on compute capability 9.0 only";
-  }
-  if (problem.element != Element::kBFloat16) {
-    return "q must be bfloat16";
-  }
-  if (problem.format != kFormat) {
-    return format_reason(kFormat);
-  }
-  if (problem.d_qk != kHeadDim) {
-    return kHeadDim == 576 ? "d_qk must be 576" : "d_qk must be 512";
-  }
-  if (problem.extra_format != kExtra && (problem.extra_format != KVFormat::kNone || kExtra != kFormat)) {
-    return kExtra == kFormat ? "extra_k_cache must be of the same format as k_cache"
-                             : "extra_k_cache must be of format V41_FP4";
-  }
-  if (problem.d_v != kHeadDimV) {
-    return "head_dim_v must be 512";
-  }
-  if (!(problem.softmax_scale >= 0)) {
-    return "softmax_scale must not be negative";
-  }
-  return nullptr;
+  return problem.compute_capability != 90 ? "runs on compute capability 9.0 only"
+                                          : why_not_formats<kFormat, kHeadDim, kExtra>(problem);
 }
 
 // Query rows that share a list of keys.

@@ -2,9 +2,9 @@
 // output columns, and a reference maximum that they share through `row_max`.
 #pragma once
 
-#include "device/sm90/barrier.cuh"
-#include "device/sm90/copy.cuh"
-#include "device/sm90/slots.cuh"
+#include "device/barrier.cuh"
+#include "device/copy.cuh"
+#include "device/slots.cuh"
 #include "device/sm90/wgmma.cuh"
 #include "device/softmax.cuh"
 

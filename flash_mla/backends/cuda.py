@@ -1,7 +1,7 @@
 """The CUDA backend: the kernel tables of the native library, asked from Python.
 
-The tables themselves are C++ (`csrc/sm90/kernels.cpp`): which kernels exist, what each takes, and why it does not take
-the rest.
+The tables themselves are C++ (`kernels.cpp` of `csrc/sm90` and `csrc/sm100`): which kernels exist, what each takes, and
+why it does not take the rest.
 """
 
 from typing import Any
@@ -185,6 +185,8 @@ def why_not(problem: Problem) -> str | None:
     if isinstance(problem, KVCacheProblem):
         return torch.ops.flash_mla.kv_cache_why_not(problem.compute_capability or 0) or None
     table = kernel_table(problem)
+    if not table:
+        return f"no kernel of the architectures that are built ({_ops.build_info()['archs']}) is for it"
     if any(reason == "" for reason in table.values()):
         return None
     return "; ".join(f"{name}: {reason}" for name, reason in table.items())

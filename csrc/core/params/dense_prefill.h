@@ -10,8 +10,8 @@ namespace flash_mla {
 
 constexpr int kPrefillHeadDimV = 128;
 
-// Query rows of a work item: consecutive tokens of one sequence and head.
-constexpr int kPrefillRowTile = 128;
+// Query rows of a work item, consecutive tokens of one sequence and head, in the kernels of a compute capability.
+constexpr int prefill_row_tile(int compute_capability) { return compute_capability < 100 ? 128 : 256; }
 
 // What a call asks for, as far as the choice of a kernel goes.
 struct DensePrefillProblem {
@@ -26,10 +26,13 @@ struct DensePrefillProblem {
 // query token, or key, is in one of them.
 struct PrefillSequence {
   int32_t first_item;  // of the plan's numbering; a sequence has tiles * heads items
-  int32_t q_begin, q_length, k_begin, k_length;
+  int32_t q_begin, q_end, k_begin, k_end;
   int32_t tiles;           // of query rows, in the backward of keys
   int32_t heads_together;  // query heads, in the backward key heads, whose tensors are meant to stay in L2 at one time
   int32_t reserved;
+
+  constexpr int q_length() const { return q_end - q_begin; }
+  constexpr int k_length() const { return k_end - k_begin; }
 };
 static_assert(sizeof(PrefillSequence) == 32);
 
@@ -61,7 +64,9 @@ struct DensePrefillParams {
   int h_q, h_kv;
   int group;  // query heads per key head
   int d_qk;
+  int row_tile;
   int num_sms;
+  float softmax_scale;
   float scale_log2;  // softmax_scale * log2(e)
   bool causal;
 };

@@ -43,7 +43,6 @@ struct DensePrefillBackwardParams {
   int64_t stride_do_t, stride_do_h;
   int64_t stride_dlse_t, stride_dlse_h;
   Element element;
-  float softmax_scale;
 };
 
 }  // namespace flash_mla

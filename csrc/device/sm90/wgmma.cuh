@@ -10,10 +10,9 @@
 #include <type_traits>
 #include <utility>
 
-namespace flash_mla::inline device {
+#include "device/slices.h"
 
-constexpr int kSliceColumns = 64;
-constexpr int kSliceRowBytes = 128;
+namespace flash_mla::inline device {
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }

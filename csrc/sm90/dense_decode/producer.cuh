@@ -2,9 +2,9 @@
 // partial tile at a request's end, pages that TMA cannot tile).
 #pragma once
 
-#include "device/sm90/barrier.cuh"
-#include "device/sm90/copy.cuh"
-#include "device/sm90/slots.cuh"
+#include "device/barrier.cuh"
+#include "device/copy.cuh"
+#include "device/slots.cuh"
 #include "device/sm90/wgmma.cuh"
 #include "sm90/dense_decode/pieces.cuh"
 #include "sm90/dense_decode/storage.h"

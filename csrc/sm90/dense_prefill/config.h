@@ -16,7 +16,7 @@ struct Config {
   static constexpr int kRows = kWarpgroups * kWarpgroupRows;
   static constexpr int kKeys = 128;
   static constexpr int kStages = 2;  // of K, and of V
-  static_assert(kRows == kPrefillRowTile);
+  static_assert(kRows == prefill_row_tile(90));
 
   static constexpr int kSlices = kHeadDim / kSliceColumns;
   static constexpr int kValueSlices = kPrefillHeadDimV / kSliceColumns;

@@ -1,7 +1,7 @@
 // What fills shared memory: one thread issues all TMA loads, and one warp cleans values beyond a sequence's end.
 #pragma once
 
-#include "device/sm90/copy.cuh"
+#include "device/copy.cuh"
 #include "sm90/dense_prefill/items.cuh"
 
 namespace flash_mla::sm90::dense_prefill {

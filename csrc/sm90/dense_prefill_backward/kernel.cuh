@@ -18,7 +18,7 @@ __device__ __forceinline__ void init_barriers(Storage<C>& storage) {
   mbarrier_init(shared_address(&storage.keys_landed), 1);
   mbarrier_init(shared_address(&storage.keys_empty), kMathWarps);
   for (int stage = 0; stage < C::kStages; ++stage) {
-    mbarrier_init(shared_address(&storage.rows_full[stage]), 2);  // TMA, row warp
+    mbarrier_init(shared_address(&storage.rows_full[stage]), 1 + 32);  // TMA, the lanes of the row warp
     mbarrier_init(shared_address(&storage.rows_landed[stage]), 1);
     mbarrier_init(shared_address(&storage.rows_empty[stage]), kMathWarps);
   }

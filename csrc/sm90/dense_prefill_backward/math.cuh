@@ -2,7 +2,7 @@
 // of Q.
 #pragma once
 
-#include "device/sm90/copy.cuh"
+#include "device/copy.cuh"
 #include "sm90/dense_prefill_backward/storage.h"
 #include "sm90/gradient_rows.cuh"
 #include "sm90/items.cuh"
@@ -43,7 +43,7 @@ class MathWarpgroup {
                                           item.num_keys, lane(), 1.0f, dv_);
       write_gradient<T, C::kColumns>(static_cast<T*>(params_.dk) + row * C::kColumns,
                                      static_cast<int64_t>(params_.forward.h_kv) * C::kColumns, key(), item.num_keys,
-                                     lane(), params_.softmax_scale, dk_);
+                                     lane(), params_.forward.softmax_scale, dk_);
       __syncwarp();
       release(storage_.item_empty[slot]);
     }

@@ -2,8 +2,8 @@
 // in global memory, and a warp for row terms and for rows beyond a sequence's end.
 #pragma once
 
+#include "device/copy.cuh"
 #include "device/numeric.cuh"
-#include "device/sm90/copy.cuh"
 #include "sm90/dense_prefill_backward/storage.h"
 #include "sm90/items.cuh"
 
@@ -146,7 +146,9 @@ class RowWarp {
         wait_for_landing(storage_.keys_landed, C::kStages);
         clean<C::kSlices, C::kKeySliceBytes>(storage_.k, item.num_keys);
         clean<C::kValueSlices, C::kKeySliceBytes>(storage_.v, item.num_keys);
-        hand_over(&storage_.keys_full, true);
+        fence_async_proxy();
+        __syncwarp();
+        mbarrier_arrive_if(shared_address(&storage_.keys_full), lane_ == 0);
       }
       for_tiles(item, params_.forward.group, [&](int head, int tile) { load(item, head, tile); });
       __syncwarp();
@@ -170,11 +172,11 @@ class RowWarp {
       wait_for_landing(storage_.rows_landed[stage], stage);
       clean<C::kSlices, C::kQuerySliceBytes>(storage_.q[stage], num_rows);
       clean<C::kValueSlices, C::kQuerySliceBytes>(storage_.d_out[stage], num_rows);
+      fence_async_proxy();
     }
-    hand_over(&storage_.rows_full[stage], to_clean);
-    if (lane_ == 0) {
-      mbarrier_arrive(shared_address(&storage_.rows_full[stage]));
-    }
+    // Each lane for what it has stored, one of them in place of TMA as well.
+    mbarrier_arrive_if(shared_address(&storage_.rows_full[stage]), to_clean && lane_ == 0);
+    mbarrier_arrive(shared_address(&storage_.rows_full[stage]));
     ++step_;
   }
 
@@ -193,17 +195,6 @@ class RowWarp {
       for (int unit = end * (kSliceRowBytes / 16) + lane_; unit < kSliceBytes / 16; unit += 32) {
         rows[unit] = make_uint4(0, 0, 0, 0);
       }
-    }
-  }
-
-  // In place of TMA, where there was something to clean.
-  __device__ __forceinline__ void hand_over(uint64_t* full, bool cleaned) {
-    if (cleaned) {
-      fence_async_proxy();
-    }
-    __syncwarp();
-    if (lane_ == 0 && cleaned) {
-      mbarrier_arrive(shared_address(full));
     }
   }
 

@@ -4,12 +4,9 @@
 #include <cstdint>
 
 #include "core/params/sparse_attention.h"
+#include "device/sparse/walk.h"
 
 namespace flash_mla::sm90::sparse_attention {
-
-// A key tile arrives in two parts: the columns that are converted, and those that are copied as they are (the 64 RoPE
-// columns, the last slice of a tile).
-enum Part : int { kValues = 0, kRope = 1, kNumParts = 2 };
 
 template <KVFormat kFormat_, KVFormat kExtraFormat_, int kHeadDim_>
 struct Config {

@@ -1,7 +1,7 @@
 #pragma once
 
+#include "device/sparse/launch.cuh"
 #include "sm90/sparse_attention/kernel.cuh"
-#include "sm90/sparse_attention/launch_kernel.cuh"
 
 namespace flash_mla::sm90::sparse_attention {
 

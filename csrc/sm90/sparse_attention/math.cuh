@@ -3,9 +3,10 @@
 // the values.
 #pragma once
 
+#include "device/sparse/epilogue.cuh"
+#include "device/sparse/producer.cuh"
 #include "sm90/seesaw.cuh"
-#include "sm90/sparse_attention/epilogue.cuh"
-#include "sm90/sparse_attention/producer.cuh"
+#include "sm90/sparse_attention/storage.h"
 
 namespace flash_mla::sm90::sparse_attention {
 

@@ -1,8 +1,8 @@
 // The two math warpgroups: the seesaw over the pieces that the producers hand over.
 #pragma once
 
+#include "device/sparse/epilogue.cuh"
 #include "sm90/grouped_seesaw.cuh"
-#include "sm90/sparse_attention/epilogue.cuh"
 #include "sm90/sparse_attention_bf16/producer.cuh"
 
 namespace flash_mla::sm90::sparse_attention_bf16 {
@@ -52,14 +52,14 @@ class MathWarpgroup : GroupedSeesaw<MathWarpgroup<C>, C, Storage<C>, true> {
     asm volatile("" : "+r"(row));  // keeps the epilogue's addresses out of the loop over pieces
     const PieceFacts& facts = storage_.pieces[piece];
     if (params_.max_logits != nullptr && side_ == 1) {
-      sparse_attention::write_maximum(params_, facts, row, lane_, maximum_);
+      write_maximum(params_, facts, row, lane_, maximum_);
     }
     float total[2];
     this->join_sums(piece, total);
     if (facts.partial >= 0) {
-      sparse_attention::write_partial(params_, facts, side_, side_ == 0, row, lane_, output_, reference_, total);
+      write_partial(params_, facts, side_, side_ == 0, row, lane_, output_, reference_, total);
     } else {
-      sparse_attention::write_final(params_, facts, side_, side_ == 0, row, lane_, output_, reference_, total, maximum_);
+      write_final(params_, facts, side_, side_ == 0, row, lane_, output_, reference_, total, maximum_);
     }
   }
 

@@ -2,14 +2,14 @@
 // Key indices are fetched a tile ahead.
 #pragma once
 
-#include "sm90/sparse_attention/key_lists.cuh"
+#include "device/sparse/key_lists.cuh"
 #include "sm90/sparse_attention_bf16/storage.h"
 
 namespace flash_mla::sm90::sparse_attention_bf16 {
 
 template <class C>
-class ProducerWarp : sparse_attention::KeyLists<C, Storage<C>> {
-  using Base = sparse_attention::KeyLists<C, Storage<C>>;
+class ProducerWarp : KeyLists<C, Storage<C>> {
+  using Base = KeyLists<C, Storage<C>>;
   using Base::lane_, Base::phases_, Base::storage_, Base::warp_, Base::kLanes, Base::kWarpKeys;
 
  public:
@@ -17,7 +17,7 @@ class ProducerWarp : sparse_attention::KeyLists<C, Storage<C>> {
       : Base(params, storage, storage.walks[warp], warp, lane) {}
 
   __device__ __forceinline__ void run() {
-    this->copy_tiles([this](const sparse_attention::Entry& entry, const unsigned char* row) {
+    this->copy_tiles([this](const Entry& entry, const unsigned char* row) {
       if (entry.slot() == 0) {
         copy_tile<0>(row);
       } else {

@@ -2,12 +2,10 @@
 // row, whose 16-byte units are permuted by the row.
 #pragma once
 
-#include "sm90/sparse_attention/storage.h"
+#include "device/sparse/walk.h"
 #include "sm90/sparse_attention_bf16/config.h"
 
 namespace flash_mla::sm90::sparse_attention_bf16 {
-
-using sparse_attention::PieceFacts, sparse_attention::Walk;
 
 template <class C>
 struct Storage {

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "device/numeric.cuh"
-#include "sm90/sparse_attention/epilogue.cuh"
+#include "device/sparse/epilogue.cuh"
 #include "sm90/sparse_attention_few_heads/storage.h"
 
 namespace flash_mla::sm90::sparse_attention_few_heads {
@@ -39,7 +39,6 @@ __device__ __forceinline__ void write_piece(const SparseAttentionParams& params,
                                             const PieceFacts& piece, int warp, int lane,
                                             const float (&output)[kHeadDimV / 64][C::kRows / 2],
                                             const float (&reference)[C::kRows / 4]) {
-  using sparse_attention::RowPlace;
   const bool odd = lane / 4 % 2;
   const int row = lane % 4 * 2 + odd, pair = lane / 8;  // of 4 pairs of columns
   const bool writes_rows = warp == 0 && lane < 8;

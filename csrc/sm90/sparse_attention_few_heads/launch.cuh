@@ -1,6 +1,6 @@
 #pragma once
 
-#include "sm90/sparse_attention/launch_kernel.cuh"
+#include "device/sparse/launch.cuh"
 #include "sm90/sparse_attention_few_heads/kernel.cuh"
 
 namespace flash_mla::sm90::sparse_attention_few_heads {
@@ -9,8 +9,7 @@ template <KVFormat kFormat, KVFormat kExtraFormat, int kHeadDim, int kRows>
 void launch_rows(const char* name, const SparseAttentionParams& params, void* stream) {
   using C = Config<kFormat, kExtraFormat, kHeadDim, kRows>;
   static_assert(kStorageFits<C>);
-  sparse_attention::launch_kernel<sparse_attention_few_heads_kernel<C>, C::kThreads, sizeof(Storage<C>)>(name, params,
-                                                                                                         stream);
+  launch_kernel<sparse_attention_few_heads_kernel<C>, C::kThreads, sizeof(Storage<C>)>(name, params, stream);
 }
 
 template <KVFormat kFormat, KVFormat kExtraFormat, int kHeadDim>

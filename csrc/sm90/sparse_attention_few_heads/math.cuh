@@ -2,6 +2,7 @@
 // or 32 of them cost a quarter or half of what 64 would.
 #pragma once
 
+#include "device/sm90/wgmma.cuh"
 #include "device/softmax.cuh"
 #include "sm90/sparse_attention_few_heads/epilogue.cuh"
 #include "sm90/sparse_attention_few_heads/producer.cuh"

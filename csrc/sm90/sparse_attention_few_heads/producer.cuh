@@ -6,8 +6,8 @@
 
 #include <type_traits>
 
-#include "sm90/sparse_attention/formats.cuh"
-#include "sm90/sparse_attention/key_lists.cuh"
+#include "device/sparse/formats.cuh"
+#include "device/sparse/key_lists.cuh"
 #include "sm90/sparse_attention_few_heads/storage.h"
 
 namespace flash_mla::sm90::sparse_attention_few_heads {
@@ -18,7 +18,7 @@ struct RingFormat {
   static constexpr KVLayout kLayout = layout_of(kFormat);
   static constexpr int kRowBytes = kLayout.row_stride();
   static constexpr int kUnitsPerScale = kLayout.group / 16;
-  using Row = sparse_attention::RowFormat<kFormat>;
+  using Row = RowFormat<kFormat>;
 
   static __device__ __forceinline__ void copy(const unsigned char* row, const unsigned char* scales, uint32_t ring,
                                               int lane) {
@@ -59,9 +59,9 @@ struct RingFormat {
 };
 
 template <class C>
-class ConvertingWarp : sparse_attention::KeyLists<C, Storage<C>> {
-  using Base = sparse_attention::KeyLists<C, Storage<C>>;
-  using Entry = sparse_attention::Entry;
+class ConvertingWarp : KeyLists<C, Storage<C>> {
+  using Base = KeyLists<C, Storage<C>>;
+  using Entry = Entry;
   using Base::ahead_, Base::lane_, Base::next_row_in_page_, Base::params_, Base::phases_, Base::storage_, Base::warp_,
       Base::kLanes, Base::kWarpKeys;
   static constexpr int kSteps = kWarpKeys / 2;
@@ -138,7 +138,7 @@ class ConvertingWarp : sparse_attention::KeyLists<C, Storage<C>> {
       if constexpr (kLayout.scales_behind_page) {
         const int page = params_.keys[entry.source()].page;
         const int distance = (page - row_in_page) * kLayout.row_stride() + row_in_page * kLayout.scale_stride();
-        scales += row == sparse_attention::kZeroRow ? kLayout.row_stride() : distance;
+        scales += row == kZeroRow ? kLayout.row_stride() : distance;
       }
       const auto row_bits = reinterpret_cast<uintptr_t>(row), scale_bits = reinterpret_cast<uintptr_t>(scales);
 #pragma unroll
@@ -192,8 +192,8 @@ class ConvertingWarp : sparse_attention::KeyLists<C, Storage<C>> {
 };
 
 template <class C>
-class CopyingWarp : sparse_attention::KeyLists<C, Storage<C>> {
-  using Base = sparse_attention::KeyLists<C, Storage<C>>;
+class CopyingWarp : KeyLists<C, Storage<C>> {
+  using Base = KeyLists<C, Storage<C>>;
   using Base::lane_, Base::phases_, Base::storage_, Base::warp_, Base::kLanes, Base::kWarpKeys;
 
  public:
@@ -201,8 +201,7 @@ class CopyingWarp : sparse_attention::KeyLists<C, Storage<C>> {
       : Base(params, storage, storage.walks[warp], warp, lane) {}
 
   __device__ __forceinline__ void run() {
-    this->copy_tiles(
-        [this](const sparse_attention::Entry& entry, const unsigned char* row) { copy_tile(entry.slot(), row); });
+    this->copy_tiles([this](const Entry& entry, const unsigned char* row) { copy_tile(entry.slot(), row); });
   }
 
  private:

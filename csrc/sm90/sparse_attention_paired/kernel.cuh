@@ -1,7 +1,7 @@
 // Set-up, the switch between the warp roles, tear-down. Roles, registers, barriers and the schedule: design.md.
 #pragma once
 
-#include "sm90/sparse_attention/producer.cuh"
+#include "device/sparse/producer.cuh"
 #include "sm90/sparse_attention_paired/math.cuh"
 
 namespace flash_mla::sm90::sparse_attention_paired {
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   if (warpgroup >= 2) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(C::kProducerRegisters));
     const int warp = __shfl_sync(~0u, threadIdx.x / 32 - C::kMathThreads / 32, 0), lane = threadIdx.x % 32;
-    sparse_attention::ProducerWarp<C, Storage<C>>(params, storage, warp, lane).run();
+    ProducerWarp<C, Storage<C>>(params, storage, warp, lane).run();
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C::kMathRegisters));
     MathWarpgroup<C>(params, storage, warpgroup).run();

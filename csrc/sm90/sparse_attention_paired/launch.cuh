@@ -1,6 +1,6 @@
 #pragma once
 
-#include "sm90/sparse_attention/launch_kernel.cuh"
+#include "device/sparse/launch.cuh"
 #include "sm90/sparse_attention_paired/kernel.cuh"
 
 namespace flash_mla::sm90::sparse_attention_paired {
@@ -9,8 +9,7 @@ template <KVFormat kFormat, KVFormat kExtraFormat, int kHeadDim>
 void launch(const char* name, const SparseAttentionParams& params, void* stream) {
   using C = Config<kFormat, kExtraFormat, kHeadDim>;
   static_assert(kStorageFits<C>);
-  sparse_attention::launch_kernel<sparse_attention_paired_kernel<C>, C::kThreads, sizeof(Storage<C>), C::kRanks>(
-      name, params, stream);
+  launch_kernel<sparse_attention_paired_kernel<C>, C::kThreads, sizeof(Storage<C>), C::kRanks>(name, params, stream);
 }
 
 }  // namespace flash_mla::sm90::sparse_attention_paired

@@ -3,9 +3,9 @@
 // receives the other part, and sends the probabilities.
 #pragma once
 
-#include "device/sm90/cluster.cuh"
+#include "device/cluster.cuh"
+#include "device/sparse/epilogue.cuh"
 #include "sm90/seesaw.cuh"
-#include "sm90/sparse_attention/epilogue.cuh"
 #include "sm90/sparse_attention_paired/storage.h"
 
 namespace flash_mla::sm90::sparse_attention_paired {
@@ -302,16 +302,15 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>> {
         maximum[1] = storage_.row_max[row_ + 8];
       }
       if (params_.max_logits != nullptr) {
-        sparse_attention::write_maximum(params_, facts, row, lane_, maximum);
+        write_maximum(params_, facts, row, lane_, maximum);
       }
     } else {
       receive_sums(total);
     }
     if (facts.partial >= 0) {
-      sparse_attention::write_partial(params_, facts, cluster_rank(), owner, row, lane_, output_, reference_, total);
+      write_partial(params_, facts, cluster_rank(), owner, row, lane_, output_, reference_, total);
     } else {
-      sparse_attention::write_final(params_, facts, cluster_rank(), owner, row, lane_, output_, reference_, total,
-                                    maximum);
+      write_final(params_, facts, cluster_rank(), owner, row, lane_, output_, reference_, total, maximum);
     }
   }
 

@@ -2,13 +2,10 @@
 // row, whose 16-byte units are permuted by the row; the RoPE columns behind them have rows of 64 bytes.
 #pragma once
 
-#include "sm90/sparse_attention/storage.h"
+#include "device/sparse/walk.h"
 #include "sm90/sparse_attention_paired/config.h"
 
 namespace flash_mla::sm90::sparse_attention_paired {
-
-using sparse_attention::kNumParts, sparse_attention::kRope, sparse_attention::kValues;
-using sparse_attention::PieceFacts, sparse_attention::Walk;
 
 // What the CTA that owns rows sends to the other one: of a tile, in the order of wgmma's operand in registers, the
 // probabilities and the reference maxima that they are relative to; behind a piece's last tile, the sums in their

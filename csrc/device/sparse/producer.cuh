@@ -3,10 +3,10 @@
 // while a slot is waited for. Key indices are fetched two tiles ahead.
 #pragma once
 
-#include "sm90/sparse_attention/formats.cuh"
-#include "sm90/sparse_attention/key_lists.cuh"
+#include "device/sparse/formats.cuh"
+#include "device/sparse/key_lists.cuh"
 
-namespace flash_mla::sm90::sparse_attention {
+namespace flash_mla::inline device {
 
 // Each of the lanes that know a key, four, or two where the CTA has half of the columns, holds the scales of a quarter
 // of a row.
@@ -182,4 +182,4 @@ class ProducerWarp : KeyLists<C, Storage> {
   Ring<3> ring_;  // of the slots, where they are used in turn
 };
 
-}  // namespace flash_mla::sm90::sparse_attention
+}  // namespace flash_mla::inline device

@@ -2,10 +2,11 @@
 // from registers, so that the key slots go on filling.
 #pragma once
 
+#include "core/params/sparse_attention.h"
 #include "device/numeric.cuh"
-#include "sm90/sparse_attention/storage.h"
+#include "device/sparse/walk.h"
 
-namespace flash_mla::sm90::sparse_attention {
+namespace flash_mla::inline device {
 
 // `row` is the first of the thread's two rows of the tile, the other is 8 further.
 // `side`: which half of the columns; `has_rows`: whether this warpgroup is the one of the two halves that writes what
@@ -102,4 +103,4 @@ __device__ __forceinline__ void write_final(const SparseAttentionParams& params,
   }
 }
 
-}  // namespace flash_mla::sm90::sparse_attention
+}  // namespace flash_mla::inline device

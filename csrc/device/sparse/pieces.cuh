@@ -4,9 +4,10 @@
 
 #include <climits>
 
-#include "sm90/sparse_attention/storage.h"
+#include "core/params/sparse_attention.h"
+#include "device/sparse/walk.h"
 
-namespace flash_mla::sm90::sparse_attention {
+namespace flash_mla::inline device {
 
 // How many entries of a source's list count for a unit.
 __device__ __forceinline__ int clamped_length(const SparseAttentionParams& params, const KeySource& source, int request,
@@ -158,4 +159,4 @@ __device__ __forceinline__ bool next_piece(const SparseAttentionParams& params, 
   }
 }
 
-}  // namespace flash_mla::sm90::sparse_attention
+}  // namespace flash_mla::inline device

@@ -2,14 +2,14 @@
 // keys, and finds their rows. It also hands over the facts and Q of each piece.
 #pragma once
 
-#include "device/sm90/barrier.cuh"
-#include "device/sm90/cluster.cuh"
-#include "device/sm90/copy.cuh"
-#include "device/sm90/slots.cuh"
-#include "device/sm90/wgmma.cuh"
-#include "sm90/sparse_attention/pieces.cuh"
+#include "device/barrier.cuh"
+#include "device/cluster.cuh"
+#include "device/copy.cuh"
+#include "device/slices.h"
+#include "device/slots.cuh"
+#include "device/sparse/pieces.cuh"
 
-namespace flash_mla::sm90::sparse_attention {
+namespace flash_mla::inline device {
 
 // What unreachable keys are read from: all zeros, scales too.
 __device__ __align__(16) const unsigned char kZeroRow[1152] = {};
@@ -284,4 +284,4 @@ class KeyLists {
   int next_row_in_page_;
 };
 
-}  // namespace flash_mla::sm90::sparse_attention
+}  // namespace flash_mla::inline device

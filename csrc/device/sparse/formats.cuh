@@ -2,11 +2,11 @@
 // The scales of a row are spread over four lanes, those of a quarter of its columns each.
 #pragma once
 
+#include "core/kv_format.h"
+#include "device/copy.cuh"
 #include "device/dequantize.cuh"
-#include "device/sm90/copy.cuh"
-#include "sm90/sparse_attention/config.h"
 
-namespace flash_mla::sm90::sparse_attention {
+namespace flash_mla::inline device {
 
 // The scales of a quarter of a row, as they are in memory.
 struct QuarterScales {
@@ -82,4 +82,4 @@ struct RowFormat {
   }
 };
 
-}  // namespace flash_mla::sm90::sparse_attention
+}  // namespace flash_mla::inline device

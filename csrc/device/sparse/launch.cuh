@@ -1,3 +1,4 @@
+// Host side of the sparse attention kernels.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,7 +9,7 @@
 #include "core/params/sparse_attention.h"
 #include "device/launch.h"
 
-namespace flash_mla::sm90::sparse_attention {
+namespace flash_mla::inline device {
 
 // A persistent grid over the call's items, each of `kItemTiles` row tiles and computed by as many CTAs, a cluster.
 template <auto kKernel, int kThreads, size_t kSharedBytes, int kItemTiles = 1>
@@ -20,8 +21,8 @@ void launch_kernel(const char* name, const SparseAttentionParams& params, void* 
       static_cast<int64_t>(params.num_parts) * params.num_units * ceil_div(params.unit_tiles, kItemTiles);
   check(items <= INT32_MAX - params.num_sms, ErrorKind::kUnsupported, name, ": ", items, " tiles of work are too many");
   const int64_t at_once = std::min<int64_t>(items, std::max(params.num_sms / kItemTiles, 1));
-  device::launch_dependent_clusters(name, kKernel, kItemTiles, static_cast<unsigned>(at_once * kItemTiles), kThreads,
-                                    kSharedBytes, stream, params);
+  launch_dependent_clusters(name, kKernel, kItemTiles, static_cast<unsigned>(at_once * kItemTiles), kThreads,
+                            kSharedBytes, stream, params);
 }
 
-}  // namespace flash_mla::sm90::sparse_attention
+}  // namespace flash_mla::inline device

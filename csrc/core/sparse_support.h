@@ -1,0 +1,49 @@
+// What kernels of sparse attention say of a problem, whatever their architecture.
+#pragma once
+
+#include "core/params/sparse_attention.h"
+
+namespace flash_mla {
+
+constexpr const char* format_reason(KVFormat format) {
+  switch (format) {
+    case KVFormat::kBf16:
+      return "k_cache must be bfloat16";
+    case KVFormat::kV32:
+      return "k_cache must be of format V32";
+    case KVFormat::kV32NoRope:
+      return "k_cache must be of format V32_NO_ROPE";
+    case KVFormat::kModel1:
+      return "k_cache must be of format MODEL1";
+    default:
+      return "k_cache must be of format V41";
+  }
+}
+
+// Null where a kernel for these formats takes the problem, on the device that it is for. `kExtra`: what a second cache
+// must be, if there is one; for V41_FP4 there must.
+template <KVFormat kFormat, int kHeadDim, KVFormat kExtra = kFormat>
+const char* why_not_formats(const SparseAttentionProblem& problem) {
+  if (problem.element != Element::kBFloat16) {
+    return "q must be bfloat16";
+  }
+  if (problem.format != kFormat) {
+    return format_reason(kFormat);
+  }
+  if (problem.d_qk != kHeadDim) {
+    return kHeadDim == 576 ? "d_qk must be 576" : "d_qk must be 512";
+  }
+  if (problem.extra_format != kExtra && (problem.extra_format != KVFormat::kNone || kExtra != kFormat)) {
+    return kExtra == kFormat ? "extra_k_cache must be of the same format as k_cache"
+                             : "extra_k_cache must be of format V41_FP4";
+  }
+  if (problem.d_v != kHeadDimV) {
+    return "head_dim_v must be 512";
+  }
+  if (!(problem.softmax_scale >= 0)) {
+    return "softmax_scale must not be negative";
+  }
+  return nullptr;
+}
+
+}  // namespace flash_mla

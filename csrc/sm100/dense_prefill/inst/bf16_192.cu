@@ -1,0 +1,6 @@
+#include "sm100/dense_prefill/launch.cuh"
+#include "sm100/dense_prefill/launch.h"
+
+void flash_mla::sm100::dense_prefill::launch_bf16_192(const DensePrefillParams& params, void* stream) {
+  launch<__nv_bfloat16, 192>(params, stream);
+}

@@ -1,0 +1,47 @@
+#include "sm100/kernels.h"
+
+#include "sm100/dense_prefill/launch.h"
+
+namespace flash_mla::sm100 {
+namespace {
+
+// Code for sm_100f runs on these. The reason says what a user of such a GPU should know of the kernels, too.
+constexpr const char* why_not_device(int compute_capability) {
+  return compute_capability == 100 || compute_capability == 103
+             ? nullptr
+             : "runs on compute capability 10.0 and 10.3 only, and has not been run on Blackwell hardware";
+}
+
+template <Element kElement, int kHeadDim>
+const char* why_not_dense_prefill(const DensePrefillProblem& problem) {
+  if (const char* reason = why_not_device(problem.compute_capability)) {
+    return reason;
+  }
+  if (problem.element != kElement) {
+    return kElement == Element::kBFloat16 ? "q, k and v must be bfloat16" : "q, k and v must be float16";
+  }
+  if (problem.d_qk != kHeadDim) {
+    return kHeadDim == 192 ? "d_qk must be 192" : "d_qk must be 128";
+  }
+  if (problem.d_v != kPrefillHeadDimV) {
+    return "d_v must be 128";
+  }
+  // With a scale of 0 a masked score, minus infinity, would turn into NaN.
+  if (!(problem.softmax_scale > 0)) {
+    return "softmax_scale must be positive";
+  }
+  return nullptr;
+}
+
+constexpr Kernel<DensePrefillProblem, DensePrefillParams> kDensePrefill[] = {
+    {"sm100_dense_prefill_bf16_192", why_not_dense_prefill<Element::kBFloat16, 192>, dense_prefill::launch_bf16_192},
+    {"sm100_dense_prefill_bf16_128", why_not_dense_prefill<Element::kBFloat16, 128>, dense_prefill::launch_bf16_128},
+    {"sm100_dense_prefill_fp16_192", why_not_dense_prefill<Element::kFloat16, 192>, dense_prefill::launch_fp16_192},
+    {"sm100_dense_prefill_fp16_128", why_not_dense_prefill<Element::kFloat16, 128>, dense_prefill::launch_fp16_128},
+};
+
+}  // namespace
+
+std::span<const Kernel<DensePrefillProblem, DensePrefillParams>> dense_prefill_kernels() { return kDensePrefill; }
+
+}  // namespace flash_mla::sm100

@@ -1,0 +1,238 @@
+// Each emulated instruction against plain arithmetic, and each trap. `instructions CASE` runs one case: 0 where it did
+// what it should; a trap ends it with its message.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <iterator>
+#include <utility>
+#include <vector>
+
+#include "device/barrier.cuh"
+#include "device/numeric.cuh"
+#include "device/sm100/tcgen05.cuh"
+
+namespace flash_mla {
+namespace {
+
+constexpr int kM = 64, kN = 64, kInner = 128, kSliceBytes = 64 * kSliceRowBytes;
+
+enum class Case {
+  kProduct,          // 64 x 64 x 128, A and B with the inner dimension contiguous
+  kOuterB,           // B with the other dimension contiguous
+  kUpperLanes,       // the result in the upper halves of the lanes
+  kTmemA,            // A from tensor memory
+  kStoreLoad,        // registers to tensor memory and back
+  kSwizzleBit,       // from here on mistakes, that must be found: a unit of A at another place
+  kSwappedOffsets,   // leading and stride offset of B exchanged
+  kNoWaitForResult,  // the result is read before the commit
+  kNoWaitForStore,
+  kNeverWritten,
+  kAccumulatesOnNothing,
+  kNotAllocated,
+  kOtherQuarter,
+  kNoCommit,
+  kLeak,
+  kAllocationTwice,
+  kAfterRelinquish,
+  kNumCases
+};
+constexpr const char* kNames[] = {"product",
+                                  "outer_b",
+                                  "upper_lanes",
+                                  "tmem_a",
+                                  "store_load",
+                                  "swizzle_bit",
+                                  "swapped_offsets",
+                                  "no_wait_for_result",
+                                  "no_wait_for_store",
+                                  "never_written",
+                                  "accumulates_on_nothing",
+                                  "not_allocated",
+                                  "other_quarter",
+                                  "no_commit",
+                                  "leak",
+                                  "allocation_twice",
+                                  "after_relinquish"};
+static_assert(std::size(kNames) == static_cast<int>(Case::kNumCases));
+
+struct Shared {
+  alignas(1024) unsigned char a[2 * kSliceBytes], b[2 * kSliceBytes];
+  uint64_t done;
+  uint32_t tensor_memory;
+};
+
+__device__ __nv_bfloat16* value_at(unsigned char* slices, int row, int column) {
+  const int unit = column % 64 / 8;
+  return reinterpret_cast<__nv_bfloat16*>(slices + column / 64 * kSliceBytes + row * kSliceRowBytes +
+                                          (unit ^ row % 8) * 16) +
+         column % 8;
+}
+
+// a: [kM][kInner], b: [kN][kInner], d: [kM][kN].
+__global__ void instructions_kernel(Case which, const float* a, const float* b, float* d) {
+  extern __shared__ __align__(1024) unsigned char memory[];
+  auto& shared = *reinterpret_cast<Shared*>(memory);
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  const bool outer_b = which == Case::kOuterB || which == Case::kSwappedOffsets;
+  for (int i = threadIdx.x; i < kM * kInner; i += blockDim.x) {
+    const int row = i / kInner, column = i % kInner;
+    *value_at(shared.a, row, column) = __float2bfloat16(a[i]);
+    // With the outer dimension contiguous, rows are those of the sum.
+    if (outer_b) {
+      *value_at(shared.b, column, row) = __float2bfloat16(b[i]);
+    } else {
+      *value_at(shared.b, row, column) = __float2bfloat16(b[i]);
+    }
+  }
+  if (threadIdx.x == 0) {
+    mbarrier_init(shared_address(&shared.done), 1);
+    fence_mbarrier_init();
+    if (which == Case::kSwizzleBit) {
+      std::swap(*value_at(shared.a, 5, 0), *value_at(shared.a, 5, 8));
+    }
+  }
+  fence_async_proxy();
+  if (warp == 0) {
+    tmem_allocate(shared_address(&shared.tensor_memory), 128);
+    if (which == Case::kAllocationTwice) {
+      tmem_allocate(shared_address(&shared.tensor_memory), 512);
+    }
+    tmem_relinquish();
+    if (which == Case::kAfterRelinquish) {
+      tmem_allocate(shared_address(&shared.tensor_memory), 64);
+    }
+    tcgen05_fence_before();
+  }
+  __syncthreads();
+  tcgen05_fence_after();
+  const uint32_t base = shared.tensor_memory, own = base + tmem_lane(32 * warp);
+  const uint32_t result = which == Case::kUpperLanes ? tmem_lane(16) : 0;
+  float registers[32];
+
+  if (which == Case::kStoreLoad || which == Case::kNoWaitForStore || which == Case::kNotAllocated ||
+      which == Case::kOtherQuarter) {
+    for (int i = 0; i < 32; ++i) {
+      const int row = warp * 16 + i / 2 % 2 * 8 + lane / 4, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+      registers[i] = a[row * kInner + column];
+    }
+    tmem_store_16x256(own + (which == Case::kNotAllocated ? 128 : 0) +
+                          (which == Case::kOtherQuarter && warp == 0 ? tmem_lane(32) : 0),
+                      registers);
+    if (which != Case::kNoWaitForStore) {
+      tmem_wait_store();
+    }
+  } else if (which != Case::kNeverWritten) {
+    if (which == Case::kTmemA) {
+      // Two values to a column: 64 columns, behind those of the result.
+      for (int i = 0; i < 32; ++i) {
+        const int row = warp * 16 + i / 2 % 2 * 8 + lane / 4, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+        const float* pair = a + row * kInner + 2 * column;
+        registers[i] = __uint_as_float(pack2<__nv_bfloat16>(pair[0], pair[1]));
+      }
+      tmem_store_16x256(own + 64, registers);
+      tmem_wait_store();
+      tcgen05_fence_before();
+      __syncthreads();
+      tcgen05_fence_after();
+    }
+    if (warp == 0) {
+      const Major major = outer_b ? Major::kOuter : Major::kInner;
+      const uint32_t instruction = umma_instruction<__nv_bfloat16>(kM, kN, Major::kInner, major);
+      const UmmaDescriptor da(shared_address(shared.a), 16), db(shared_address(shared.b), kSliceBytes);
+      for (int j = 0; j < kInner / 16; ++j) {
+        const uint32_t step = j / 4 * kSliceBytes + j % 4 * 32;
+        uint64_t of_b = outer_b ? db.at(j * 16 * kSliceRowBytes) : db.at(step);
+        if (which == Case::kSwappedOffsets) {
+          of_b = (of_b & ~0x3FFF3FFF0000ull) | (of_b >> 16 & 0x3FFFull << 16) | (of_b & 0x3FFFull << 16) << 16;
+        }
+        const bool accumulate = j > 0 || which == Case::kAccumulatesOnNothing;
+        if (which == Case::kTmemA) {
+          umma_ts(base + result, base + 64 + j * 8, of_b, instruction, accumulate);
+        } else {
+          umma_ss(base + result, da.at(step), of_b, instruction, accumulate);
+        }
+      }
+      if (which != Case::kNoWaitForResult && which != Case::kNoCommit) {
+        umma_commit(shared_address(&shared.done));
+      }
+    }
+    if (which != Case::kNoWaitForResult && which != Case::kNoCommit) {
+      mbarrier_wait(shared_address(&shared.done), 0);
+    }
+    __syncthreads();
+    tcgen05_fence_after();
+  }
+  if (which != Case::kNoCommit) {
+    tmem_load_16x256(own + result, registers);
+    tmem_wait_load(registers);
+  }
+  for (int i = 0; i < 32; ++i) {
+    const int row = warp * 16 + i / 2 % 2 * 8 + lane / 4, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+    d[row * kN + column] = registers[i];
+  }
+  tcgen05_fence_before();
+  __syncthreads();
+  if (warp == 0 && which != Case::kLeak) {
+    tcgen05_fence_after();
+    if (which == Case::kNoWaitForResult) {
+      umma_commit(shared_address(&shared.done));
+    }
+    tmem_free(base, 128);
+  }
+}
+
+// 0: right, 1: wrong.
+int run(Case which) {
+  std::vector<float> a(kM * kInner), b(kN * kInner), d(kM * kN, NAN);
+  for (size_t i = 0; i < a.size(); ++i) {
+    a[i] = static_cast<float>(std::rand() % 9 - 4), b[i] = static_cast<float>(std::rand() % 9 - 4);
+  }
+  float* device[3];
+  const std::vector<float>* hosts[3] = {&a, &b, &d};
+  for (int i = 0; i < 3; ++i) {
+    cudaMalloc(&device[i], hosts[i]->size() * sizeof(float));
+    cudaMemcpy(device[i], hosts[i]->data(), hosts[i]->size() * sizeof(float), cudaMemcpyHostToDevice);
+  }
+  cudaFuncSetAttribute(instructions_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
+  instructions_kernel<<<1, 128, sizeof(Shared)>>>(which, device[0], device[1], device[2]);
+  const cudaError_t status = cudaDeviceSynchronize();
+  if (status != cudaSuccess) {
+    std::printf("%s\n", cudaGetErrorString(status));
+    return 2;
+  }
+  cudaMemcpy(d.data(), device[2], d.size() * sizeof(float), cudaMemcpyDeviceToHost);
+  int wrong = 0;
+  for (int m = 0; m < kM; ++m) {
+    for (int n = 0; n < kN; ++n) {
+      float wanted = 0;
+      for (int k = 0; k < kInner; ++k) {
+        wanted += a[m * kInner + k] * b[n * kInner + k];
+      }
+      if (which == Case::kStoreLoad) {
+        wanted = a[m * kInner + n];
+      }
+      wrong += d[m * kN + n] != wanted;
+    }
+  }
+#ifdef FLASH_MLA_EMULATED
+  const int leaks = emulation::leaks();
+#else
+  const int leaks = 0;
+#endif
+  std::printf("%d of %d values are wrong, %d slices of columns were not freed\n", wrong, kM * kN, leaks);
+  return wrong != 0 || leaks != 0;
+}
+
+}  // namespace
+}  // namespace flash_mla
+
+int main(int argc, char** argv) {
+  for (int i = 0; argc > 1 && i < static_cast<int>(flash_mla::Case::kNumCases); ++i) {
+    if (std::strcmp(argv[1], flash_mla::kNames[i]) == 0) {
+      return flash_mla::run(static_cast<flash_mla::Case>(i));
+    }
+  }
+  std::printf("no such case\n");
+  return 3;
+}

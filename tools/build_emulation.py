@@ -1,0 +1,166 @@
+#!/usr/bin/env python3
+"""Compiles what tests of the SM100 kernels need where there is no such GPU, into build/emulation.
+
+    python tools/build_emulation.py                   # all of it
+    python tools/build_emulation.py library-eager     # one target
+
+Targets: `instructions-eager` and `-lazy`, a program for an H100; `tutorials-eager` and
+`-lazy`, Blackwell kernels of the package nvidia-cutlass, unchanged; `library-eager` and `-lazy`, libflash_mla.so with
+the kernels of SM100 in place of SM90's (needs `make build` first); `mutants`, such libraries with a mistake each, which
+their tests must find (needs `library-eager`). See tests/sm100/README.md.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cute_adapter
+import sm100_mutations as mutations
+
+import build_native
+
+ROOT = build_native.ROOT
+SM100 = ROOT / "tests" / "sm100"
+OUTPUT = ROOT / "build" / "emulation"
+SCHEDULES = ("eager", "lazy")
+TUTORIALS = ("01_mma_sm100", "02_mma_tma_sm100")
+
+# The emulation needs SM90's barriers and copies.
+FLAGS = ["-std=c++20", "--expt-relaxed-constexpr", "--expt-extended-lambda", "-cudart", "static"]
+FLAGS += ["-gencode", "arch=compute_90a,code=sm_90a", "-Xptxas", "-O1"]
+
+
+def run(command: list[str | Path]) -> None:
+    if subprocess.run([str(part) for part in command], cwd=ROOT, check=False).returncode:
+        raise build_native.BuildError(f"{command[0]} failed; its words are above")
+
+
+def nvcc(*arguments: str | Path) -> None:
+    cuda = build_native.find_cuda()
+    if cuda is None:
+        raise build_native.BuildError("there is no nvcc: set CUDA_HOME")
+    run([cuda.nvcc, *FLAGS, *arguments])
+
+
+def schedule_flags(schedule: str) -> list[str]:
+    return ["-DFLASH_MLA_EMULATION_LAZY"] if schedule == "lazy" else []
+
+
+def emulated(schedule: str, csrc: Path = ROOT / "csrc") -> list[str | Path]:
+    """The emulation's headers come before those whose place they take."""
+    cutlass, _ = build_native.find_cutlass()
+    return [*schedule_flags(schedule), "-I", SM100 / "emulation", "-I", SM100, "-I", csrc, "-isystem", cutlass]
+
+
+def build_instructions(schedule: str) -> None:
+    nvcc("-O2", *emulated(schedule), "-o", OUTPUT / f"instructions-{schedule}", SM100 / "instructions.cu")
+
+
+def build_tutorials(schedule: str) -> None:
+    cutlass, _ = build_native.find_cutlass()
+    cute_adapter.write(cutlass, OUTPUT / "cute")
+    examples = cutlass.parent / "examples" / "cute" / "tutorial" / "blackwell"
+    # The driver's library need not be there where this is built.
+    stub = OUTPUT / "libcuda.so"
+    run(["g++", "-shared", "-Wl,-soname,libcuda.so.1", "-o", stub, "-x", "c", "/dev/null"])
+    enabled = ("CUTE_ARCH_TCGEN05_F16F32_MMA_ENABLED", "CUTE_ARCH_TCGEN05_TMEM_ENABLED", "CUTLASS_ARCH_TCGEN_ENABLED")
+    folders = [OUTPUT / "cute", SM100, cutlass, cutlass.parent / "tools" / "util" / "include", examples]
+    for name in TUTORIALS:
+        arguments: list[str | Path] = ["-O2", *schedule_flags(schedule), "-include", SM100 / "as_blackwell.h"]
+        arguments += [f"-I{folder}" for folder in folders] + [f"-D{name}" for name in enabled]
+        arguments += ["-diag-suppress", "20011,20014,177", "-o", OUTPUT / f"{name}-{schedule}", examples / f"{name}.cu"]
+        arguments += [
+            f"-L{OUTPUT}",
+            "-Xlinker",
+            "--no-as-needed",
+            "-lcuda",
+            "-Xlinker",
+            "--unresolved-symbols=ignore-all",
+        ]
+        nvcc(*arguments)
+
+
+def build_library(schedule: str) -> None:
+    folder = OUTPUT / schedule
+    folder.mkdir(exist_ok=True)
+    objects = []
+    for source in kernel_sources(ROOT / "csrc"):
+        objects.append(folder / f"{source.name}.o")
+        compile_kernel(source, objects[-1], ROOT / "csrc", schedule)
+    objects.append(folder / "kernels.cpp.o")
+    command = ninja_command("cxx -std").replace("$out.d", f"{objects[-1]}.d").replace("$out", str(objects[-1]))
+    command = command.replace("-Icsrc", f"-I{SM100 / 'emulation'} -Icsrc")
+    run(["sh", "-c", command.replace("$in", str(SM100 / "emulation" / "kernels.cpp"))])
+    link_library(folder / build_native.LIBRARY, objects)
+
+
+def build_mutants() -> None:
+    """Of the kernel for V32, the eager schedule."""
+    for name, (file, before, after) in mutations.MUTATIONS.items():
+        folder = OUTPUT / "mutants" / name
+        shutil.copytree(ROOT / "csrc", folder / "csrc", dirs_exist_ok=True)
+        text = (ROOT / "csrc" / file).read_text()
+        if text.count(before) != 1:
+            raise build_native.BuildError(f"mutation {name}: its text is not once in {file}")
+        (folder / "csrc" / file).write_text(text.replace(before, after))
+        objects = [OUTPUT / "eager" / f"{source.name}.o" for source in kernel_sources(ROOT / "csrc")]
+        objects = [folder / "v32.cu.o" if path.name == "v32.cu.o" else path for path in objects]
+        source = next(path for path in kernel_sources(folder / "csrc") if path.name == "v32.cu")
+        compile_kernel(source, folder / "v32.cu.o", folder / "csrc", "eager")
+        link_library(folder / build_native.LIBRARY, [*objects, OUTPUT / "eager" / "kernels.cpp.o"])
+
+
+def kernel_sources(csrc: Path) -> list[Path]:
+    return sorted((csrc / "sm100" / "sparse_attention" / "inst").glob("*.cu"))
+
+
+def compile_kernel(source: Path, output: Path, csrc: Path, schedule: str) -> None:
+    nvcc("-O2", "-Xcompiler", "-fPIC,-fvisibility=hidden", *emulated(schedule, csrc), "-c", "-o", output, source)
+
+
+def ninja_line(start: str, within: str) -> str:
+    ninja = ROOT / build_native.BUILD / "build.ninja"
+    if not ninja.exists():
+        raise build_native.BuildError("`make build` has to come first: most objects are those of the real library")
+    return next(line for line in ninja.read_text().splitlines() if line.startswith(start) and within in line)
+
+
+def ninja_command(within: str) -> str:
+    return ninja_line("  command = ", within).removeprefix("  command = ").replace("$cxx", "g++")
+
+
+def link_library(output: Path, objects: list[Path]) -> None:
+    """The real library, with its table of SM90's kernels left out."""
+    parts = ninja_line("build ", f"/{build_native.LIBRARY}: link ").split(": link ")[1].split(" | ")[0].split()
+    own = [part for part in parts if "/sm100/" not in part and not part.endswith("sm90/kernels.cpp.o")]
+    command = ninja_command("cxx -shared").replace("$out", str(output))
+    run(["sh", "-c", command.replace("$in", " ".join([*own, *map(str, objects)]))])
+
+
+def main() -> int:
+    assert __doc__
+    kinds = {"instructions": build_instructions, "tutorials": build_tutorials, "library": build_library}
+    targets = [*(f"{kind}-{schedule}" for kind in kinds for schedule in SCHEDULES), "mutants"]
+    asked = sys.argv[1:] or targets
+    if not set(asked) <= set(targets):
+        print(__doc__)
+        return 2
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    try:
+        for target in asked:
+            kind, _, schedule = target.partition("-")
+            if kind == "mutants":
+                build_mutants()
+            else:
+                kinds[kind](schedule)
+    except build_native.BuildError as error:
+        print(f"flash_mla: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
