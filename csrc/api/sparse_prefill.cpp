@@ -345,7 +345,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_prefill_backward(
         "extra_k_cache and extra_kv_format must come together");
   const torch::stable::accelerator::DeviceGuard guard(given.device);
   const DeviceFacts& facts = device_facts(given.device);
-  const auto& kernel = select(kBackwardOp, sm90::sparse_prefill_backward_kernels(),
+  const auto& kernel = select(kBackwardOp, sparse_prefill_backward_kernels(),
                               backward_problem(facts.compute_capability, format, extra_format, given.size(1),
                                                given.size(2), d_out_given.size(2), sm_scale));
   check_results(d_out_given, d_lse, out, lse, given);
@@ -406,7 +406,7 @@ std::string sparse_prefill_backward_why_not(int64_t compute_capability, int64_t 
   constexpr int64_t kNone = static_cast<int64_t>(KVFormat::kNone);
   check(std::min(kv_format, extra_kv_format) >= 0 && std::max(kv_format, extra_kv_format) <= kNone, ErrorKind::kValue,
         "kv_format and extra_kv_format must be in 0 to ", kNone, ", got ", kv_format, " and ", extra_kv_format);
-  return explain(sm90::sparse_prefill_backward_kernels(),
+  return explain(sparse_prefill_backward_kernels(),
                  backward_problem(static_cast<int>(compute_capability), static_cast<KVFormat>(kv_format),
                                   static_cast<KVFormat>(extra_kv_format), h_q, d_qk, d_v, sm_scale));
 }

@@ -42,6 +42,15 @@ KernelTable<SparseAttentionProblem, SparseAttentionParams> sparse_attention_kern
   return kAll;
 }
 
+KernelTable<SparseAttentionProblem, SparsePrefillBackwardParams> sparse_prefill_backward_kernels() {
+  static const auto kAll = joined<SparseAttentionProblem, SparsePrefillBackwardParams>({
+#ifdef FLASH_MLA_WITH_SM90
+      sm90::sparse_prefill_backward_kernels(),
+#endif
+  });
+  return kAll;
+}
+
 KernelTable<DensePrefillProblem, DensePrefillParams> dense_prefill_kernels() {
   static const auto kAll = joined<DensePrefillProblem, DensePrefillParams>({
 #ifdef FLASH_MLA_WITH_SM90

@@ -8,6 +8,7 @@
 #include "core/params/dense_prefill.h"
 #include "core/params/dense_prefill_backward.h"
 #include "core/params/sparse_attention.h"
+#include "core/params/sparse_prefill_backward.h"
 
 namespace flash_mla::api {
 
@@ -16,6 +17,7 @@ using KernelTable = std::span<const Kernel<Problem, Params>>;
 
 KernelTable<DenseDecodeProblem, DenseDecodeParams> dense_decode_kernels();
 KernelTable<SparseAttentionProblem, SparseAttentionParams> sparse_attention_kernels();
+KernelTable<SparseAttentionProblem, SparsePrefillBackwardParams> sparse_prefill_backward_kernels();
 KernelTable<DensePrefillProblem, DensePrefillParams> dense_prefill_kernels();
 KernelTable<DensePrefillProblem, DensePrefillBackwardParams> dense_prefill_backward_kernels();
 

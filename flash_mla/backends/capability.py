@@ -137,8 +137,8 @@ def _dense_questions(capability: int) -> Iterator[_Question]:
         yield _Question(problem, dtype, problem.d_qk, problem.page_block_size, problem.h_kv)
 
 
-# Query heads: some kernels are for few of them.
-_HEADS = (16, 48)
+# Query heads: some kernels are for few of them, some for many.
+_HEADS = (16, 48, 128)
 
 
 def _fp8_questions(capability: int) -> Iterator[_Question]:

@@ -2,9 +2,9 @@
 // half of the columns of both gradients: that of q stays in registers, that of a tile's keys goes to its sums.
 #pragma once
 
+#include "device/barrier.cuh"
+#include "device/copy.cuh"
 #include "device/numeric.cuh"
-#include "device/sm90/barrier.cuh"
-#include "device/sm90/copy.cuh"
 #include "device/softmax.cuh"
 #include "sm90/gradient_rows.cuh"
 #include "sm90/sparse_prefill_backward/items.cuh"

@@ -2,8 +2,8 @@
 // ahead. One thread loads Q and the output's gradient by TMA.
 #pragma once
 
-#include "device/sm90/barrier.cuh"
-#include "device/sm90/copy.cuh"
+#include "device/barrier.cuh"
+#include "device/copy.cuh"
 #include "sm90/sparse_prefill_backward/items.cuh"
 #include "sm90/sparse_prefill_backward/storage.h"
 

@@ -1,7 +1,7 @@
 // From a fragment of 64 keys x 64 columns to the sums of the keys' rows in device memory.
 #pragma once
 
-#include "device/sm90/barrier.cuh"
+#include "device/barrier.cuh"
 #include "sm90/sparse_prefill_backward/config.h"
 
 namespace flash_mla::sm90::sparse_prefill_backward {
