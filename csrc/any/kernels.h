@@ -40,8 +40,8 @@ void launch_prefill_backward_plan(const DensePrefillBackwardParams& params, void
 void launch_prefill_backward_prepare(const DensePrefillBackwardParams& params, void* stream);
 void launch_prefill_backward_finish(const DensePrefillBackwardParams& params, void* stream);
 
-// The same for sparse prefill: rows, zeros in the sums, and units where they are in fixed point. Then, from the sums, dkv,
-// and d_sink.
+// The same for sparse prefill: rows, zeros in the sums, and units where they are in fixed point. Then, from the sums,
+// dkv, and d_sink.
 void launch_sparse_backward_prepare(const SparsePrefillBackwardParams& params, void* stream);
 void launch_sparse_backward_finish(const SparsePrefillBackwardParams& params, void* stream);
 

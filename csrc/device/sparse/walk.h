@@ -14,8 +14,8 @@ struct PieceFacts {
   int num_tiles;  // 0: nothing to read, but the output still has to be written; -1: no more pieces
   int request, unit;
   int row_tile;  // in steps of the kernel's rows
-  int partial;  // index of the partial result, -1: the piece is the whole list
-  int limit;    // causal: the keys of the piece from its beginning that the request's first token sees
+  int partial;   // index of the partial result, -1: the piece is the whole list
+  int limit;     // causal: the keys of the piece from its beginning that the request's first token sees
 };
 
 // A run of key tiles from one source, as a producer warp walks it.
