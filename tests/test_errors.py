@@ -614,8 +614,11 @@ SPARSE_TABLE: dict[str, tuple[dict[str, object], str]] = {
     "BF16, 512": ({"kv_format": KVFormat.BF16, "d_qk": 512}, "bf16_512"),
     "32 heads": ({"h_q": 32, "s_q": 9}, "v32"),
     "33 heads": ({"h_q": 33}, "v32"),
+    "64 heads": ({"h_q": 64}, "v32"),
+    "65 heads": ({"h_q": 65}, "v32"),
     "dense V32": ({"fp8_cache": "V32"}, "v32"),
     "dense V32, 33 rows": ({"fp8_cache": "V32", "h_q": 11, "s_q": 3}, "v32"),
+    "dense V32, 66 rows": ({"fp8_cache": "V32", "h_q": 11, "s_q": 6}, "v32"),
     "dense V41": ({"fp8_cache": "V41", "d_qk": 512}, "v41"),
     "old GPU": ({"compute_capability": 80}, "v32: runs on compute capability 9.0 only"),
     "format": (V41, "model1: k_cache must be of format MODEL1"),
@@ -645,8 +648,13 @@ def test_the_table_of_sparse_attention(case: str) -> None:
     with backends.use("cuda"):
         text = flash_mla.why_not(problem.op, problem)
     if reason == "":
-        few = problem.h_q * (problem.s_q if "fp8_cache" in changes else 1) <= 32
-        assert takes == [f"sm90_sparse_few_heads_{kernel}"] * few + [f"sm90_sparse_attention_{kernel}"]
+        rows = problem.h_q * (problem.s_q if "fp8_cache" in changes else 1)
+        few, paired = rows <= 32, rows > 64 and not kernel.startswith("bf16")
+        assert takes == [
+            *[f"sm90_sparse_few_heads_{kernel}"] * few,
+            *[f"sm90_sparse_paired_{kernel}"] * paired,
+            f"sm90_sparse_attention_{kernel}",
+        ]
         assert text is None
         assert backends.select(problem) is backends.CUDA
     elif not takes:
