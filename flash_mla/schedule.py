@@ -13,10 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from flash_mla import backends, errors, problem, problem_sparse
-from flash_mla.backends.reference_schedule import blocks_per_request
+from flash_mla.backends.reference_schedule import blocks_per_request, plan_blocks
+from flash_mla.backends.triton.config import Gpu
 
 
 @dataclass
@@ -131,7 +133,8 @@ def get_mla_decoding_metadata(
             count.
 
     Returns:
-        `tile_scheduler_metadata` int32 `[num_sm_parts, 8]` and `num_splits` int32 `[b + 1]`.
+        `tile_scheduler_metadata` int32 `[num_sm_parts, 8]`, at most a row for each multiprocessor of the GPU, and
+        `num_splits` int32 `[b + 1]`.
 
     Raises:
         ValueError, TypeError: naming the wrong argument.
@@ -149,7 +152,16 @@ def get_mla_decoding_metadata(
     except Exception as error:
         operators = backends.behind_cuda(errors.from_native(error), seqlens_k)
         rows, num_splits = getattr(operators, op)(*inputs)
+    most = _most_rows(seqlens_k)
+    if rows.shape[0] > most:
+        blocks = blocks_per_request(seqlens_k if topk is None else torch.full_like(seqlens_k, topk))
+        rows, num_splits = plan_blocks(blocks, most)
     return rows, num_splits
+
+
+def _most_rows(seqlens_k: Tensor) -> int:
+    """Rows that engines have room for: one for each multiprocessor. Triton's own plans may have two."""
+    return Gpu.of(seqlens_k.device).num_sms if seqlens_k.is_cuda else problem.MAX_PARTS
 
 
 def _split_query_rows(num_q_tokens_per_head_k: int, h_k: int, h_q: int | None) -> tuple[int, int]:

@@ -93,6 +93,17 @@ def test_sglang_graph_buffers(backend: Target) -> None:
         check_dense_decode(inputs, result=(out, lse))
 
 
+@pytest.mark.parametrize("h_q", [8, 16, 64])
+def test_sglang_sparse_graph_buffers(backend: Target, h_q: int) -> None:
+    """The same buffers for sparse calls, also where a backend's own plan has two rows for each multiprocessor."""
+    num_sms = torch.cuda.get_device_properties(0).multi_processor_count if backend.on_gpu else 132
+    b, topk = (300, 2048) if backend.on_gpu else (6, 200)
+    seqlens = torch.full((b,), 5, dtype=torch.int32, device=backend.device)
+    rows, num_splits = get_mla_decoding_metadata(seqlens, h_q, 1, topk=topk)
+    assert rows.shape[0] <= num_sms
+    check_decode(make_sparse_decode_inputs(b, h_q=h_q, topk=topk, device=backend.device), rows, num_splits)
+
+
 @pytest.mark.gpu
 def test_sglang_captured_step(gpu: Target) -> None:
     """The buffers are part of a graph; before each replay the host copies a new schedule into them."""
