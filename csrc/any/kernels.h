@@ -27,7 +27,8 @@ struct PlanParams {
   int32_t* num_splits;        // [b + 1], cumulative
   int b;
   int num_parts;  // rows of the schedule
-  int rows;       // query rows of a row tile, 64 at the most
+  // Shorter pieces cost more in partial results, written and read again, than their parallel work saves.
+  int min_piece_blocks;
 };
 
 void launch_plan(const PlanParams& params, void* stream);

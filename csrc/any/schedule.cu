@@ -4,7 +4,9 @@
 // set-up and epilogue. Part p begins at p / num_parts of the line. Two plans are weighed. The even plan cuts there, but
 // moves a cut near a request's edge to that edge, since a piece of a few blocks does not pay for itself. The whole plan
 // moves every cut to the nearest edge: nothing is split, nothing needs combining. The whole plan is taken when its
-// longest part is no longer than the even plan's parts with what their cuts cost.
+// longest part is no longer than the even plan's parts with what their cuts cost. Where requests are few and short a
+// third one is weighed, since a block more or less in the longest part then is much of the call: each request in pieces
+// of its own, as short as the parts suffice for.
 #include <cuda_runtime.h>
 
 #include "any/kernels.h"
@@ -19,10 +21,8 @@ constexpr int kPieceOverhead = 3;    // in blocks
 constexpr int kCombineOverhead = 3;  // in blocks: what joining split requests costs the whole call
 constexpr int kMaxTolerance = 4;
 
-// Pieces shorter than this cost more in partial results (64 rows x 512 columns, written and read again) than their
-// parallel work saves; few rows make small results.
-constexpr int kMinPieceBlocks = 2;
-constexpr int kFewRows = 16;
+// Longer pieces need not be equal to a block.
+constexpr int kLongPiece = 16;
 
 struct Cut {
   int request, block;
@@ -146,12 +146,9 @@ __device__ int64_t place_cuts(const PlanParams& params, Shared& shared, int begi
   }
   int64_t length = 0;
   int64_t position = exclusive_sum(shared, own, length);
-  num_parts = params.num_parts;
-  if (params.rows > kFewRows) {
-    const int64_t blocks = length - static_cast<int64_t>(params.b) * kPieceOverhead;
-    const int64_t useful = max(blocks / kMinPieceBlocks, static_cast<int64_t>(params.b));
-    num_parts = static_cast<int>(min(useful, static_cast<int64_t>(num_parts)));
-  }
+  const int64_t blocks = length - static_cast<int64_t>(params.b) * kPieceOverhead;
+  const int64_t useful = max(blocks / params.min_piece_blocks, static_cast<int64_t>(params.b));
+  num_parts = static_cast<int>(min(useful, static_cast<int64_t>(params.num_parts)));
   const int tolerance = static_cast<int>(min(length / num_parts / 16, static_cast<int64_t>(kMaxTolerance)));
   auto cut_at = [&](int64_t part) { return length * part / num_parts; };
   for (int r = begin; r < end; ++r) {
@@ -171,6 +168,41 @@ __device__ int64_t place_cuts(const PlanParams& params, Shared& shared, int begi
     shared.whole_position[num_parts] = length;
   }
   return length;
+}
+
+// How long pieces have to be at the most, so that requests of `blocks` blocks, one for each thread, can be cut into
+// them without outnumbering the parts. 0: there are too many requests, or too much work. Where pieces of one block do
+// not pay, nor do as many as this makes of pieces of two.
+__device__ int shortest_pieces(const PlanParams& params, Shared& shared, int blocks, int64_t total) {
+  if (2 * params.b > params.num_parts || total > static_cast<int64_t>(kLongPiece) * params.num_parts) {
+    return 0;
+  }
+  const int least = 2 * params.min_piece_blocks - 1;
+  auto sufficient = [&](int parts) { return max(ceil_div(static_cast<int>(total), parts), least); };
+  int low = sufficient(params.num_parts), high = sufficient(params.num_parts - params.b);
+  while (low < high) {
+    const int middle = (low + high) / 2;
+    int64_t pieces = 0;
+    exclusive_sum(shared, ceil_div(blocks, middle), pieces);
+    if (pieces <= params.num_parts) {
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  return low;
+}
+
+// The cuts of such pieces, in `shared.even`. Returns how many there are.
+__device__ int cut_into_pieces(Shared& shared, int blocks, int longest) {
+  const int pieces = ceil_div(blocks, longest);
+  int64_t total = 0;
+  const int first = static_cast<int>(exclusive_sum(shared, pieces, total));
+  for (int i = 0; i < pieces; ++i) {
+    shared.even[first + i] = {static_cast<int>(threadIdx.x), blocks * i / pieces};
+  }
+  __syncthreads();
+  return static_cast<int>(total);
 }
 
 __global__ void __launch_bounds__(kThreads) plan_kernel(const PlanParams params) {
@@ -200,13 +232,20 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const PlanParams params)
 
   int num_parts = 0;
   const int64_t length = place_cuts(params, shared, begin, end, num_parts);
-  const bool has_part = part < num_parts;
+  bool has_part = part < num_parts;
   __syncthreads();
   const int64_t longest = maximum(shared, has_part ? shared.whole_position[part + 1] - shared.whole_position[part] : 0);
   const int64_t even =
       ceil_div(length + static_cast<int64_t>(num_parts - 1) * kPieceOverhead, static_cast<int64_t>(num_parts)) +
       kCombineOverhead;
-  const Cut* cuts = longest <= even ? shared.whole : shared.even;
+  const int own_blocks = begin < end ? request_blocks(params, shared, begin) : 0;  // the only one, if they are few
+  const int piece =
+      shortest_pieces(params, shared, own_blocks, length - static_cast<int64_t>(params.b) * kPieceOverhead);
+  const int64_t pieces = piece == 0 ? INT64_MAX : piece + kPieceOverhead + kCombineOverhead;
+  const Cut* cuts = longest <= min(even, pieces) ? shared.whole : shared.even;
+  if (cuts == shared.even && pieces <= even) {
+    has_part = part < cut_into_pieces(shared, own_blocks, piece);
+  }
 
   // Parts that begin where another one does have no work; the others close ranks.
   const Cut cut = has_part ? cuts[part] : Cut{params.b, 0};

@@ -392,7 +392,7 @@ std::tuple<Tensor, Tensor> plan_sparse_decode(const Tensor& requests, const std:
   params.schedule = static_cast<ScheduleRow*>(schedule.data_ptr());
   params.num_splits = static_cast<int32_t*>(num_splits.data_ptr());
   params.b = static_cast<int>(b);
-  params.rows = static_cast<int>(std::min<int64_t>(h_q, kRowTile));
+  params.min_piece_blocks = 1;
   launch_plan(params, current_stream(view.device));
   return {schedule, num_splits};
 }
