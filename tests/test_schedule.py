@@ -186,6 +186,22 @@ def test_a_sparse_plan_has_topk_keys_for_every_request(backend: Target) -> None:
         get_mla_decoding_metadata(seqlens, 128, 1, topk=0)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("b", "blocks_each", "h_q", "longest"), [(2, 10, 64, 1), (4, 18, 128, 2), (2, 200, 128, 7)])
+def test_few_short_requests_are_cut_as_finely_as_there_are_parts(
+    cuda: Target, b: int, blocks_each: int, h_q: int, longest: int
+) -> None:
+    """For 132 multiprocessors, each with 64 rows."""
+    if torch.cuda.get_device_properties(cuda.device).multi_processor_count != 132:
+        pytest.skip("the numbers are those of 132 multiprocessors")
+    seqlens = torch.zeros(b, dtype=torch.int32, device=cuda.device)
+    rows, num_splits = get_mla_decoding_metadata(seqlens, h_q, 1, topk=64 * blocks_each)
+    lengths = [64 * blocks_each] * b
+    check_schedule(rows, num_splits, lengths)
+    seen = pieces(rows, num_splits, torch.tensor(lengths, dtype=torch.int32))
+    assert max(piece.end_block - piece.begin_block for piece in seen) == longest
+
+
 # ---- The metadata object.
 
 
