@@ -847,3 +847,18 @@ def test_an_empty_batch(backend: Target) -> None:
     out, lse = run_decode(inputs)
     assert out.shape == (0, 1, 4, 512)
     assert lse.shape == (0, 4, 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv_format", PRIMARY_FORMATS)
+@pytest.mark.parametrize("h_q", [16, 64, 128])
+def test_many_requests_give_the_same_bits_again_and_again(cuda: Target, kv_format: KVFormat, h_q: int) -> None:
+    """All multiprocessors at work, several lists each: an error of hand-overs within a kernel shows as other bits."""
+    options: dict[str, int] = {"num_blocks": 64} if kv_format is not KVFormat.BF16 else {}
+    inputs = make_sparse_decode_inputs(
+        150, h_q=h_q, topk=700, kv_format=kv_format, lengths="token", spread=3.0, device=cuda.device, **options
+    )
+    check_decode(inputs)
+    wanted = run_decode(inputs)
+    for _ in range(30):
+        assert_same_bits(run_decode(inputs), wanted)

@@ -24,7 +24,7 @@ __device__ __forceinline__ uint32_t peer_address(uint32_t address) {
 }
 
 // Says that this thread has read what was sent to it. Of CTA scope, as CUTLASS's barriers of clusters: with the
-// cluster's, it is a memory barrier of the whole GPU. Shared memory needs none, since a warp accesses it in order.
+// cluster's, it is a memory barrier of the whole GPU. It overtakes loads that have been issued and have not returned.
 __device__ __forceinline__ void mbarrier_arrive_peer(uint32_t peer_barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(peer_barrier) : "memory");
 }

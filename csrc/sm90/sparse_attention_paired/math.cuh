@@ -185,7 +185,12 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>> {
       scores[4 * i + 2] += part.z;
       scores[4 * i + 3] += part.w;
     }
-    tell_peer(storage_.peer_scores_read);
+    uint32_t read = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      read |= __float_as_uint(scores[4 * i]);
+    }
+    tell_peer(storage_.peer_scores_read, read);
     scores_parity_ ^= 1;
   }
 
@@ -234,7 +239,8 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>> {
       probabilities[4 * i + 3] = words.w;
     }
     const float2 reference = message.rows[thread_ / 4];
-    finish_message();
+    finish_message(probabilities[0] | probabilities[4] | probabilities[8] | probabilities[12] |
+                   __float_as_uint(reference.x));
     this->adopt_reference({reference.x, reference.y});
   }
 
@@ -246,7 +252,7 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>> {
 
   __device__ __forceinline__ void receive_sums(float (&total)[2]) {
     const float2 sums = receive(kRowBytes).rows[thread_ / 4];
-    finish_message();
+    finish_message(__float_as_uint(sums.x));
     total[0] = sums.x;
     total[1] = sums.y;
   }
@@ -265,8 +271,8 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>> {
     return storage_.messages[messages_.stage];
   }
 
-  __device__ __forceinline__ void finish_message() {
-    tell_peer(storage_.peer_message_read[messages_.stage]);
+  __device__ __forceinline__ void finish_message(uint32_t read) {
+    tell_peer(storage_.peer_message_read[messages_.stage], read);
     messages_.advance();
   }
 
@@ -277,11 +283,14 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>> {
     }
   }
 
-  // The warp has read what the other CTA may now write over.
-  __device__ __forceinline__ void tell_peer(uint64_t& barrier) const {
-    __syncwarp();
+  // The warp has read what the other CTA may now write over. Loads wait where wgmma needs all of shared memory's
+  // bandwidth, and neither the arrival in the other CTA nor what it then sends waits behind them. So the arrival is
+  // made to depend on `read`, something of each load of each lane: it is masked with 0, which the compiler does not
+  // know.
+  __device__ __forceinline__ void tell_peer(uint64_t& barrier, uint32_t read) const {
+    const uint32_t all_have_read = __ballot_sync(~0u, read != 0);
     if (lane_ == 0) {
-      mbarrier_arrive_peer(peer_address(shared_address(&barrier)));
+      mbarrier_arrive_peer(peer_address(shared_address(&barrier)) + (all_have_read & blockIdx.y));
     }
   }
 
