@@ -4,10 +4,10 @@
     python tools/build_emulation.py                   # all of it
     python tools/build_emulation.py library-eager     # one target
 
-Targets: `instructions-eager` and `-lazy`, a program for an H100; `tutorials-eager` and
-`-lazy`, Blackwell kernels of the package nvidia-cutlass, unchanged; `library-eager` and `-lazy`, libflash_mla.so with
-the kernels of SM100 in place of SM90's (needs `make build` first); `mutants`, such libraries with a mistake each, which
-their tests must find (needs `library-eager`). See tests/sm100/README.md.
+Targets: `instructions-eager` and `-lazy`, a program for an H100; `tutorials-eager` and `-lazy`, Blackwell kernels of
+the package nvidia-cutlass, unchanged; `library-eager` and `-lazy`, libflash_mla.so with emulated kernels of SM100, for
+which every device is a Blackwell (needs `make build` first); `mutants`, such libraries with a mistake each, which their
+tests must find (needs `library-eager`). See tests/sm100/README.md.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ ROOT = build_native.ROOT
 SM100 = ROOT / "tests" / "sm100"
 OUTPUT = ROOT / "build" / "emulation"
 SCHEDULES = ("eager", "lazy")
+DEVICE = Path("api/device.cpp.o")
 TUTORIALS = ("01_mma_sm100", "02_mma_tma_sm100")
 
 # The emulation needs SM90's barriers and copies.
@@ -90,27 +91,27 @@ def build_library(schedule: str) -> None:
     for source in kernel_sources(ROOT / "csrc"):
         objects.append(folder / f"{source.name}.o")
         compile_kernel(source, objects[-1], ROOT / "csrc", schedule)
-    objects.append(folder / "kernels.cpp.o")
+    objects.append(folder / DEVICE.name)
     command = ninja_command("cxx -std").replace("$out.d", f"{objects[-1]}.d").replace("$out", str(objects[-1]))
-    command = command.replace("-Icsrc", f"-I{SM100 / 'emulation'} -Icsrc")
-    run(["sh", "-c", command.replace("$in", str(SM100 / "emulation" / "kernels.cpp"))])
+    command = command.replace("$arch_defines", f"-DFLASH_MLA_WITH_SM100 -include {SM100 / 'as_blackwell.h'}")
+    run(["sh", "-c", command.replace("$in", "csrc/api/device.cpp")])
     link_library(folder / build_native.LIBRARY, objects)
 
 
 def build_mutants() -> None:
-    """Of the kernel for V32, the eager schedule."""
-    for name, (file, before, after) in mutations.MUTATIONS.items():
+    """Of one kernel each, the eager schedule."""
+    for name, changes in {**mutations.MISTAKES, **mutations.HARMLESS}.items():
         folder = OUTPUT / "mutants" / name
         shutil.copytree(ROOT / "csrc", folder / "csrc", dirs_exist_ok=True)
-        text = (ROOT / "csrc" / file).read_text()
-        if text.count(before) != 1:
-            raise build_native.BuildError(f"mutation {name}: its text is not once in {file}")
-        (folder / "csrc" / file).write_text(text.replace(before, after))
+        for file, _, _ in changes:
+            text = (ROOT / "csrc" / file).read_text()
+            (folder / "csrc" / file).write_text(mutations.mutated(text, file, changes))
         objects = [OUTPUT / "eager" / f"{source.name}.o" for source in kernel_sources(ROOT / "csrc")]
-        objects = [folder / "v32.cu.o" if path.name == "v32.cu.o" else path for path in objects]
-        source = next(path for path in kernel_sources(folder / "csrc") if path.name == "v32.cu")
-        compile_kernel(source, folder / "v32.cu.o", folder / "csrc", "eager")
-        link_library(folder / build_native.LIBRARY, [*objects, OUTPUT / "eager" / "kernels.cpp.o"])
+        kernel = mutations.mutated_kernel(changes)
+        objects = [folder / path.name if path.name == f"{kernel}.o" else path for path in objects]
+        source = next(path for path in kernel_sources(folder / "csrc") if path.name == kernel)
+        compile_kernel(source, folder / f"{kernel}.o", folder / "csrc", "eager")
+        link_library(folder / build_native.LIBRARY, [*objects, OUTPUT / "eager" / DEVICE.name])
 
 
 def kernel_sources(csrc: Path) -> list[Path]:
@@ -133,9 +134,11 @@ def ninja_command(within: str) -> str:
 
 
 def link_library(output: Path, objects: list[Path]) -> None:
-    """The real library, with its table of SM90's kernels left out."""
+    """The real library, but for the kernels that are emulated and for what the device says that it is."""
     parts = ninja_line("build ", f"/{build_native.LIBRARY}: link ").split(": link ")[1].split(" | ")[0].split()
-    own = [part for part in parts if "/sm100/" not in part and not part.endswith("sm90/kernels.cpp.o")]
+    own = [part for part in parts if "/sm100/sparse_attention/" not in part and not part.endswith(str(DEVICE))]
+    if len(own) == len(parts) - 1:
+        raise build_native.BuildError("`make build` has to be for sm100 too: FLASH_MLA_ARCHES")
     command = ninja_command("cxx -shared").replace("$out", str(output))
     run(["sh", "-c", command.replace("$in", " ".join([*own, *map(str, objects)]))])
 
