@@ -33,8 +33,8 @@ SELECTIONS: list[dict[str, Any]] = [
     {"h_q": 64, "topk": 700, "extra_topk": 130, "sink": True, "spread": 20.0},
 ]
 PAGED: list[dict[str, Any]] = [
-    {"h_q": 64, "page": 64},
-    {"h_q": 22, "s_q": 3, "page": 3, "causal": True, "sink": True, "spread": 8.0},
+    {"h_q": 64, "page": 64, "sink": True},
+    {"h_q": 22, "s_q": 3, "page": 3, "causal": True, "spread": 20.0},
 ]
 LENGTHS = [0, 1, 700, 130]
 ROWS = ((576, torch.bfloat16), (512, torch.bfloat16), (576, torch.float16), (512, torch.float16))
