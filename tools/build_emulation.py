@@ -6,8 +6,8 @@
 
 Targets: `instructions-eager` and `-lazy`, a program for an H100; `tutorials-eager` and `-lazy`, Blackwell kernels of
 the package nvidia-cutlass, unchanged; `library-eager` and `-lazy`, libflash_mla.so with emulated kernels of SM100, for
-which every device is a Blackwell (needs `make build` first); `mutants`, such libraries with a mistake each, which their
-tests must find (needs `library-eager`). See tests/sm100/README.md.
+which a device is a Blackwell where it is asked to be one (needs `make build` first); `mutants`, such libraries with a
+mistake each, which their tests must find (needs `library-eager`). See tests/sm100/README.md.
 """
 
 from __future__ import annotations

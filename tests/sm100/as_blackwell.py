@@ -1,8 +1,10 @@
-"""Makes Python believe that its GPU is a Blackwell, as an emulated library does: `import as_blackwell`, or
-`PYTHONPATH=tests/sm100 pytest -p as_blackwell`.
+"""Makes Python and an emulated library believe that the GPU is a Blackwell: `import as_blackwell`, or
+`PYTHONPATH=.:tests/sm100 pytest -p as_blackwell`.
 """
 
 from __future__ import annotations
+
+import os
 
 from torch import Tensor
 
@@ -18,3 +20,4 @@ def device_of(tensor: Tensor) -> tuple[str, int | None]:
 
 
 problem.device_of = device_of
+os.environ["FLASH_MLA_AS_BLACKWELL"] = "1"

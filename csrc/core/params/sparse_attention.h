@@ -1,4 +1,5 @@
-// What the kernels of sparse decode, sparse prefill and decode over FP8 caches are given.
+// What the kernels of sparse decode, sparse prefill and decode over FP8 caches are given; those of dense decode, too,
+// on SM100.
 //
 // A request has units: sets of rows that attend to the same list of keys. With indices a unit is a query token and its
 // rows are heads; over block tables a request is one unit and its rows are (token, head) pairs, token-major. A unit's
