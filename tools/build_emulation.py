@@ -6,7 +6,7 @@
 
 Targets: `instructions-eager` and `-lazy`, a program for an H100; `tutorials-eager` and
 `-lazy`, Blackwell kernels of the package nvidia-cutlass, unchanged; `library-eager` and `-lazy`, libflash_mla.so with
-the kernels of SM100 in place of SM90's (needs `make build` first); `mutants`, such libraries with a mistake each, which
+kernels of SM100 in place of SM90's (needs `make build` first); `mutants`, such libraries with a mistake each, which
 their tests must find (needs `library-eager`). See tests/sm100/README.md.
 """
 
@@ -27,6 +27,13 @@ SM100 = ROOT / "tests" / "sm100"
 OUTPUT = ROOT / "build" / "emulation"
 SCHEDULES = ("eager", "lazy")
 TUTORIALS = ("01_mma_sm100", "02_mma_tma_sm100")
+
+# What CuTe's wrappers ask for before they are more than a trap.
+ENABLED = (
+    "CUTE_ARCH_TCGEN05_F16F32_MMA_ENABLED",
+    "CUTE_ARCH_TCGEN05_TMEM_ENABLED",
+    "CUTLASS_ARCH_TCGEN_ENABLED",
+)
 
 # The emulation needs SM90's barriers and copies.
 FLAGS = ["-std=c++20", "--expt-relaxed-constexpr", "--expt-extended-lambda", "-cudart", "static"]
@@ -66,11 +73,10 @@ def build_tutorials(schedule: str) -> None:
     # The driver's library need not be there where this is built.
     stub = OUTPUT / "libcuda.so"
     run(["g++", "-shared", "-Wl,-soname,libcuda.so.1", "-o", stub, "-x", "c", "/dev/null"])
-    enabled = ("CUTE_ARCH_TCGEN05_F16F32_MMA_ENABLED", "CUTE_ARCH_TCGEN05_TMEM_ENABLED", "CUTLASS_ARCH_TCGEN_ENABLED")
     folders = [OUTPUT / "cute", SM100, cutlass, cutlass.parent / "tools" / "util" / "include", examples]
     for name in TUTORIALS:
         arguments: list[str | Path] = ["-O2", *schedule_flags(schedule), "-include", SM100 / "as_blackwell.h"]
-        arguments += [f"-I{folder}" for folder in folders] + [f"-D{name}" for name in enabled]
+        arguments += [f"-I{folder}" for folder in folders] + [f"-D{name}" for name in ENABLED]
         arguments += ["-diag-suppress", "20011,20014,177", "-o", OUTPUT / f"{name}-{schedule}", examples / f"{name}.cu"]
         arguments += [
             f"-L{OUTPUT}",
@@ -98,8 +104,10 @@ def build_library(schedule: str) -> None:
 
 
 def build_mutants() -> None:
-    """Of the kernel for V32, the eager schedule."""
-    for name, (file, before, after) in mutations.MUTATIONS.items():
+    """Of a kernel each, the eager schedule."""
+    all_mutations = {"v32.cu": mutations.MUTATIONS, "bf16_192.cu": mutations.GRADIENT_MUTATIONS}
+    for kernel, name in ((kernel, name) for kernel, named in all_mutations.items() for name in named):
+        file, before, after = all_mutations[kernel][name]
         folder = OUTPUT / "mutants" / name
         shutil.copytree(ROOT / "csrc", folder / "csrc", dirs_exist_ok=True)
         text = (ROOT / "csrc" / file).read_text()
@@ -107,18 +115,26 @@ def build_mutants() -> None:
             raise build_native.BuildError(f"mutation {name}: its text is not once in {file}")
         (folder / "csrc" / file).write_text(text.replace(before, after))
         objects = [OUTPUT / "eager" / f"{source.name}.o" for source in kernel_sources(ROOT / "csrc")]
-        objects = [folder / "v32.cu.o" if path.name == "v32.cu.o" else path for path in objects]
-        source = next(path for path in kernel_sources(folder / "csrc") if path.name == "v32.cu")
-        compile_kernel(source, folder / "v32.cu.o", folder / "csrc", "eager")
+        objects = [folder / path.name if path.name == f"{kernel}.o" else path for path in objects]
+        source = next(path for path in kernel_sources(folder / "csrc") if path.name == kernel)
+        compile_kernel(source, folder / f"{kernel}.o", folder / "csrc", "eager")
         link_library(folder / build_native.LIBRARY, [*objects, OUTPUT / "eager" / "kernels.cpp.o"])
 
 
 def kernel_sources(csrc: Path) -> list[Path]:
-    return sorted((csrc / "sm100" / "sparse_attention" / "inst").glob("*.cu"))
+    folders = ("sparse_attention", "dense_prefill_backward")
+    return [path for name in folders for path in sorted((csrc / "sm100" / name / "inst").glob("*.cu"))]
 
 
 def compile_kernel(source: Path, output: Path, csrc: Path, schedule: str) -> None:
-    nvcc("-O2", "-Xcompiler", "-fPIC,-fvisibility=hidden", *emulated(schedule, csrc), "-c", "-o", output, source)
+    arguments: list[str | Path] = ["-O2", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    if "dense_prefill_backward" in source.parts:
+        # CUTLASS's example, with the instructions of its wrappers replaced.
+        cutlass, _ = build_native.find_cutlass()
+        cute_adapter.write(cutlass, OUTPUT / "cute")
+        arguments += ["-I", OUTPUT / "cute", "-isystem", build_native.find_fmha(cutlass)]
+        arguments += [f"-D{name}" for name in ENABLED] + ["--use_fast_math", "-diag-suppress", "20011,20014,177"]
+    nvcc(*arguments, *emulated(schedule, csrc), "-c", "-o", output, source)
 
 
 def ninja_line(start: str, within: str) -> str:

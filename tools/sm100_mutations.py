@@ -1,4 +1,4 @@
-"""Mistakes in the kernel of sparse attention that its tests must find under emulation: one change of text each."""
+"""Mistakes in the kernels that their tests must find under emulation: one change of text each."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ PRODUCTS = "sm100/sparse_attention/products.cuh"
 MATH = "sm100/sparse_attention/math.cuh"
 PRODUCER = "device/sparse/producer.cuh"
 
+# Of sparse attention.
 MUTATIONS = {
     "no_wait_for_keys": (
         PRODUCTS,
@@ -34,4 +35,22 @@ MUTATIONS = {
         "mbarrier_wait(shared_address(&storage_.k_empty[slot]), phases_.parity(slot) ^ 1);",
         "",
     ),
+}
+
+BACKWARD = "sm100/dense_prefill_backward"
+
+# Of the gradients of dense prefill.
+GRADIENT_MUTATIONS = {
+    "rows_beyond_the_end": (
+        f"{BACKWARD}/producer.cuh",
+        "token = item.first_query + tile * kBackwardQueryTile, rows = rows_of(item, tile);",
+        "token = item.first_query + tile * kBackwardQueryTile, rows = kBackwardQueryTile;",
+    ),
+    "keys_beyond_the_end": (
+        f"{BACKWARD}/mask.cuh",
+        "min(get<1>(item), get<4, 0>(item) + row * get<4, 1>(item))",
+        "(get<4, 0>(item) + row * get<4, 1>(item))",
+    ),
+    "rows_of_one_head": (f"{BACKWARD}/mask.cuh", "get<0>(place_of(0)) % get<0>(item)", "get<0>(place_of(0))"),
+    "no_wait_for_gradients": (f"{BACKWARD}/adder.cuh", "pipeline.consumer_wait(state);", ""),
 }

@@ -5,9 +5,11 @@
 
 #include "core/kernel_table.h"
 #include "core/params/dense_prefill.h"
+#include "core/params/dense_prefill_backward.h"
 
 namespace flash_mla::sm100 {
 
 std::span<const Kernel<DensePrefillProblem, DensePrefillParams>> dense_prefill_kernels();
+std::span<const Kernel<DensePrefillProblem, DensePrefillBackwardParams>> dense_prefill_backward_kernels();
 
 }  // namespace flash_mla::sm100
