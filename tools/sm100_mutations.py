@@ -1,4 +1,4 @@
-"""Mistakes in the kernels of sparse attention that their tests must find under emulation: changes of text."""
+"""Mistakes in the kernels that their tests must find under emulation: changes of text."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ MATH = "sm100/sparse_attention/math.cuh"
 PRODUCER = "device/sparse/producer.cuh"
 ROW_PRODUCER = "sm100/sparse_attention/row_producer.cuh"
 
+BACKWARD = "sm100/dense_prefill_backward"
+
 Change = tuple[str, str, str]  # in a file, this text, to that
 
 # The emulated products are slower than any producer: whether they wait for one is not seen otherwise.
 SLOW_PRODUCERS: Change = (PRODUCER, "publish_valid(slot);", "__nanosleep(100'000);\n        publish_valid(slot);")
 
+# Of sparse attention.
 MISTAKES: dict[str, list[Change]] = {
     "no_wait_for_keys": [
         (PRODUCTS, "mbarrier_wait(shared_address(&storage_.k_full[slot][part]), filled_.parity(slot));", ""),
@@ -48,9 +51,33 @@ MISTAKES: dict[str, list[Change]] = {
 # Changes that are no mistake: the same tests must pass.
 HARMLESS: dict[str, list[Change]] = {"slow_producers": [SLOW_PRODUCERS]}
 
+# Of the gradients of dense prefill.
+GRADIENT_MISTAKES: dict[str, list[Change]] = {
+    "rows_beyond_the_end": [
+        (
+            f"{BACKWARD}/producer.cuh",
+            "token = item.first_query + tile * kBackwardQueryTile, rows = rows_of(item, tile);",
+            "token = item.first_query + tile * kBackwardQueryTile, rows = kBackwardQueryTile;",
+        )
+    ],
+    "keys_beyond_the_end": [
+        (
+            f"{BACKWARD}/mask.cuh",
+            "min(get<1>(item), get<4, 0>(item) + row * get<4, 1>(item))",
+            "(get<4, 0>(item) + row * get<4, 1>(item))",
+        )
+    ],
+    "rows_of_one_head": [(f"{BACKWARD}/mask.cuh", "get<0>(place_of(0)) % get<0>(item)", "get<0>(place_of(0))")],
+    "no_wait_for_gradients": [(f"{BACKWARD}/adder.cuh", "pipeline.consumer_wait(state);", "")],
+}
+
+ALL = {**MISTAKES, **HARMLESS, **GRADIENT_MISTAKES}
+
 
 def mutated_kernel(changes: list[Change]) -> str:
     """The instantiation that shows the first change."""
+    if changes[0][0].startswith(BACKWARD):
+        return "bf16_192.cu"
     return "bf16_576.cu" if changes[0][0] == ROW_PRODUCER else "v32.cu"
 
 

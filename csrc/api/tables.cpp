@@ -74,6 +74,9 @@ KernelTable<DensePrefillProblem, DensePrefillBackwardParams> dense_prefill_backw
 #ifdef FLASH_MLA_WITH_SM90
       sm90::dense_prefill_backward_kernels(),
 #endif
+#ifdef FLASH_MLA_WITH_SM100
+      sm100::dense_prefill_backward_kernels(),
+#endif
   });
   return kAll;
 }

@@ -2,6 +2,7 @@
 
 #include "core/sparse_support.h"
 #include "sm100/dense_prefill/launch.h"
+#include "sm100/dense_prefill_backward/launch.h"
 #include "sm100/sparse_attention/launch.h"
 
 namespace flash_mla::sm100 {
@@ -87,11 +88,32 @@ const char* why_not_dense_prefill(const DensePrefillProblem& problem) {
   return nullptr;
 }
 
+template <Element kElement, int kHeadDim>
+const char* why_not_dense_prefill_backward(const DensePrefillProblem& problem) {
+  // CUTLASS counts the elements of a tile of dk and dv in 32 bits.
+  static_assert(int64_t{65536} * kHeadDim * kBackwardKeyTile <= INT32_MAX);
+  if (problem.h_kv > 65536) {
+    return "h_kv must be at most 65536";
+  }
+  return why_not_dense_prefill<kElement, kHeadDim>(problem);
+}
+
 constexpr Kernel<DensePrefillProblem, DensePrefillParams> kDensePrefill[] = {
     {"sm100_dense_prefill_bf16_192", why_not_dense_prefill<Element::kBFloat16, 192>, dense_prefill::launch_bf16_192},
     {"sm100_dense_prefill_bf16_128", why_not_dense_prefill<Element::kBFloat16, 128>, dense_prefill::launch_bf16_128},
     {"sm100_dense_prefill_fp16_192", why_not_dense_prefill<Element::kFloat16, 192>, dense_prefill::launch_fp16_192},
     {"sm100_dense_prefill_fp16_128", why_not_dense_prefill<Element::kFloat16, 128>, dense_prefill::launch_fp16_128},
+};
+
+constexpr Kernel<DensePrefillProblem, DensePrefillBackwardParams> kDensePrefillBackward[] = {
+    {"sm100_dense_prefill_backward_bf16_192", why_not_dense_prefill_backward<Element::kBFloat16, 192>,
+     dense_prefill_backward::launch_bf16_192},
+    {"sm100_dense_prefill_backward_bf16_128", why_not_dense_prefill_backward<Element::kBFloat16, 128>,
+     dense_prefill_backward::launch_bf16_128},
+    {"sm100_dense_prefill_backward_fp16_192", why_not_dense_prefill_backward<Element::kFloat16, 192>,
+     dense_prefill_backward::launch_fp16_192},
+    {"sm100_dense_prefill_backward_fp16_128", why_not_dense_prefill_backward<Element::kFloat16, 128>,
+     dense_prefill_backward::launch_fp16_128},
 };
 
 }  // namespace
@@ -103,5 +125,9 @@ std::span<const Kernel<SparseAttentionProblem, SparseAttentionParams>> sparse_at
 }
 
 std::span<const Kernel<DensePrefillProblem, DensePrefillParams>> dense_prefill_kernels() { return kDensePrefill; }
+
+std::span<const Kernel<DensePrefillProblem, DensePrefillBackwardParams>> dense_prefill_backward_kernels() {
+  return kDensePrefillBackward;
+}
 
 }  // namespace flash_mla::sm100

@@ -257,7 +257,7 @@ __device__ inline void load(uint32_t address, Registers&... registers) {
   memory.check_columns(first.column, columns_of(kShape, kCount));
   int r = 0;
   const auto next = [&] {
-    const Place place = place_of_register(kShape, lane_id(), r++);
+    const Place place = place_of_register(kShape, kCount, lane_id(), r++);
     return memory.read(first.lane + place.lane, first.column + place.column);
   };
   ((registers = next()), ...);
@@ -273,7 +273,7 @@ __device__ inline void store(uint32_t address, const Registers&... registers) {
   memory.check_columns(first.column, columns_of(kShape, kCount));
   int r = 0;
   const auto next = [&](uint32_t value) {
-    const Place place = place_of_register(kShape, lane_id(), r++);
+    const Place place = place_of_register(kShape, kCount, lane_id(), r++);
     memory.write(first.lane + place.lane, first.column + place.column, value, kBeingStored);
   };
   (next(registers), ...);
