@@ -93,7 +93,9 @@ def build_library(schedule: str) -> None:
         compile_kernel(source, objects[-1], ROOT / "csrc", schedule)
     objects.append(folder / DEVICE.name)
     command = ninja_command("cxx -std").replace("$out.d", f"{objects[-1]}.d").replace("$out", str(objects[-1]))
-    command = command.replace("$arch_defines", f"-DFLASH_MLA_WITH_SM100 -include {SM100 / 'as_blackwell.h'}")
+    command = command.replace(
+        "$arch_defines", f"-DFLASH_MLA_WITH_SM90 -DFLASH_MLA_WITH_SM100 -include {SM100 / 'as_blackwell.h'}"
+    )
     run(["sh", "-c", command.replace("$in", "csrc/api/device.cpp")])
     link_library(folder / build_native.LIBRARY, objects)
 
