@@ -135,10 +135,10 @@ def flash_attn_varlen_func(
     sequence; with `causal`, query j of a sequence of s_q queries and s_kv keys sees keys `<= j + s_kv - s_q`. A query
     that sees no key, or that stands in no sequence, gets out 0 and lse +inf, and has no gradients.
 
-    Differentiable in q, k and v. On Hopper kernels compute the gradients. Their workspace: per query token and head
-    `4 * d_qk` bytes (twice the size of q) for float32 sums, 4 more for a sum over out, 4 more where `deterministic`;
-    32 bytes per key head for every 128 keys and every sequence. Elsewhere the reference computes them, and the forward
-    again.
+    Differentiable in q, k and v. On Hopper and Blackwell kernels compute the gradients. Their workspace: per query
+    token and head `4 * d_qk` bytes (twice the size of q) for float32 sums, 4 more for a sum over out, 4 more where
+    `deterministic`; 32 bytes per key head for every 128 keys and every sequence. Elsewhere the reference computes them,
+    and the forward again.
 
     Args:
         q: `[tokens_q, h_q, d_qk]`, bfloat16 or float16, last dimension contiguous; d_qk 192 or 128.

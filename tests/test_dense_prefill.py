@@ -772,21 +772,30 @@ BLACKWELL = {
 
 @pytest.mark.skipif("100f" not in flash_mla.build_info().get("archs", ""), reason="no kernels for SM100 are built")
 @pytest.mark.parametrize("case", BLACKWELL)
-def test_the_table_of_blackwell(case: str) -> None:
+@pytest.mark.parametrize("problem_type", [DensePrefillProblem, DensePrefillBackwardProblem])
+def test_the_table_of_blackwell(problem_type: type[DensePrefillProblem], case: str) -> None:
     changes, wanted = BLACKWELL[case]
-    problem = DensePrefillProblem("cuda", 100, torch.bfloat16, 4, 16, 4, 192, 128, True, False, False, 192**-0.5)
+    problem = problem_type("cuda", 100, torch.bfloat16, 4, 16, 4, 192, 128, True, False, False, 192**-0.5)
     problem = replace(problem, **changes)
     table = backends.cuda.kernel_table(problem)
     kernel, _, reason = wanted.partition(": ")
-    assert table[f"sm100_dense_prefill_{kernel}"] == reason
+    backward = isinstance(problem, DensePrefillBackwardProblem)
+    name = f"sm100_dense_prefill_backward_{kernel}" if backward else f"sm100_dense_prefill_{kernel}"
+    assert table[name] == reason
     takes = [name for name, why_not in table.items() if why_not == "" and name.startswith("sm100")]
-    assert takes == ([f"sm100_dense_prefill_{kernel}"] if reason == "" else [])
+    assert takes == ([name] if reason == "" else [])
     if reason == "":
         assert backends.select(problem) is backends.CUDA
-        # The gradients have no kernel there.
-        backward = DensePrefillBackwardProblem(**vars(problem))
-        assert backends.CUDA.why_not(backward)
-        assert backends.select(backward) is not backends.CUDA
+
+
+@pytest.mark.skipif("100f" not in flash_mla.build_info().get("archs", ""), reason="no kernels for SM100 are built")
+@pytest.mark.parametrize("h_kv", [65536, 65537])
+def test_gradients_on_blackwell_of_very_many_key_heads(h_kv: int) -> None:
+    problem = DensePrefillBackwardProblem(
+        "cuda", 100, torch.bfloat16, 1, h_kv, h_kv, 192, 128, True, True, True, 192**-0.5
+    )
+    reason = backends.cuda.kernel_table(problem)["sm100_dense_prefill_backward_bf16_192"]
+    assert reason == ("" if h_kv == 65536 else "h_kv must be at most 65536")
 
 
 def test_the_cuda_backend_says_why_not() -> None:

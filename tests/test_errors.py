@@ -664,6 +664,54 @@ def test_the_table_of_sparse_attention(case: str) -> None:
         assert backends.select(problem) is (backends.TRITON if served else backends.REFERENCE)
 
 
+needs_sm100_build = pytest.mark.skipif(
+    "100f" not in flash_mla.build_info().get("archs", ""), reason="no kernels for SM100 are built"
+)
+NOT_A_BLACKWELL = "runs on compute capability 10.0 and 10.3 only, and has not been run on Blackwell hardware"
+
+
+@needs_sm100_build
+@pytest.mark.parametrize("case", SPARSE_TABLE)
+def test_the_table_of_sparse_attention_on_blackwell(case: str) -> None:
+    changes, wanted = SPARSE_TABLE[case]
+    problem = replace(PROBLEM if "fp8_cache" in changes else SPARSE, **{"compute_capability": 100, **changes})
+    table = backends.cuda.kernel_table(problem)
+    kernel, _, reason = wanted.partition(": ")
+    if "only" in reason:
+        reason = NOT_A_BLACKWELL
+    assert table[f"sm100_sparse_attention_{kernel}"] == reason
+    if reason == "":
+        assert [name for name, why_not in table.items() if why_not == ""] == [f"sm100_sparse_attention_{kernel}"]
+        assert backends.select(problem) is backends.CUDA
+
+
+DENSE_ON_BLACKWELL: dict[str, tuple[dict[str, object], str]] = {
+    "bf16, 576": ({}, "bf16_576"),
+    "bf16, 512, SM103": ({"d_qk": 512, "compute_capability": 103}, "bf16_512"),
+    "fp16, 576": ({"dtype": torch.float16, "h_q": 128, "s_q": 3}, "fp16_576"),
+    "fp16, 512": ({"dtype": torch.float16, "d_qk": 512, "page_block_size": 3}, "fp16_512"),
+    "key heads": ({"h_kv": 2}, "bf16_576"),
+    "d_qk": ({"d_qk": 512}, "bf16_576: d_qk must be 576"),
+    "d_v": ({"d_v": 256}, "bf16_576: head_dim_v must be 512"),
+    "dtype": ({"dtype": torch.float16}, "bf16_576: q and k_cache must be bfloat16"),
+    "scale": ({"softmax_scale": -0.5}, "bf16_576: softmax_scale must not be negative"),
+    "SM120": ({"compute_capability": 120}, f"bf16_576: {NOT_A_BLACKWELL}"),
+}
+
+
+@needs_sm100_build
+@pytest.mark.parametrize("case", DENSE_ON_BLACKWELL)
+def test_the_table_of_dense_decode_on_blackwell(case: str) -> None:
+    changes, wanted = DENSE_ON_BLACKWELL[case]
+    problem = replace(PROBLEM, **{"compute_capability": 100, **changes})
+    table = backends.cuda.kernel_table(problem)
+    kernel, _, reason = wanted.partition(": ")
+    assert table[f"sm100_dense_decode_{kernel}"] == reason
+    if reason == "":
+        assert [name for name, why_not in table.items() if why_not == ""] == [f"sm100_dense_decode_{kernel}"]
+        assert backends.select(problem) is backends.CUDA
+
+
 @pytest.mark.skipif(backends.cuda_missing is not None, reason=str(backends.cuda_missing))
 def test_the_scale_is_part_of_a_sparse_problem() -> None:
     """Only the kernel table needs it: the reference takes any scale."""

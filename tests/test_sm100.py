@@ -11,7 +11,7 @@ import cute_adapter
 import pytest
 import sm100_mutations
 import torch
-from test_dense_decode import assert_same_bits
+from test_dense_decode import bits
 
 import build_native
 
@@ -152,33 +152,65 @@ def test_the_adapter_replaces_what_it_knows() -> None:
     assert "tcgen05.shift" in text
 
 
+@pytest.mark.parametrize("distance", [1, 2])
+def test_the_adapter_knows_halves_that_lie_next_to_each_other(distance: int) -> None:
+    wrapper = 'asm volatile ("tcgen05.ld.sync.aligned.16x32bx2.x1.b32" "{%0}, [%1], DISTANCE;\\n"\n'
+    wrapper += ': "=r"(dst0) : "r"(src_addr));'
+    text = cute_adapter.adapted(wrapper.replace("DISTANCE", str(distance)))
+    assert ("load<::flash_mla::emulation::Shape::k16x32x2>(src_addr, dst0);" in text) == (distance == 1)
+    assert ("tcgen05.ld" in text) == (distance == 2)
+
+
 # ---- Our kernels. All other tests of the op run on them too: tests/sm100/README.md says how.
 
 
-def results_of(library: Path, file: Path) -> tuple[int, str]:
-    """Runs tests/sm100/results.py on a library; a kernel that never ends fails too."""
+def results_of(library: Path, file: Path, script: str = "results.py") -> tuple[int, str]:
+    """Runs a script of tests/sm100 on a library; a kernel that never ends fails too."""
     environment = {**os.environ, "FLASH_MLA_LIBRARY": str(on_hopper(library)), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, SM100 / "results.py", file]
+    command = [sys.executable, SM100 / script, file]
     try:
-        answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+        answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
     except subprocess.TimeoutExpired:
         return 1, "does not end"
     return answer.returncode, answer.stdout + answer.stderr
 
 
 @pytest.mark.gpu
-def test_both_schedules_give_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("script", ["results.py", "gradients.py"])
+def test_both_schedules_give_the_same_bits(script: str, tmp_path: Path) -> None:
     results = []
     for schedule in ("eager", "lazy"):
-        code, text = results_of(BUILT / schedule / build_native.LIBRARY, tmp_path / schedule)
+        code, text = results_of(BUILT / schedule / build_native.LIBRARY, tmp_path / schedule, script)
         assert code == 0, text
         results.append(torch.load(tmp_path / schedule))
-    for one, other in zip(*results, strict=True):
-        assert_same_bits(one, other)
+    for tensors in zip(*results, strict=True):
+        for one, other in zip(*tensors, strict=True):
+            assert torch.equal(bits(one), bits(other))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", sm100_mutations.MUTATIONS)
+@pytest.mark.parametrize("name", sm100_mutations.MISTAKES)
 def test_mistakes_in_the_kernel_are_found(name: str, tmp_path: Path) -> None:
     code, _ = results_of(BUILT / "mutants" / name / build_native.LIBRARY, tmp_path / name)
+    assert code != 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", sm100_mutations.HARMLESS)
+def test_harmless_changes_of_the_kernel_pass(name: str, tmp_path: Path) -> None:
+    code, text = results_of(BUILT / "mutants" / name / build_native.LIBRARY, tmp_path / name)
+    assert code == 0, text
+
+
+@pytest.mark.parametrize("name", sm100_mutations.ALL)
+def test_the_text_of_mutations_is_there(name: str) -> None:
+    changes = sm100_mutations.ALL[name]
+    for file, _, _ in changes:
+        text = (ROOT / "csrc" / file).read_text()
+        assert sm100_mutations.mutated(text, file, changes) != text
+
+
+@pytest.mark.parametrize("name", sm100_mutations.GRADIENT_MISTAKES)
+def test_mistakes_in_gradients_are_found(name: str, tmp_path: Path) -> None:
+    code, _ = results_of(BUILT / "mutants" / name / build_native.LIBRARY, tmp_path / name, "gradients.py")
     assert code != 0

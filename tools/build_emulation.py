@@ -4,10 +4,10 @@
     python tools/build_emulation.py                   # all of it
     python tools/build_emulation.py library-eager     # one target
 
-Targets: `instructions-eager` and `-lazy`, a program for an H100; `tutorials-eager` and
-`-lazy`, Blackwell kernels of the package nvidia-cutlass, unchanged; `library-eager` and `-lazy`, libflash_mla.so with
-the kernels of SM100 in place of SM90's (needs `make build` first); `mutants`, such libraries with a mistake each, which
-their tests must find (needs `library-eager`). See tests/sm100/README.md.
+Targets: `instructions-eager` and `-lazy`, a program for an H100; `tutorials-eager` and `-lazy`, Blackwell kernels of
+the package nvidia-cutlass, unchanged; `library-eager` and `-lazy`, libflash_mla.so with emulated kernels of SM100, for
+which a device is a Blackwell where it is asked to be one (needs `make build` first); `mutants`, such libraries with a
+mistake each, which their tests must find (needs `library-eager`). See tests/sm100/README.md.
 """
 
 from __future__ import annotations
@@ -26,7 +26,16 @@ ROOT = build_native.ROOT
 SM100 = ROOT / "tests" / "sm100"
 OUTPUT = ROOT / "build" / "emulation"
 SCHEDULES = ("eager", "lazy")
+EMULATED = ("sparse_attention", "dense_prefill_backward")  # folders of csrc/sm100
+REPLACED = ("api/device.cpp.o", "sm90/kernels.cpp.o")
 TUTORIALS = ("01_mma_sm100", "02_mma_tma_sm100")
+
+# What CuTe's wrappers ask for before they are more than a trap.
+ENABLED = (
+    "CUTE_ARCH_TCGEN05_F16F32_MMA_ENABLED",
+    "CUTE_ARCH_TCGEN05_TMEM_ENABLED",
+    "CUTLASS_ARCH_TCGEN_ENABLED",
+)
 
 # The emulation needs SM90's barriers and copies.
 FLAGS = ["-std=c++20", "--expt-relaxed-constexpr", "--expt-extended-lambda", "-cudart", "static"]
@@ -66,11 +75,10 @@ def build_tutorials(schedule: str) -> None:
     # The driver's library need not be there where this is built.
     stub = OUTPUT / "libcuda.so"
     run(["g++", "-shared", "-Wl,-soname,libcuda.so.1", "-o", stub, "-x", "c", "/dev/null"])
-    enabled = ("CUTE_ARCH_TCGEN05_F16F32_MMA_ENABLED", "CUTE_ARCH_TCGEN05_TMEM_ENABLED", "CUTLASS_ARCH_TCGEN_ENABLED")
     folders = [OUTPUT / "cute", SM100, cutlass, cutlass.parent / "tools" / "util" / "include", examples]
     for name in TUTORIALS:
         arguments: list[str | Path] = ["-O2", *schedule_flags(schedule), "-include", SM100 / "as_blackwell.h"]
-        arguments += [f"-I{folder}" for folder in folders] + [f"-D{name}" for name in enabled]
+        arguments += [f"-I{folder}" for folder in folders] + [f"-D{name}" for name in ENABLED]
         arguments += ["-diag-suppress", "20011,20014,177", "-o", OUTPUT / f"{name}-{schedule}", examples / f"{name}.cu"]
         arguments += [
             f"-L{OUTPUT}",
@@ -90,35 +98,49 @@ def build_library(schedule: str) -> None:
     for source in kernel_sources(ROOT / "csrc"):
         objects.append(folder / f"{source.name}.o")
         compile_kernel(source, objects[-1], ROOT / "csrc", schedule)
-    objects.append(folder / "kernels.cpp.o")
-    command = ninja_command("cxx -std").replace("$out.d", f"{objects[-1]}.d").replace("$out", str(objects[-1]))
-    command = command.replace("-Icsrc", f"-I{SM100 / 'emulation'} -Icsrc")
-    run(["sh", "-c", command.replace("$in", str(SM100 / "emulation" / "kernels.cpp"))])
-    link_library(folder / build_native.LIBRARY, objects)
+    sources = (ROOT / "csrc" / "api" / "device.cpp", SM100 / "emulation" / "kernels.cpp")
+    for source, output in zip(sources, host_objects(schedule), strict=True):
+        command = ninja_command("cxx -std").replace("$out.d", f"{output}.d").replace("$out", str(output))
+        options = "-DFLASH_MLA_WITH_SM90 -DFLASH_MLA_WITH_SM100"
+        if source.name == "device.cpp":
+            options += f" -include {SM100 / 'as_blackwell.h'}"
+        run(["sh", "-c", command.replace("$arch_defines", options).replace("$in", str(source))])
+    link_library(folder / build_native.LIBRARY, [*objects, *host_objects(schedule)])
+
+
+def host_objects(schedule: str) -> list[Path]:
+    return [OUTPUT / schedule / Path(name).name for name in REPLACED]
 
 
 def build_mutants() -> None:
-    """Of the kernel for V32, the eager schedule."""
-    for name, (file, before, after) in mutations.MUTATIONS.items():
+    """Of one kernel each, the eager schedule."""
+    for name, changes in mutations.ALL.items():
         folder = OUTPUT / "mutants" / name
         shutil.copytree(ROOT / "csrc", folder / "csrc", dirs_exist_ok=True)
-        text = (ROOT / "csrc" / file).read_text()
-        if text.count(before) != 1:
-            raise build_native.BuildError(f"mutation {name}: its text is not once in {file}")
-        (folder / "csrc" / file).write_text(text.replace(before, after))
+        for file, _, _ in changes:
+            text = (ROOT / "csrc" / file).read_text()
+            (folder / "csrc" / file).write_text(mutations.mutated(text, file, changes))
         objects = [OUTPUT / "eager" / f"{source.name}.o" for source in kernel_sources(ROOT / "csrc")]
-        objects = [folder / "v32.cu.o" if path.name == "v32.cu.o" else path for path in objects]
-        source = next(path for path in kernel_sources(folder / "csrc") if path.name == "v32.cu")
-        compile_kernel(source, folder / "v32.cu.o", folder / "csrc", "eager")
-        link_library(folder / build_native.LIBRARY, [*objects, OUTPUT / "eager" / "kernels.cpp.o"])
+        kernel = mutations.mutated_kernel(changes)
+        objects = [folder / path.name if path.name == f"{kernel}.o" else path for path in objects]
+        source = next(path for path in kernel_sources(folder / "csrc") if path.name == kernel)
+        compile_kernel(source, folder / f"{kernel}.o", folder / "csrc", "eager")
+        link_library(folder / build_native.LIBRARY, [*objects, *host_objects("eager")])
 
 
 def kernel_sources(csrc: Path) -> list[Path]:
-    return sorted((csrc / "sm100" / "sparse_attention" / "inst").glob("*.cu"))
+    return [path for name in EMULATED for path in sorted((csrc / "sm100" / name / "inst").glob("*.cu"))]
 
 
 def compile_kernel(source: Path, output: Path, csrc: Path, schedule: str) -> None:
-    nvcc("-O2", "-Xcompiler", "-fPIC,-fvisibility=hidden", *emulated(schedule, csrc), "-c", "-o", output, source)
+    arguments: list[str | Path] = ["-O2", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    if "dense_prefill_backward" in source.parts:
+        # CUTLASS's example, with the instructions of its wrappers replaced.
+        cutlass, _ = build_native.find_cutlass()
+        cute_adapter.write(cutlass, OUTPUT / "cute")
+        arguments += ["-I", OUTPUT / "cute", "-isystem", build_native.find_fmha(cutlass)]
+        arguments += [f"-D{name}" for name in ENABLED] + ["--use_fast_math", "-diag-suppress", "20011,20014,177"]
+    nvcc(*arguments, *emulated(schedule, csrc), "-c", "-o", output, source)
 
 
 def ninja_line(start: str, within: str) -> str:
@@ -133,9 +155,12 @@ def ninja_command(within: str) -> str:
 
 
 def link_library(output: Path, objects: list[Path]) -> None:
-    """The real library, with its table of SM90's kernels left out."""
+    """The real library, but for the kernels that are emulated, their table and what the device says that it is."""
     parts = ninja_line("build ", f"/{build_native.LIBRARY}: link ").split(": link ")[1].split(" | ")[0].split()
-    own = [part for part in parts if "/sm100/" not in part and not part.endswith("sm90/kernels.cpp.o")]
+    emulated = tuple(f"/sm100/{name}/" for name in EMULATED)
+    own = [part for part in parts if not part.endswith(REPLACED) and not any(name in part for name in emulated)]
+    if len(own) == len(parts) - len(REPLACED):
+        raise build_native.BuildError("`make build` has to be for sm100 too: FLASH_MLA_ARCHES")
     command = ninja_command("cxx -shared").replace("$out", str(output))
     run(["sh", "-c", command.replace("$in", " ".join([*own, *map(str, objects)]))])
 

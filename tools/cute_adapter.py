@@ -36,8 +36,10 @@ def operands(section: str) -> list[str]:
 
 def call(text: str, arguments: list[str]) -> str | None:
     """The emulation's call for an instruction, or None if it has none."""
-    if match := re.search(r"tcgen05\.(ld|st)\.sync\.aligned\.(32x32|16x64|16x128|16x256)b\.x\d+\.b32", text):
-        shape = f"::flash_mla::emulation::Shape::k{match[2]}"
+    if match := re.search(r"tcgen05\.(ld|st)\.sync\.aligned\.(\d+x\d+)b(x2)?\.x(\d+)\.b32", text):
+        if match[3] and not re.search(rf"\] *, *{match[4]}\b", text):
+            return None  # halves that do not lie next to each other
+        shape = f"::flash_mla::emulation::Shape::k{match[2]}{match[3] or ''}"
         if match[1] == "ld":
             return f"::flash_mla::emulation::load<{shape}>({arguments[-1]}, {', '.join(arguments[:-1])})"
         return f"::flash_mla::emulation::store<{shape}>({', '.join(arguments)})"

@@ -145,7 +145,7 @@ void launch_by_token(const SparseKernel& kernel, SparseAttentionParams& params, 
         tokens);
   params.tokens_per_batch = params.s_q;
   params.num_requests_total = static_cast<int>(tokens);
-  params.num_units = 1;
+  params.num_units = params.partial_units = 1;
   std::optional<Tensor> partials;
   const int64_t at_once = prepare_fixed_cuts(params, device, partials);
 
@@ -226,7 +226,7 @@ struct SparseCall {
     if (extra) {
       params.keys[1] = source_of(*extra);
     }
-    params.num_units = params.s_q;
+    params.num_units = params.partial_units = params.s_q;
     params.unit_rows = params.h_q;
     params.unit_tiles = ceil_div(params.unit_rows, kRowTile);
     void* stream = current_stream(q.device);
@@ -293,7 +293,7 @@ struct TableCall {
     keys.lengths = static_cast<const int32_t*>(seqlens.data);
     keys.stride_indices_b = table.stride(0), keys.stride_lengths_b = seqlens.stride(0);
     keys.topk = problem.topk;
-    params.num_units = 1;
+    params.num_units = params.partial_units = 1;
     params.unit_rows = params.s_q * params.h_q;
     params.unit_tiles = ceil_div(params.unit_rows, kRowTile);
     params.from_table = true;

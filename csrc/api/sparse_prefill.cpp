@@ -204,7 +204,7 @@ struct Call {
     params.b = 1;
     params.s_q = params.tokens_per_batch = params.num_requests_total = static_cast<int>(q.size(0));
     params.h_q = params.unit_rows = static_cast<int>(q.size(1));
-    params.num_units = 1;
+    params.num_units = params.partial_units = 1;
     params.unit_tiles = ceil_div(params.unit_rows, kRowTile);
     params.max_cuts = 1;
     params.num_sms = device_facts(q.device).num_sms;

@@ -29,6 +29,9 @@ KernelTable<DenseDecodeProblem, DenseDecodeParams> dense_decode_kernels() {
 #ifdef FLASH_MLA_WITH_SM90
       sm90::dense_decode_kernels(),
 #endif
+#ifdef FLASH_MLA_WITH_SM100
+      sm100::dense_decode_kernels(),
+#endif
   });
   return kAll;
 }
@@ -37,6 +40,9 @@ KernelTable<SparseAttentionProblem, SparseAttentionParams> sparse_attention_kern
   static const auto kAll = joined<SparseAttentionProblem, SparseAttentionParams>({
 #ifdef FLASH_MLA_WITH_SM90
       sm90::sparse_attention_kernels(),
+#endif
+#ifdef FLASH_MLA_WITH_SM100
+      sm100::sparse_attention_kernels(),
 #endif
   });
   return kAll;
@@ -67,6 +73,9 @@ KernelTable<DensePrefillProblem, DensePrefillBackwardParams> dense_prefill_backw
   static const auto kAll = joined<DensePrefillProblem, DensePrefillBackwardParams>({
 #ifdef FLASH_MLA_WITH_SM90
       sm90::dense_prefill_backward_kernels(),
+#endif
+#ifdef FLASH_MLA_WITH_SM100
+      sm100::dense_prefill_backward_kernels(),
 #endif
   });
   return kAll;

@@ -111,7 +111,7 @@ void check_load(const char* name) {
   const auto layout = typename Traits::DstLayout();
   for (int t = 0; t < 32; ++t) {
     for (int r = 0; r < kRegisters; ++r) {
-      const auto place = emulation::place_of_register(kShape, t, r);
+      const auto place = emulation::place_of_register(kShape, kRegisters, t, r);
       // Bits of the source: columns first, then lanes.
       const auto wanted = static_cast<int>(layout(t, 32 * r)) / 32;
       const int found = place.lane * kColumns + place.column;
@@ -152,6 +152,8 @@ void check_all() {
   check_load<load::SM100_TMEM_LOAD_32dp32b1x, Shape::k32x32>("32x32b.x1");
   check_load<load::SM100_TMEM_LOAD_32dp32b32x, Shape::k32x32>("32x32b.x32");
   check_load<load::SM100_TMEM_LOAD_32dp32b128x, Shape::k32x32>("32x32b.x128");
+  check_load<load::SM100_TMEM_LOAD_16dp32b16x, Shape::k16x32x2>("16x32bx2.x16");
+  check_load<load::SM100_TMEM_LOAD_16dp32b32x, Shape::k16x32x2>("16x32bx2.x32");
   check_load<load::SM100_TMEM_LOAD_16dp64b8x, Shape::k16x64>("16x64b.x8");
   check_load<load::SM100_TMEM_LOAD_16dp128b8x, Shape::k16x128>("16x128b.x8");
   check_load<load::SM100_TMEM_LOAD_16dp256b1x, Shape::k16x256>("16x256b.x1");

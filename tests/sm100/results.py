@@ -1,4 +1,4 @@
-"""Results of sparse decode for one library, FLASH_MLA_LIBRARY, into a file: `python tests/sm100/results.py FILE`.
+"""Results of the emulated kernels in one library, FLASH_MLA_LIBRARY, into a file: `python tests/sm100/results.py FILE`.
 
 The eager and the lazy emulation must write the same bytes. Every result is also checked against the reference.
 """
@@ -6,35 +6,71 @@ The eager and the lazy emulation must write the same bytes. Every result is also
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Iterator
 from typing import Any
 
+import as_blackwell  # noqa: F401
 import torch
 
-from flash_mla import KVFormat
-from flash_mla.testing import check_decode, make_sparse_decode_inputs, run_decode
+from flash_mla import KVFormat, backends, flash_mla_sparse_fwd
+from flash_mla.testing import (
+    check_decode,
+    check_sparse_prefill,
+    make_dense_decode_inputs,
+    make_dense_fp8_inputs,
+    make_sparse_decode_inputs,
+    make_sparse_prefill_inputs,
+    run_decode,
+)
 
-CASES: list[dict[str, Any]] = [
-    {"h_q": h_q, "topk": topk, "extra_topk": extra, "sink": sink, "kv_format": known, "spread": spread}
-    for known in (KVFormat.V32, KVFormat.MODEL1)
-    for h_q, topk, extra, sink, spread in (
-        (64, 130, 0, False, 1.0),
-        (128, 65, 70, True, 1.0),
-        (3, 1, 0, True, 1.0),
-        (64, 700, 130, False, 1.0),
-        (64, 700, 130, True, 20.0),  # scores that outgrow the reference maximum again and again
-    )
+SELECTIONS: list[dict[str, Any]] = [
+    {"h_q": 64, "topk": 130},
+    {"h_q": 128, "topk": 65, "extra_topk": 70, "sink": True},
+    {"h_q": 3, "topk": 1, "sink": True},
+    {"h_q": 64, "topk": 700, "extra_topk": 130},
+    # Scores that outgrow the reference maximum again and again.
+    {"h_q": 64, "topk": 700, "extra_topk": 130, "sink": True, "spread": 20.0},
 ]
+PAGED: list[dict[str, Any]] = [
+    {"h_q": 64, "page": 64, "sink": True},
+    {"h_q": 22, "s_q": 3, "page": 3, "causal": True, "spread": 20.0},
+]
+LENGTHS = [0, 1, 700, 130]
+ROWS = ((576, torch.bfloat16), (512, torch.bfloat16), (576, torch.float16), (512, torch.float16))
+
+
+def calls() -> Iterator[tuple[str, Any]]:
+    """What is called, and with what."""
+    selected = {"lengths": "token", "invalid": 0.2, "device": "cuda"}
+    formats: list[dict[str, Any]] = [{"kv_format": known} for known in (KVFormat.V32, KVFormat.MODEL1, KVFormat.V41)]
+    formats.append({"kv_format": KVFormat.V32_NO_ROPE})
+    formats += [{"kv_format": KVFormat.BF16, "d_qk": d_qk} for d_qk in (576, 512)]
+    for known in formats:
+        for case in SELECTIONS:
+            yield "decode", make_sparse_decode_inputs(2, 1, **selected, **known, **case)
+    both = {"kv_format": KVFormat.V41, "extra_format": KVFormat.V41_FP4, "extra_topk": 130}
+    yield "decode", make_sparse_decode_inputs(2, 1, **selected, **both)
+    for known in formats:
+        yield "prefill", make_sparse_prefill_inputs(5, **selected, **known, h_q=66, topk=150, sink=True)
+    for case in PAGED:
+        for fp8 in (KVFormat.V32, KVFormat.MODEL1):
+            yield "decode", make_dense_fp8_inputs(LENGTHS, fp8, device="cuda", **case)
+        for d_qk, dtype in ROWS:
+            yield "decode", make_dense_decode_inputs(LENGTHS, device="cuda", d_qk=d_qk, dtype=dtype, h_kv=2, **case)
 
 
 def main(path: str) -> None:
-    results = []
-    for case in CASES:
-        inputs = make_sparse_decode_inputs(2, 1, lengths="token", invalid=0.2, device="cuda", **case)
-        out, lse = run_decode(inputs)
-        check_decode(inputs, result=(out, lse))
-        results.append((out.cpu(), lse.cpu()))
+    results: list[tuple[torch.Tensor, ...]] = []
+    began = time.perf_counter()
+    with backends.use("cuda"):
+        for kind, inputs in calls():
+            result = run_decode(inputs) if kind == "decode" else flash_mla_sparse_fwd(**inputs.call())
+            check = check_decode if kind == "decode" else check_sparse_prefill
+            check(inputs, result=result)
+            results.append(tuple(tensor.cpu() for tensor in result))
     torch.save(results, path)
-    print(f"{len(CASES)} cases are right")
+    print(f"{len(results)} cases are right, in {time.perf_counter() - began:.1f} s")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-// What the kernels of sparse decode, sparse prefill and decode over FP8 caches are given.
+// What the kernels of sparse decode, sparse prefill and decode over FP8 caches are given; those of dense decode, too,
+// on SM100.
 //
 // A request has units: sets of rows that attend to the same list of keys. With indices a unit is a query token and its
 // rows are heads; over block tables a request is one unit and its rows are (token, head) pairs, token-major. A unit's
@@ -41,16 +42,16 @@ struct KeySource {
 };
 
 struct SparseAttentionParams {
-  const void* q;                // bfloat16 [b, s_q, h_q, d_qk]
+  const void* q;                // bfloat16 or, in dense decode, float16 [b, s_q, h_q, d_qk]
   KeySource keys[2];            // the keys of a unit are those of the first source, then those of the second
   const ScheduleRow* schedule;  // null: fixed cuts
   const int32_t* num_splits;
   const float* attn_sink;  // null: none
-  void* out;               // bfloat16 [b, s_q, h_q, 512]
+  void* out;               // [b, s_q, h_q, 512], of q's type
   float* lse;              // [b, h_q, s_q] by its strides
   float* max_logits;       // null: not asked for; strides of lse
-  float* partial_out;      // [partials, units, tiles per unit, kPartialTile]; null: nothing can be split
-  float* partial_lse;      // [partials, units, tiles per unit, kRowTile], as partial results of dense decode
+  float* partial_out;      // [partials, partial_units, tiles per unit, kPartialTile]; null: nothing can be split
+  float* partial_lse;      // [partials, partial_units, tiles per unit, kRowTile], as partial results of dense decode
 
   int64_t stride_q_b, stride_q_s, stride_q_h;
   int64_t stride_out_b, stride_out_s, stride_out_h;
@@ -63,6 +64,7 @@ struct SparseAttentionParams {
   int tokens_per_batch;
   int num_requests_total;  // b, or b * s_q
   int num_units;           // of a request
+  int partial_units;       // of a request in the partial results: num_units, and those of other launches
   int unit_rows;           // h_q, or s_q * h_q over block tables
   int unit_tiles;          // ceil(unit_rows / 64)
   int num_sms;

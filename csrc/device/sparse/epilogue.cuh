@@ -19,7 +19,7 @@ __device__ __forceinline__ void write_partial(const SparseAttentionParams& param
     return;
   }
   const int64_t tile =
-      (static_cast<int64_t>(piece.partial) * params.num_units + piece.unit) * params.unit_tiles + piece.row_tile;
+      (static_cast<int64_t>(piece.partial) * params.partial_units + piece.unit) * params.unit_tiles + piece.row_tile;
   const float scale[2] = {sum[0] != 0 ? 1.0f / sum[0] : 0.0f, sum[1] != 0 ? 1.0f / sum[1] : 0.0f};
   if (has_rows && lane % 4 == 0) {
     // No sum is a logarithm of -inf.
@@ -66,6 +66,7 @@ __device__ __forceinline__ void write_maximum(const SparseAttentionParams& param
   }
 }
 
+template <class T = __nv_bfloat16>
 __device__ __forceinline__ void write_final(const SparseAttentionParams& params, const PieceFacts& piece, int side,
                                             bool has_rows, int row, int lane, const float (&output)[2][64],
                                             const float (&reference)[2], const float (&sum)[2],
@@ -77,15 +78,15 @@ __device__ __forceinline__ void write_final(const SparseAttentionParams& params,
     const float sink =
         params.attn_sink && place.exists ? exp2f(params.attn_sink[place.head] * kLog2E - reference[r]) : 0.0f;
     const float scale = any_key ? 1.0f / (sum[r] + sink) : 0.0f;
-    __nv_bfloat16* out = static_cast<__nv_bfloat16*>(params.out) + place.batch * params.stride_out_b +
-                         place.token * params.stride_out_s + place.head * params.stride_out_h + side * 256;
+    T* out = static_cast<T*>(params.out) + place.batch * params.stride_out_b + place.token * params.stride_out_s +
+             place.head * params.stride_out_h + side * 256;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {  // 32 columns: a quad's four words become four runs of 8 columns
       uint32_t words[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int at = i % 4 * 16 + j * 4 + 2 * r;
-        words[j] = pack2<__nv_bfloat16>(output[i / 4][at] * scale, output[i / 4][at + 1] * scale);
+        words[j] = pack2<T>(output[i / 4][at] * scale, output[i / 4][at + 1] * scale);
       }
       transpose_quad(words, lane);
       if (place.exists) {

@@ -1,24 +1,19 @@
 // CUTLASS's Blackwell FMHA (example 77 of its package), put together for packed sequences of a plan.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cutlass/device_kernel.h>
-#include <cutlass/numeric_types.h>
 
 #include <collective/fmha_fusion.hpp>
 // It uses the one above without including it.
 #include <collective/sm100_fmha_fwd_epilogue_tma_warpspecialized.hpp>
 #include <kernel/sm100_fmha_fwd_kernel_tma_warpspecialized.hpp>
 
+#include "sm100/cutlass_type.h"
 #include "sm100/dense_prefill/mainloop.cuh"
 #include "sm100/dense_prefill/mask.cuh"
 #include "sm100/dense_prefill/scheduler.cuh"
 
 namespace flash_mla::sm100::dense_prefill {
-
-template <class T>
-using CutlassType = std::conditional_t<std::is_same_v<T, __nv_bfloat16>, cutlass::bfloat16_t, cutlass::half_t>;
 
 // Query heads of a key head, key heads; sequences. Strides are of 64 bits: CUTLASS multiplies them with token counts.
 using HeadsShape = cute::tuple<cute::tuple<int, int>, int>;

@@ -1,6 +1,8 @@
 // Compile-time facts of the sparse attention kernels: tile shapes, roles, where things are in tensor memory.
 #pragma once
 
+#include <cuda_bf16.h>
+
 #include <cstdint>
 
 #include "core/params/sparse_attention.h"
@@ -10,10 +12,13 @@
 
 namespace flash_mla::sm100::sparse_attention {
 
-template <KVFormat kFormat_, KVFormat kExtraFormat_, int kHeadDim_>
+// kBf16: rows of 16-bit values, `Element`, that are copied as they are.
+template <KVFormat kFormat_, KVFormat kExtraFormat_, int kHeadDim_, class Element_ = __nv_bfloat16>
 struct Config {
+  using Element = Element_;
   static constexpr KVFormat kFormat = kFormat_, kExtraFormat = kExtraFormat_;
   static constexpr int kHeadDim = kHeadDim_;
+  static constexpr bool kCopiesRows = kFormat == KVFormat::kBf16;
   static constexpr bool kRopeBehindValues = kHeadDim > kHeadDimV;
   static constexpr bool kRopeInValues = kFormat == KVFormat::kModel1;
   static constexpr bool kHasRope = kRopeBehindValues || kRopeInValues;

@@ -1,9 +1,12 @@
 // Set-up, the switch between the warp roles, tear-down. Roles, registers, barriers and the schedule: design.md.
 #pragma once
 
+#include <type_traits>
+
 #include "device/sparse/producer.cuh"
 #include "sm100/sparse_attention/math.cuh"
 #include "sm100/sparse_attention/products.cuh"
+#include "sm100/sparse_attention/row_producer.cuh"
 
 namespace flash_mla::sm100::sparse_attention {
 
@@ -12,8 +15,9 @@ constexpr int kMathWarps = 4, kProductWarp = 4;  // the first of its warpgroup; 
 template <class C>
 __device__ __forceinline__ void init_barriers(Storage<C>& storage) {
   for (int slot = 0; slot < 2; ++slot) {
-    // Converted columns are handed over by warps, copied ones by threads.
-    mbarrier_init(shared_address(&storage.k_full[slot][kValues]), C::kProducerWarps);
+    // What is stored is handed over by warps, also which keys are valid; what is copied by threads.
+    mbarrier_init(shared_address(&storage.k_full[slot][kValues]),
+                  C::kProducerWarps + (C::kCopiesRows ? C::kProducerThreads : 0));
     mbarrier_init(shared_address(&storage.k_full[slot][kRope]), C::kProducerThreads);
     mbarrier_init(shared_address(&storage.k_empty[slot]), 1);
     mbarrier_init(shared_address(&storage.scores_full[slot]), 1);
@@ -47,7 +51,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 
   if (warp >= kMathWarps + C::kProductThreads / 32) {
     keep_registers<C::kProducerRegisters>();
-    ProducerWarp<C, Storage<C>>(params, storage, warp % C::kProducerWarps, lane).run();
+    using Producer = std::conditional_t<C::kCopiesRows, RowProducerWarp<C>, ProducerWarp<C, Storage<C>>>;
+    Producer(params, storage, warp % C::kProducerWarps, lane).run();
   } else if (warp >= kMathWarps) {
     keep_registers<C::kProductRegisters>();
     if (warp == kProductWarp) {

@@ -60,7 +60,7 @@ class MathWarp {
     mask(scores, piece, tile);
     move_reference(scores, tile);
     uint32_t probabilities[16];
-    exponentiate<__nv_bfloat16, 0, 4>(scores, params_.scale_log2, reference_, sum_, probabilities);
+    exponentiate<typename C::Element, 0, 4>(scores, params_.scale_log2, reference_, sum_, probabilities);
     store_probabilities(probabilities_of<C>(storage_, slot), probabilities);
     fence_async_proxy();
     tcgen05_fence_before();
@@ -171,7 +171,8 @@ class MathWarp {
       if (facts.partial >= 0) {
         write_partial(params_, facts, side, side == 0, row, lane_, output, reference_, total);
       } else {
-        write_final(params_, facts, side, side == 0, row, lane_, output, reference_, total, maximum_);
+        write_final<typename C::Element>(params_, facts, side, side == 0, row, lane_, output, reference_, total,
+                                         maximum_);
       }
     }
   }

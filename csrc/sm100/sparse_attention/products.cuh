@@ -42,7 +42,8 @@ class ProductWarp {
 
  private:
   __device__ __forceinline__ void issue_scores(int slot) {
-    constexpr uint32_t kInstruction = umma_instruction<__nv_bfloat16>(C::kRows, C::kKeys, Major::kInner, Major::kInner);
+    constexpr uint32_t kInstruction =
+        umma_instruction<typename C::Element>(C::kRows, C::kKeys, Major::kInner, Major::kInner);
     const UmmaDescriptor q(shared_address(storage_.q), 16), k(shared_address(storage_.k[0]), 16);
     const uint32_t scores = tensor_memory_ + C::scores(slot), tile = slot * C::kTileBytes;
     bool accumulate = false;
@@ -70,7 +71,7 @@ class ProductWarp {
 
   __device__ __forceinline__ void issue_values(int slot, bool first) {
     constexpr uint32_t kInstruction =
-        umma_instruction<__nv_bfloat16>(C::kRows, C::kProductColumns, Major::kInner, Major::kOuter);
+        umma_instruction<typename C::Element>(C::kRows, C::kProductColumns, Major::kInner, Major::kOuter);
     constexpr int kSlicesOfAProduct = C::kProductColumns / kSliceColumns;
     mbarrier_wait(shared_address(&storage_.probabilities_full[slot]), scored_.parity(slot));
     tcgen05_fence_after();

@@ -4,8 +4,8 @@
 
 #include "core/error.h"
 #include "device/launch.h"
+#include "device/tensor_maps.h"
 #include "sm90/dense_prefill_backward/kernel.cuh"
-#include "sm90/tensor_maps.h"
 
 namespace flash_mla::sm90::dense_prefill_backward {
 

@@ -4,6 +4,7 @@
 
 #include "device/copy.cuh"
 #include "device/numeric.cuh"
+#include "device/turns.cuh"
 #include "sm90/dense_prefill_backward/storage.h"
 #include "sm90/items.cuh"
 
@@ -217,7 +218,7 @@ class Adder {
         int32_t* turn = nullptr;
         if (params.turns != nullptr) {
           turn = params.turns + static_cast<int64_t>(head) * params.forward.tokens_q + token;
-          wait_for(turn, turn_of(item, tile, params.forward.causal));
+          wait_for_turn(turn, turn_of(item, tile, params.forward.causal));
         }
 #pragma unroll
         for (int w = 0; w < C::kWarpgroups; ++w) {
@@ -232,35 +233,11 @@ class Adder {
         mbarrier_arrive(shared_address(&storage.dq_empty[1]));
         if (turn != nullptr) {
           bulk_wait<0>();
-          pass_on(turn);
+          pass_turn_on(turn);
         }
       });
     });
     bulk_wait<0>();
-  }
-
- private:
-  // How many tiles of keys add before this one: those behind it in a causal call, since they have been handed out
-  // before, else those in front of it.
-  static __device__ __forceinline__ int turn_of(const Item& item, int tile, bool causal) {
-    if (!causal) {
-      return item.key_tile;
-    }
-    const int last_query = min((tile + 1) * C::kQueries, item.num_queries) - 1;
-    return (last_query + item.limit - 1) / C::kKeys;
-  }
-
-  static __device__ __forceinline__ void wait_for(const int32_t* turn, int wanted) {
-    int value;
-    do {
-      asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(turn) : "memory");
-    } while (value != wanted);
-    asm volatile("fence.proxy.async.global;" ::: "memory");
-  }
-
-  static __device__ __forceinline__ void pass_on(int32_t* turn) {
-    asm volatile("fence.proxy.async.global;" ::: "memory");
-    asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(turn) : "memory");
   }
 };
 

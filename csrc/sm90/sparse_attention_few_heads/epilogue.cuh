@@ -77,7 +77,7 @@ __device__ __forceinline__ void write_piece(const SparseAttentionParams& params,
         }
       }
     }
-    const int64_t tile = (static_cast<int64_t>(piece.partial) * params.num_units + piece.unit) * params.unit_tiles;
+    const int64_t tile = (static_cast<int64_t>(piece.partial) * params.partial_units + piece.unit) * params.unit_tiles;
     float* partial = params.partial_out + tile * kPartialTile + group * kPartialGroup + (row * 4 + pair) * 4;
     if (piece.partial >= 0 && writes_rows) {
       // No sum is a logarithm of -inf.

@@ -110,13 +110,23 @@ class Memory {
     }
   }
 
-  __device__ __noinline__ uint32_t read(int lane, int column) const {
+  struct Cell {
+    uint32_t value;
+    uint8_t state;
+    __device__ uint32_t checked() const {
+      EMULATION_CHECK(state != kNever, "read of a column that was never written");
+      EMULATION_CHECK(state != kBeingStored, "read of a column whose store has not been waited for");
+      return value;
+    }
+  };
+
+  // Reads of many cells are all on their way before the first is checked.
+  __device__ Cell fetch(int lane, int column) const {
     EMULATION_CHECK(lane < kLanes, "lane out of range");
-    const uint8_t state = __ldcg(&memory_->states[lane][column]);
-    EMULATION_CHECK(state != kNever, "read of a column that was never written");
-    EMULATION_CHECK(state != kBeingStored, "read of a column whose store has not been waited for");
-    return __ldcg(&memory_->cells[lane][column]);
+    return {__ldcg(&memory_->cells[lane][column]), __ldcg(&memory_->states[lane][column])};
   }
+
+  __device__ __noinline__ uint32_t read(int lane, int column) const { return fetch(lane, column).checked(); }
 
   __device__ __noinline__ void write(int lane, int column, uint32_t value, CellState state) const {
     EMULATION_CHECK(lane < kLanes, "lane out of range");
@@ -247,7 +257,7 @@ __device__ inline void load(uint32_t address, Registers&... registers) {
   memory.check_columns(first.column, columns_of(kShape, kCount));
   int r = 0;
   const auto next = [&] {
-    const Place place = place_of_register(kShape, lane_id(), r++);
+    const Place place = place_of_register(kShape, kCount, lane_id(), r++);
     return memory.read(first.lane + place.lane, first.column + place.column);
   };
   ((registers = next()), ...);
@@ -263,7 +273,7 @@ __device__ inline void store(uint32_t address, const Registers&... registers) {
   memory.check_columns(first.column, columns_of(kShape, kCount));
   int r = 0;
   const auto next = [&](uint32_t value) {
-    const Place place = place_of_register(kShape, lane_id(), r++);
+    const Place place = place_of_register(kShape, kCount, lane_id(), r++);
     memory.write(first.lane + place.lane, first.column + place.column, value, kBeingStored);
   };
   (next(registers), ...);
@@ -354,20 +364,33 @@ class Product {
       for (int k = 0; k < 16; ++k) {
         b[k] = n < n_total ? value_of_b(n, k) : 0.0f;
       }
-      for (int m = 0; m < m_total; m += 2) {
-        const float a = value_of_a(own, peer, m + lane_id() / 16, lane_id() % 16);
-        for (int row = 0; row < 2; ++row) {
-          const Place place = place_of_result(ctas, m_total, n_total, m + row, n);
-          const Memory& memory = place.cta == 0 ? own : peer;
-          float sum = 0;
+      constexpr int kAtOnce = 8;
+      for (int m = 0; m < m_total; m += kAtOnce) {
+        float a[kAtOnce / 2];
+        Memory::Cell cells[kAtOnce];
+#pragma unroll
+        for (int row = 0; row < kAtOnce; ++row) {
           if (operation_.accumulate && n < n_total) {
-            sum = __uint_as_float(memory.read(d_lane_ + place.lane, d_column_ + place.column));
+            const Place place = place_of_result(ctas, m_total, n_total, m + row, n);
+            cells[row] = (place.cta == 0 ? own : peer).fetch(d_lane_ + place.lane, d_column_ + place.column);
+          } else {
+            cells[row] = {0, kWritten};
           }
+        }
+#pragma unroll
+        for (int pair = 0; pair < kAtOnce / 2; ++pair) {
+          a[pair] = value_of_a(own, peer, m + 2 * pair + lane_id() / 16, lane_id() % 16);
+        }
+#pragma unroll
+        for (int row = 0; row < kAtOnce; ++row) {
+          float sum = __uint_as_float(cells[row].checked());
           for (int k = 0; k < 16; ++k) {
-            sum = fmaf(__shfl_sync(~0u, a, row * 16 + k), b[k], sum);
+            sum = fmaf(__shfl_sync(~0u, a[row / 2], row % 2 * 16 + k), b[k], sum);
           }
           if (n < n_total) {
-            memory.write(d_lane_ + place.lane, d_column_ + place.column, __float_as_uint(sum), kWritten);
+            const Place place = place_of_result(ctas, m_total, n_total, m + row, n);
+            (place.cta == 0 ? own : peer)
+                .write(d_lane_ + place.lane, d_column_ + place.column, __float_as_uint(sum), kWritten);
           }
         }
       }

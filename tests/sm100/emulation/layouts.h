@@ -90,15 +90,18 @@ constexpr Place place_of_result(int ctas, int m_total, int n_total, int m, int n
 }
 
 // Shapes of tcgen05.ld and st: rows of lanes, and what register `r` of thread `t` of the warp is.
-enum class Shape { k32x32, k16x64, k16x128, k16x256 };
+// k16x32x2 has its two halves next to each other, as CuTe's wrappers do.
+enum class Shape { k32x32, k16x32x2, k16x64, k16x128, k16x256 };
 
 constexpr int lanes_of(Shape shape) { return shape == Shape::k32x32 ? 32 : 16; }
 constexpr int columns_of(Shape shape, int registers) { return shape == Shape::k32x32 ? registers : 2 * registers; }
 
-constexpr Place place_of_register(Shape shape, int t, int r) {
+constexpr Place place_of_register(Shape shape, int registers, int t, int r) {
   switch (shape) {
     case Shape::k32x32:
       return {0, t, r};
+    case Shape::k16x32x2:
+      return {0, t % 16, t / 16 * registers + r};
     case Shape::k16x64:
       return {0, t / 4 + t % 2 * 8, t / 2 % 2 + 2 * r};
     case Shape::k16x128:

@@ -2,5 +2,5 @@
 #include "sm100/sparse_attention/launch.h"
 
 void flash_mla::sm100::sparse_attention::launch_v41(const SparseAttentionParams& params, void* stream) {
-  launch<KVFormat::kV41, KVFormat::kNone, 512>("sm100_sparse_v41", params, stream);
+  launch<KVFormat::kV41, KVFormat::kNone, 512>("sm100_sparse_attention_v41", params, stream);
 }

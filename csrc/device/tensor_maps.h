@@ -10,7 +10,7 @@
 
 #include "core/error.h"
 
-namespace flash_mla::sm90 {
+namespace flash_mla::inline device {
 
 struct TensorMapShape {
   CUtensorMapDataType type;
@@ -53,19 +53,24 @@ struct Rows {
   int box_rows, box_slices;
 };
 
+// Coordinates: column, token, slice, head, 0. With `ending` rows end where a sequence does, whichever it is:
+// coordinates are then column, tokens - n, slice, head, end for the last n rows before the token `end`, and what lies
+// behind them is out of range: zeros to a load, and left alone by a reduction.
 template <class T>
-CUtensorMap rows_map(const Rows& rows) {
+CUtensorMap rows_map(const Rows& rows, bool ending = false) {
   constexpr cuuint64_t kColumns = 128 / sizeof(T);
   // A dimension of size 1 may have any stride in torch; TMA wants multiples of 16 bytes all the same.
   auto stride_bytes = [](int64_t stride, int size) {
     return size > 1 ? static_cast<cuuint64_t>(stride) * sizeof(T) : cuuint64_t{128};
   };
+  const cuuint64_t tokens = static_cast<cuuint64_t>(rows.tokens),
+                   stride_token = stride_bytes(rows.stride_token, rows.tokens);
   const TensorMapShape shape{
       kTensorMapType<T>,
-      rows.data,
-      {kColumns, static_cast<cuuint64_t>(rows.tokens), static_cast<cuuint64_t>(rows.slices),
-       static_cast<cuuint64_t>(rows.heads), 1},
-      {stride_bytes(rows.stride_token, rows.tokens), 128, stride_bytes(rows.stride_head, rows.heads), 128},
+      static_cast<const char*>(rows.data) - (ending ? tokens * stride_token : 0),
+      {kColumns, tokens, static_cast<cuuint64_t>(rows.slices), static_cast<cuuint64_t>(rows.heads),
+       ending ? tokens + 1 : 1},
+      {stride_token, 128, stride_bytes(rows.stride_head, rows.heads), ending ? stride_token : 128},
       {kColumns, static_cast<cuuint32_t>(rows.box_rows), static_cast<cuuint32_t>(rows.box_slices), 1, 1},
       CU_TENSOR_MAP_SWIZZLE_128B};
   CUtensorMap map;
@@ -76,4 +81,4 @@ CUtensorMap rows_map(const Rows& rows) {
   return map;
 }
 
-}  // namespace flash_mla::sm90
+}  // namespace flash_mla::inline device

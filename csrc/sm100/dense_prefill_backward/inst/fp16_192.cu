@@ -1,0 +1,6 @@
+#include "sm100/dense_prefill_backward/launch.cuh"
+#include "sm100/dense_prefill_backward/launch.h"
+
+void flash_mla::sm100::dense_prefill_backward::launch_fp16_192(const DensePrefillBackwardParams& params, void* stream) {
+  launch<__half, 192>(params, stream);
+}
