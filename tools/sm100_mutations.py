@@ -60,13 +60,6 @@ GRADIENT_MISTAKES: dict[str, list[Change]] = {
             "token = item.first_query + tile * kBackwardQueryTile, rows = kBackwardQueryTile;",
         )
     ],
-    "keys_beyond_the_end": [
-        (
-            f"{BACKWARD}/mask.cuh",
-            "min(get<1>(item), get<4, 0>(item) + row * get<4, 1>(item))",
-            "(get<4, 0>(item) + row * get<4, 1>(item))",
-        )
-    ],
     "rows_of_one_head": [(f"{BACKWARD}/mask.cuh", "get<0>(place_of(0)) % get<0>(item)", "get<0>(place_of(0))")],
     "no_wait_for_gradients": [(f"{BACKWARD}/adder.cuh", "pipeline.consumer_wait(state);", "")],
 }
