@@ -285,12 +285,12 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>> {
 
   // The warp has read what the other CTA may now write over. Loads wait where wgmma needs all of shared memory's
   // bandwidth, and neither the arrival in the other CTA nor what it then sends waits behind them. So the arrival is
-  // made to depend on `read`, something of each load of each lane: it is masked with 0, which the compiler does not
+  // made to depend on `read`, something of each load of each lane: masked with 0, which the compiler does not
   // know.
   __device__ __forceinline__ void tell_peer(uint64_t& barrier, uint32_t read) const {
     const uint32_t all_have_read = __ballot_sync(~0u, read != 0);
     if (lane_ == 0) {
-      mbarrier_arrive_peer(peer_address(shared_address(&barrier)) + (all_have_read & blockIdx.y));
+      mbarrier_arrive_peer(peer_address(shared_address(&barrier)) + (all_have_read & params_.h_q >> 31));
     }
   }
 
