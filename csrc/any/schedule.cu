@@ -21,7 +21,7 @@ constexpr int kPieceOverhead = 3;    // in blocks
 constexpr int kCombineOverhead = 3;  // in blocks: what joining split requests costs the whole call
 constexpr int kMaxTolerance = 4;
 
-// Longer pieces need not be equal to a block.
+// In blocks; where pieces are longer than this, one that is a block longer than another does not matter.
 constexpr int kLongPiece = 16;
 
 struct Cut {

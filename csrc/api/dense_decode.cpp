@@ -192,7 +192,7 @@ std::tuple<Tensor, Tensor> plan_dense_decode(const Tensor& cache_seqlens, int64_
   params.schedule = static_cast<ScheduleRow*>(schedule.data_ptr());
   params.num_splits = static_cast<int32_t*>(num_splits.data_ptr());
   params.b = static_cast<int>(b), params.num_parts = static_cast<int>(parts);
-  params.min_piece_blocks = rows > 16 ? 2 : 1;
+  params.min_piece_blocks = rows > 16 ? 2 : 1;  // few rows make small partial results
   launch_plan(params, current_stream(seqlens.device));
   return {schedule, num_splits};
 }
