@@ -46,4 +46,20 @@ const char* why_not_formats(const SparseAttentionProblem& problem) {
   return nullptr;
 }
 
+// Query rows that share a list of keys.
+inline int64_t unit_rows(const SparseAttentionProblem& problem) {
+  return static_cast<int64_t>(problem.from_table ? problem.s_q : 1) * problem.h_q;
+}
+
+constexpr int kMostFewRows = 32;
+
+// Null where the kernels for few heads take as many query rows as share a list.
+inline const char* why_not_few_rows(const SparseAttentionProblem& problem) {
+  static_assert(kMostFewRows == 32);
+  if (unit_rows(problem) <= kMostFewRows) {
+    return nullptr;
+  }
+  return problem.from_table ? "s_q * h_q must be at most 32" : "h_q must be at most 32";
+}
+
 }  // namespace flash_mla

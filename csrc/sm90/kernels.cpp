@@ -46,18 +46,10 @@ const char* why_not_sparse_attention(const SparseAttentionProblem& problem) {
                                           : why_not_formats<kFormat, kHeadDim, kExtra>(problem);
 }
 
-// Query rows that share a list of keys.
-int64_t unit_rows(const SparseAttentionProblem& problem) {
-  return static_cast<int64_t>(problem.from_table ? problem.s_q : 1) * problem.h_q;
-}
-
 template <KVFormat kFormat, int kHeadDim, KVFormat kExtra = kFormat>
 const char* why_not_few_heads(const SparseAttentionProblem& problem) {
-  static_assert(sparse_attention_few_heads::kMostRows == 32);
-  if (unit_rows(problem) > sparse_attention_few_heads::kMostRows) {
-    return problem.from_table ? "s_q * h_q must be at most 32" : "h_q must be at most 32";
-  }
-  return why_not_sparse_attention<kFormat, kHeadDim, kExtra>(problem);
+  const char* reason = why_not_few_rows(problem);
+  return reason ? reason : why_not_sparse_attention<kFormat, kHeadDim, kExtra>(problem);
 }
 
 template <KVFormat kFormat, int kHeadDim, KVFormat kExtra = kFormat>

@@ -1,6 +1,7 @@
 // Set-up, the switch between the warp roles, tear-down. Roles, registers, barriers and the schedule: design.md.
 #pragma once
 
+#include "device/few_rows/producer.cuh"
 #include "sm90/sparse_attention_few_heads/math.cuh"
 
 namespace flash_mla::sm90::sparse_attention_few_heads {
@@ -8,12 +9,11 @@ namespace flash_mla::sm90::sparse_attention_few_heads {
 template <class C>
 __device__ __forceinline__ void init_barriers(Storage<C>& storage) {
   for (int slot = 0; slot < 2; ++slot) {
-    // By warps; where rows are copied by all threads besides.
-    mbarrier_init(shared_address(&storage.k_full[slot]), C::kProducerWarps + (C::kCopied ? C::kProducerThreads : 0));
-    mbarrier_init(shared_address(&storage.k_empty[slot]), C::kMathThreads / 32);
+    mbarrier_init(shared_address(&storage.k_full[slot]), kKeysFullArrivals<C>);
+    mbarrier_init(shared_address(&storage.k_empty[slot]), C::kMathWarps);
   }
   mbarrier_init(shared_address(&storage.q_full), C::kProducerThreads);
-  mbarrier_init(shared_address(&storage.q_empty), C::kMathThreads / 32);
+  mbarrier_init(shared_address(&storage.q_empty), C::kMathWarps);
   fence_mbarrier_init();
 }
 
@@ -35,8 +35,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
   if (warpgroup > 0) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(C::kProducerRegisters));
-    const int warp = __shfl_sync(~0u, threadIdx.x / 32 - C::kMathThreads / 32, 0), lane = threadIdx.x % 32;
-    ProducerWarp<C>(params, storage, warp, lane).run();
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32 - C::kMathWarps, 0), lane = threadIdx.x % 32;
+    FewRowsProducerWarp<C, Storage<C>>(params, storage, warp, lane).run();
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C::kMathRegisters));
     MathWarpgroup<C>(params, storage).run();

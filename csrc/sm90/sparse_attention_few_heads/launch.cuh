@@ -8,7 +8,7 @@ namespace flash_mla::sm90::sparse_attention_few_heads {
 template <KVFormat kFormat, KVFormat kExtraFormat, int kHeadDim, int kRows>
 void launch_rows(const char* name, const SparseAttentionParams& params, void* stream) {
   using C = Config<kFormat, kExtraFormat, kHeadDim, kRows>;
-  static_assert(kStorageFits<C>);
+  static_assert(kFewRowsStorageFits<Storage<C>>);
   launch_kernel<sparse_attention_few_heads_kernel<C>, C::kThreads, sizeof(Storage<C>)>(name, params, stream);
 }
 

@@ -5,9 +5,6 @@
 
 namespace flash_mla::sm90::sparse_attention_few_heads {
 
-// Query rows of a unit that the kernels take.
-constexpr int kMostRows = 32;
-
 void launch_bf16_576(const SparseAttentionParams& params, void* stream);
 void launch_bf16_512(const SparseAttentionParams& params, void* stream);
 void launch_v32(const SparseAttentionParams& params, void* stream);

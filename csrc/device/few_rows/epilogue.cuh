@@ -2,11 +2,11 @@
 // accumulators hold the output transposed: a lane has one or two columns of it, of all query rows.
 #pragma once
 
+#include "device/few_rows/storage.h"
 #include "device/numeric.cuh"
 #include "device/sparse/epilogue.cuh"
-#include "sm90/sparse_attention_few_heads/storage.h"
 
-namespace flash_mla::sm90::sparse_attention_few_heads {
+namespace flash_mla::inline device {
 
 // The query rows that are columns of a lane's accumulators. Accumulator i is of own row i / 4 * 2 + i % 2, and of the
 // warp's 16 keys or columns number lane / 4 + i % 4 / 2 * 8.
@@ -21,11 +21,11 @@ struct RowResult {
   float sum, reference, maximum;
 };
 
-template <class C>
-__device__ __forceinline__ RowResult row_result(const Storage<C>& storage, int row, float reference) {
+template <class C, class Storage>
+__device__ __forceinline__ RowResult row_result(const Storage& storage, int row, float reference) {
   RowResult result{0, reference, -INFINITY};
 #pragma unroll
-  for (int warp = 0; warp < Storage<C>::kMathWarps; ++warp) {
+  for (int warp = 0; warp < C::kMathWarps; ++warp) {
     result.sum += storage.row_sum[warp][row];
     result.maximum = fmaxf(result.maximum, storage.row_max[warp][row]);
   }
@@ -33,15 +33,15 @@ __device__ __forceinline__ RowResult row_result(const Storage<C>& storage, int r
 }
 
 // Lanes that hold neighbouring columns exchange halves, and then hold both columns of one row, `row`, and of the one
-// that is 8 further, of each group of 16 rows.
-template <class C>
-__device__ __forceinline__ void write_piece(const SparseAttentionParams& params, const Storage<C>& storage,
-                                            const PieceFacts& piece, int warp, int lane,
-                                            const float (&output)[kHeadDimV / 64][C::kRows / 2],
-                                            const float (&reference)[C::kRows / 4]) {
+// that is 8 further, of each group of 16 rows. `output`: blocks of 64 columns, from `first_block` on.
+template <class C, class Storage, int kBlocks>
+__device__ __forceinline__ void write_few_rows(const SparseAttentionParams& params, const Storage& storage,
+                                               const PieceFacts& piece, int warp, int lane, int first_block,
+                                               const float (&output)[kBlocks][C::kRows / 2],
+                                               const float (&reference)[C::kRows / 4]) {
   const bool odd = lane / 4 % 2;
   const int row = lane % 4 * 2 + odd, pair = lane / 8;  // of 4 pairs of columns
-  const bool writes_rows = warp == 0 && lane < 8;
+  const bool writes_rows = first_block == 0 && warp == 0 && lane < 8;
 #pragma unroll
   for (int group = 0; group < C::kRows / 16; ++group) {
     if (group * 16 >= params.unit_rows) {
@@ -49,13 +49,13 @@ __device__ __forceinline__ void write_piece(const SparseAttentionParams& params,
     }
     RowResult result[2];
     float scale[2];
-    __nv_bfloat16* out[2];
+    typename C::Element* out[2];
     bool exists[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int own = group * 4 + r * 2;
       const int tile_row = group * 16 + row + 8 * r;
-      result[r] = row_result(storage, tile_row, odd ? reference[own + 1] : reference[own]);
+      result[r] = row_result<C>(storage, tile_row, odd ? reference[own + 1] : reference[own]);
       const bool any_key = result[r].sum != 0;
       scale[r] = any_key ? 1.0f / result[r].sum : 0.0f;
       if (piece.partial < 0) {
@@ -65,7 +65,7 @@ __device__ __forceinline__ void write_piece(const SparseAttentionParams& params,
           const float sink = exp2f(params.attn_sink[place.head] * kLog2E - result[r].reference);
           scale[r] = any_key ? 1.0f / (result[r].sum + sink) : 0.0f;
         }
-        out[r] = static_cast<__nv_bfloat16*>(params.out) + place.batch * params.stride_out_b +
+        out[r] = static_cast<typename C::Element*>(params.out) + place.batch * params.stride_out_b +
                  place.token * params.stride_out_s + place.head * params.stride_out_h;
         if (writes_rows && place.exists) {
           const float lse = result[r].reference + log2f(result[r].sum);
@@ -85,7 +85,7 @@ __device__ __forceinline__ void write_piece(const SparseAttentionParams& params,
           make_float2(result[0].reference + log2f(result[0].sum), result[1].reference + log2f(result[1].sum));
     }
 #pragma unroll
-    for (int block = 0; block < kHeadDimV / 64; ++block) {
+    for (int block = 0; block < kBlocks; ++block) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {  // of the warp's 16 columns
         float2 columns[2];
@@ -99,7 +99,7 @@ __device__ __forceinline__ void write_piece(const SparseAttentionParams& params,
           columns[r].x *= scale[r];
           columns[r].y *= scale[r];
         }
-        const int eight = block * 8 + warp * 2 + half;  // which 8 columns
+        const int eight = (first_block + block) * 8 + warp * 2 + half;  // which 8 columns
         if (piece.partial >= 0) {
           *reinterpret_cast<float4*>(partial + eight * kPartialBlock) =
               make_float4(columns[0].x, columns[0].y, columns[1].x, columns[1].y);
@@ -108,7 +108,7 @@ __device__ __forceinline__ void write_piece(const SparseAttentionParams& params,
           for (int r = 0; r < 2; ++r) {
             if (exists[r]) {
               *reinterpret_cast<uint32_t*>(out[r] + eight * 8 + pair * 2) =
-                  pack2<__nv_bfloat16>(columns[r].x, columns[r].y);
+                  pack2<typename C::Element>(columns[r].x, columns[r].y);
             }
           }
         }
@@ -117,4 +117,4 @@ __device__ __forceinline__ void write_piece(const SparseAttentionParams& params,
   }
 }
 
-}  // namespace flash_mla::sm90::sparse_attention_few_heads
+}  // namespace flash_mla::inline device

@@ -1,16 +1,16 @@
-// The eight producer warps, of two kinds. Where rows are bfloat16, each copies eight keys of a tile to their places.
-// Else each brings eight keys of a tile into a ring of its own, as they are in memory, converts them from there two at
-// a time, and sends for two keys of the next tile in their place. So there are always about as many bytes on their way
-// as a tile has.
+// The producer warps, of two kinds. Where rows are of 16-bit values, each copies its keys of a tile to their places.
+// Else each brings its keys of a tile into a ring of its own, as they are in memory, converts them from there two at a
+// time, and sends for two keys of the next tile in their place. So there are always about as many bytes on their way as
+// a tile has.
 #pragma once
 
 #include <type_traits>
 
+#include "device/few_rows/storage.h"
 #include "device/sparse/formats.cuh"
 #include "device/sparse/key_lists.cuh"
-#include "sm90/sparse_attention_few_heads/storage.h"
 
-namespace flash_mla::sm90::sparse_attention_few_heads {
+namespace flash_mla::inline device {
 
 // How a warp brings rows into its ring, and what a lane reads there: 16 values, a unit, of each row.
 template <KVFormat kFormat>
@@ -58,17 +58,16 @@ struct RingFormat {
   }
 };
 
-template <class C>
-class ConvertingWarp : KeyLists<C, Storage<C>> {
-  using Base = KeyLists<C, Storage<C>>;
+template <class C, class Storage>
+class ConvertingWarp : KeyLists<C, Storage> {
+  using Base = KeyLists<C, Storage>;
   using Entry = Entry;
   using Base::ahead_, Base::lane_, Base::next_row_in_page_, Base::params_, Base::phases_, Base::storage_, Base::warp_,
       Base::kLanes, Base::kWarpKeys;
   static constexpr int kSteps = kWarpKeys / 2;
 
  public:
-  __device__ __forceinline__ ConvertingWarp(const SparseAttentionParams& params, Storage<C>& storage, int warp,
-                                            int lane)
+  __device__ __forceinline__ ConvertingWarp(const SparseAttentionParams& params, Storage& storage, int warp, int lane)
       : Base(params, storage, storage.walks[warp], warp, lane) {}
 
   __device__ __forceinline__ void run() {
@@ -157,7 +156,7 @@ class ConvertingWarp : KeyLists<C, Storage<C>> {
   // Two keys from the ring into the tile.
   __device__ __forceinline__ void convert(const Entry& entry, int step) const {
     const uint32_t tile =
-        shared_address(storage_.k[0]) + entry.slot() * C::kTileBytes + warp_ * kWarpKeys * kSliceRowBytes;
+        shared_address(storage_.k[0]) + entry.slot() * C::kTileBytes + this->first_key() * kSliceRowBytes;
     with_format(entry, [&](auto format) {
       uint4 raw[2];
       float scale[2];
@@ -168,9 +167,10 @@ class ConvertingWarp : KeyLists<C, Storage<C>> {
         scale[i] = format.scale(ring, lane_);
       }
       // Lanes of odd slices store their second eight values first: so eight lanes store to 128 different bytes of the
-      // banks. Key `key` of the warp has its units permuted by it.
+      // banks. A key has its units permuted by its number.
       const bool swapped = lane_ & 4;
-      const uint32_t first = tile + lane_ / 4 * C::kSliceBytes + (lane_ % 4 * 2 + swapped) * 16;
+      const uint32_t first =
+          tile + lane_ / 4 * C::kSliceBytes + ((lane_ % 4 * 2 + swapped) ^ this->first_key() % 8) * 16;
       if (!C::kRopeInValues || lane_ < 28) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -185,19 +185,21 @@ class ConvertingWarp : KeyLists<C, Storage<C>> {
         const int key = 2 * step + lane_ / 8, unit = lane_ % 8;
         const uint4 words = *reinterpret_cast<const uint4*>(
             &storage_.ring[warp_][key][layout_of(C::kFormat).rope_offset() + unit * 16]);
-        store_words(tile + C::kRopeSlice * C::kSliceBytes + key * kSliceRowBytes + ((unit ^ key) * 16), words);
+        store_words(
+            tile + C::kRopeSlice * C::kSliceBytes + key * kSliceRowBytes + ((unit ^ this->first_key() % 8 ^ key) * 16),
+            words);
       }
     }
   }
 };
 
-template <class C>
-class CopyingWarp : KeyLists<C, Storage<C>> {
-  using Base = KeyLists<C, Storage<C>>;
+template <class C, class Storage>
+class CopyingWarp : KeyLists<C, Storage> {
+  using Base = KeyLists<C, Storage>;
   using Base::lane_, Base::phases_, Base::storage_, Base::warp_, Base::kLanes, Base::kWarpKeys;
 
  public:
-  __device__ __forceinline__ CopyingWarp(const SparseAttentionParams& params, Storage<C>& storage, int warp, int lane)
+  __device__ __forceinline__ CopyingWarp(const SparseAttentionParams& params, Storage& storage, int warp, int lane)
       : Base(params, storage, storage.walks[warp], warp, lane) {}
 
   __device__ __forceinline__ void run() {
@@ -207,7 +209,7 @@ class CopyingWarp : KeyLists<C, Storage<C>> {
  private:
   __device__ __forceinline__ void copy_tile(int slot, const unsigned char* row) {
     const uint32_t full = shared_address(&storage_.k_full[slot]), valid = this->valid_keys(row);
-    const uint32_t tile = shared_address(storage_.k[0]) + slot * C::kTileBytes + warp_ * kWarpKeys * kSliceRowBytes;
+    const uint32_t tile = shared_address(storage_.k[0]) + slot * C::kTileBytes + this->first_key() * kSliceRowBytes;
     const auto bits = reinterpret_cast<uintptr_t>(row);
     mbarrier_wait(shared_address(&storage_.k_empty[slot]), phases_.parity(slot) ^ 1);
     if (lane_ == 0) {
@@ -217,7 +219,8 @@ class CopyingWarp : KeyLists<C, Storage<C>> {
 #pragma unroll
     for (int key = 0; key < kWarpKeys; ++key) {
       const auto* source = reinterpret_cast<const unsigned char*>(__shfl_sync(~0u, bits, kLanes * key)) + lane_ * 16;
-      const uint32_t place = tile + lane_ / 8 * C::kSliceBytes + key * kSliceRowBytes + ((lane_ % 8 ^ key) * 16);
+      const uint32_t place =
+          tile + lane_ / 8 * C::kSliceBytes + key * kSliceRowBytes + ((lane_ % 8 ^ this->first_key() % 8 ^ key) * 16);
       async_copy16(place, source);
       async_copy16(place + 4 * C::kSliceBytes, source + 4 * kSliceRowBytes);
     }
@@ -226,8 +229,9 @@ class CopyingWarp : KeyLists<C, Storage<C>> {
       for (int i = 0; i < kWarpKeys / 4; ++i) {
         const int key = i * 4 + lane_ / 8, unit = lane_ % 8;
         const auto* source = reinterpret_cast<const unsigned char*>(__shfl_sync(~0u, bits, kLanes * key));
-        async_copy16(tile + C::kRopeSlice * C::kSliceBytes + key * kSliceRowBytes + ((unit ^ key) * 16),
-                     source + C::kRopeSlice * kSliceRowBytes + unit * 16);
+        async_copy16(
+            tile + C::kRopeSlice * C::kSliceBytes + key * kSliceRowBytes + ((unit ^ this->first_key() % 8 ^ key) * 16),
+            source + C::kRopeSlice * kSliceRowBytes + unit * 16);
       }
     }
     async_copy_arrive(full);
@@ -235,7 +239,7 @@ class CopyingWarp : KeyLists<C, Storage<C>> {
   }
 };
 
-template <class C>
-using ProducerWarp = std::conditional_t<C::kCopied, CopyingWarp<C>, ConvertingWarp<C>>;
+template <class C, class Storage>
+using FewRowsProducerWarp = std::conditional_t<C::kCopied, CopyingWarp<C, Storage>, ConvertingWarp<C, Storage>>;
 
-}  // namespace flash_mla::sm90::sparse_attention_few_heads
+}  // namespace flash_mla::inline device
