@@ -26,7 +26,7 @@ ROOT = build_native.ROOT
 SM100 = ROOT / "tests" / "sm100"
 OUTPUT = ROOT / "build" / "emulation"
 SCHEDULES = ("eager", "lazy")
-EMULATED = ("sparse_attention", "dense_prefill_backward")  # folders of csrc/sm100
+EMULATED = ("sparse_attention", "sparse_attention_few_heads", "dense_prefill_backward")  # folders of csrc/sm100
 REPLACED = ("api/device.cpp.o", "sm90/kernels.cpp.o")
 TUTORIALS = ("01_mma_sm100", "02_mma_tma_sm100")
 
@@ -96,7 +96,7 @@ def build_library(schedule: str) -> None:
     folder.mkdir(exist_ok=True)
     objects = []
     for source in kernel_sources(ROOT / "csrc"):
-        objects.append(folder / f"{source.name}.o")
+        objects.append(object_of(source, folder))
         compile_kernel(source, objects[-1], ROOT / "csrc", schedule)
     sources = (ROOT / "csrc" / "api" / "device.cpp", SM100 / "emulation" / "kernels.cpp")
     for source, output in zip(sources, host_objects(schedule), strict=True):
@@ -120,16 +120,21 @@ def build_mutants() -> None:
         for file, _, _ in changes:
             text = (ROOT / "csrc" / file).read_text()
             (folder / "csrc" / file).write_text(mutations.mutated(text, file, changes))
-        objects = [OUTPUT / "eager" / f"{source.name}.o" for source in kernel_sources(ROOT / "csrc")]
-        kernel = mutations.mutated_kernel(changes)
-        objects = [folder / path.name if path.name == f"{kernel}.o" else path for path in objects]
-        source = next(path for path in kernel_sources(folder / "csrc") if path.name == kernel)
-        compile_kernel(source, folder / f"{kernel}.o", folder / "csrc", "eager")
+        source = folder / "csrc" / mutations.mutated_kernel(changes)
+        mutant = object_of(source, folder)
+        compile_kernel(source, mutant, folder / "csrc", "eager")
+        objects = [object_of(kernel, OUTPUT / "eager") for kernel in kernel_sources(ROOT / "csrc")]
+        objects = [mutant if path.name == mutant.name else path for path in objects]
         link_library(folder / build_native.LIBRARY, [*objects, *host_objects("eager")])
 
 
 def kernel_sources(csrc: Path) -> list[Path]:
     return [path for name in EMULATED for path in sorted((csrc / "sm100" / name / "inst").glob("*.cu"))]
+
+
+def object_of(source: Path, folder: Path) -> Path:
+    """Kernels have the names of their formats, in each folder the same."""
+    return folder / f"{source.parts[-3]}-{source.name}.o"
 
 
 def compile_kernel(source: Path, output: Path, csrc: Path, schedule: str) -> None:

@@ -7,12 +7,23 @@ MATH = "sm100/sparse_attention/math.cuh"
 PRODUCER = "device/sparse/producer.cuh"
 ROW_PRODUCER = "sm100/sparse_attention/row_producer.cuh"
 
+FEW_PRODUCTS = "sm100/sparse_attention_few_heads/products.cuh"
+FEW_MATH = "sm100/sparse_attention_few_heads/math.cuh"
+FEW_SOFTMAX = "device/few_rows/softmax.cuh"
+FEW_PRODUCER = "device/few_rows/producer.cuh"
+
 BACKWARD = "sm100/dense_prefill_backward"
 
 Change = tuple[str, str, str]  # in a file, this text, to that
 
 # The emulated products are slower than any producer: whether they wait for one is not seen otherwise.
 SLOW_PRODUCERS: Change = (PRODUCER, "publish_valid(slot);", "__nanosleep(100'000);\n        publish_valid(slot);")
+
+SLOW_RING: Change = (
+    FEW_PRODUCER,
+    "if (entry.has_tile()) {\n        mbarrier_wait(",
+    "if (entry.has_tile()) {\n        __nanosleep(100'000);\n        mbarrier_wait(",
+)
 
 # Of sparse attention.
 MISTAKES: dict[str, list[Change]] = {
@@ -46,10 +57,40 @@ MISTAKES: dict[str, list[Change]] = {
         (ROW_PRODUCER, "mbarrier_wait(shared_address(&storage_.k_empty[slot]), phases_.parity(slot) ^ 1);", "")
     ],
     "rows_not_swizzled": [(ROW_PRODUCER, "first ^ (2 * i % 8 * 16)", "first")],
+    # For few heads.
+    "few_no_wait_for_keys": [
+        (FEW_PRODUCTS, "mbarrier_wait(shared_address(&storage_.k_full[slot]), filled_.parity(slot));", ""),
+        SLOW_RING,
+    ],
+    "few_no_wait_for_probabilities": [
+        (FEW_PRODUCTS, "mbarrier_wait(shared_address(&storage_.probabilities_full[slot]), scored_.parity(slot));", "")
+    ],
+    "few_values_by_keys": [
+        (FEW_PRODUCTS, "C::kRows, Major::kOuter, Major::kInner", "C::kRows, Major::kInner, Major::kInner")
+    ],
+    "few_offsets_swapped": [
+        (
+            FEW_PRODUCTS,
+            "values.at(block * C::kSliceBytes + j * 16 * kSliceRowBytes)",
+            "values.at(j * C::kSliceBytes + block * 16 * kSliceRowBytes)",
+        )
+    ],
+    "few_no_wait_for_scores": [
+        (FEW_MATH, "mbarrier_wait(shared_address(&storage_.scores_full[slot]), phases_.parity(slot));", "")
+    ],
+    "few_no_wait_before_rescaling": [(FEW_MATH, "wait_for_values(tile - 1);", "")],
+    "few_no_wait_at_the_end": [(FEW_MATH, "wait_for_values(num_tiles - 1);", "")],
+    "few_no_wait_for_slot": [
+        (FEW_PRODUCER, "mbarrier_wait(shared_address(&storage_.k_empty[entry.slot()]),", "static_cast<void>(")
+    ],
+    "few_probabilities_not_swizzled": [(FEW_SOFTMAX, "((unit ^ row % 8) * 16)", "(unit * 16)")],
+    "few_warps_of_a_group_swizzled_alike": [
+        (FEW_PRODUCER, "((lane_ % 4 * 2 + swapped) ^ this->first_key() % 8) * 16", "(lane_ % 4 * 2 + swapped) * 16")
+    ],
 }
 
 # Changes that are no mistake: the same tests must pass.
-HARMLESS: dict[str, list[Change]] = {"slow_producers": [SLOW_PRODUCERS]}
+HARMLESS: dict[str, list[Change]] = {"slow_producers": [SLOW_PRODUCERS], "slow_ring": [SLOW_RING]}
 
 # Of the gradients of dense prefill.
 GRADIENT_MISTAKES: dict[str, list[Change]] = {
@@ -69,9 +110,12 @@ ALL = {**MISTAKES, **HARMLESS, **GRADIENT_MISTAKES}
 
 def mutated_kernel(changes: list[Change]) -> str:
     """The instantiation that shows the first change."""
-    if changes[0][0].startswith(BACKWARD):
-        return "bf16_192.cu"
-    return "bf16_576.cu" if changes[0][0] == ROW_PRODUCER else "v32.cu"
+    where = changes[0][0]
+    if where.startswith(BACKWARD):
+        return f"{BACKWARD}/inst/bf16_192.cu"
+    if where in (FEW_PRODUCTS, FEW_MATH, FEW_SOFTMAX, FEW_PRODUCER):
+        return "sm100/sparse_attention_few_heads/inst/v32.cu"
+    return f"sm100/sparse_attention/inst/{'bf16_576' if where == ROW_PRODUCER else 'v32'}.cu"
 
 
 def mutated(text: str, file: str, changes: list[Change]) -> str:

@@ -4,6 +4,7 @@
 #include "sm100/dense_prefill/launch.h"
 #include "sm100/dense_prefill_backward/launch.h"
 #include "sm100/sparse_attention/launch.h"
+#include "sm100/sparse_attention_few_heads/launch.h"
 
 namespace flash_mla::sm100 {
 namespace {
@@ -35,7 +36,23 @@ const char* why_not_dense_decode(const DenseDecodeProblem& problem) {
   return nullptr;
 }
 
+template <Element kElement, int kHeadDim>
+const char* why_not_dense_few_heads(const DenseDecodeProblem& problem) {
+  if (int64_t{problem.s_q} * problem.h_q > int64_t{kMostFewRows} * problem.h_kv) {
+    return "s_q * h_q must be at most 32 for each key head";
+  }
+  return why_not_dense_decode<kElement, kHeadDim>(problem);
+}
+
 constexpr Kernel<DenseDecodeProblem, DenseDecodeParams> kDenseDecode[] = {
+    {"sm100_dense_decode_few_heads_bf16_576", why_not_dense_few_heads<Element::kBFloat16, 576>,
+     sparse_attention_few_heads::launch_dense_bf16_576},
+    {"sm100_dense_decode_few_heads_bf16_512", why_not_dense_few_heads<Element::kBFloat16, 512>,
+     sparse_attention_few_heads::launch_dense_bf16_512},
+    {"sm100_dense_decode_few_heads_fp16_576", why_not_dense_few_heads<Element::kFloat16, 576>,
+     sparse_attention_few_heads::launch_dense_fp16_576},
+    {"sm100_dense_decode_few_heads_fp16_512", why_not_dense_few_heads<Element::kFloat16, 512>,
+     sparse_attention_few_heads::launch_dense_fp16_512},
     {"sm100_dense_decode_bf16_576", why_not_dense_decode<Element::kBFloat16, 576>,
      sparse_attention::launch_dense_bf16_576},
     {"sm100_dense_decode_bf16_512", why_not_dense_decode<Element::kBFloat16, 512>,
@@ -52,7 +69,25 @@ const char* why_not_sparse_attention(const SparseAttentionProblem& problem) {
   return reason ? reason : why_not_formats<kFormat, kHeadDim, kExtra>(problem);
 }
 
+template <KVFormat kFormat, int kHeadDim, KVFormat kExtra = kFormat>
+const char* why_not_few_heads(const SparseAttentionProblem& problem) {
+  const char* reason = why_not_few_rows(problem);
+  return reason ? reason : why_not_sparse_attention<kFormat, kHeadDim, kExtra>(problem);
+}
+
 constexpr Kernel<SparseAttentionProblem, SparseAttentionParams> kSparseAttention[] = {
+    {"sm100_sparse_few_heads_v32", why_not_few_heads<KVFormat::kV32, 576>, sparse_attention_few_heads::launch_v32},
+    {"sm100_sparse_few_heads_model1", why_not_few_heads<KVFormat::kModel1, 512>,
+     sparse_attention_few_heads::launch_model1},
+    {"sm100_sparse_few_heads_v41", why_not_few_heads<KVFormat::kV41, 512>, sparse_attention_few_heads::launch_v41},
+    {"sm100_sparse_few_heads_v41_fp4", why_not_few_heads<KVFormat::kV41, 512, KVFormat::kV41Fp4>,
+     sparse_attention_few_heads::launch_v41_fp4},
+    {"sm100_sparse_few_heads_v32_no_rope", why_not_few_heads<KVFormat::kV32NoRope, 512>,
+     sparse_attention_few_heads::launch_v32_no_rope},
+    {"sm100_sparse_few_heads_bf16_576", why_not_few_heads<KVFormat::kBf16, 576>,
+     sparse_attention_few_heads::launch_bf16_576},
+    {"sm100_sparse_few_heads_bf16_512", why_not_few_heads<KVFormat::kBf16, 512>,
+     sparse_attention_few_heads::launch_bf16_512},
     {"sm100_sparse_attention_v32", why_not_sparse_attention<KVFormat::kV32, 576>, sparse_attention::launch_v32},
     {"sm100_sparse_attention_model1", why_not_sparse_attention<KVFormat::kModel1, 512>,
      sparse_attention::launch_model1},

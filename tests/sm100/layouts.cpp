@@ -135,12 +135,18 @@ void check_all() {
 
   check_descriptor<Major::K, umma::Layout_K_SW128_Atom<T>, cute::Step<_1, _2>, 64, 576>("scores", 16);
   check_descriptor<Major::MN, umma::Layout_MN_SW128_Atom<T>, cute::Step<_2, _1>, 256, 64>("values", 64 * 128);
+  check_descriptor<Major::K, umma::Layout_K_SW128_Atom<T>, cute::Step<_1, _2>, 16, 576>("16 query rows", 16);
+  check_descriptor<Major::MN, umma::Layout_MN_SW128_Atom<T>, cute::Step<_2, _1>, 64, 64>("64 columns of values", 0);
 
   check_instruction<cute::bfloat16_t, __nv_bfloat16, 64, 64, Major::K, Major::K>();
   check_instruction<cute::bfloat16_t, __nv_bfloat16, 64, 256, Major::K, Major::MN>();
+  check_instruction<cute::bfloat16_t, __nv_bfloat16, 64, 16, Major::MN, Major::K>();
+  check_instruction<cute::half_t, __half, 64, 32, Major::MN, Major::K>();
   check_instruction<cute::half_t, __half, 128, 256, Major::MN, Major::K>();
 
   check_upper_lanes();
+  check_result<1, 64, 16>();
+  check_result<1, 64, 32>();
   check_result<1, 64, 64>();
   check_result<1, 64, 256>();
   check_result<1, 128, 256>();
@@ -157,6 +163,8 @@ void check_all() {
   check_load<load::SM100_TMEM_LOAD_16dp64b8x, Shape::k16x64>("16x64b.x8");
   check_load<load::SM100_TMEM_LOAD_16dp128b8x, Shape::k16x128>("16x128b.x8");
   check_load<load::SM100_TMEM_LOAD_16dp256b1x, Shape::k16x256>("16x256b.x1");
+  check_load<load::SM100_TMEM_LOAD_16dp256b2x, Shape::k16x256>("16x256b.x2");
+  check_load<load::SM100_TMEM_LOAD_16dp256b4x, Shape::k16x256>("16x256b.x4");
   check_load<load::SM100_TMEM_LOAD_16dp256b8x, Shape::k16x256>("16x256b.x8");
   check_load<load::SM100_TMEM_LOAD_16dp256b32x, Shape::k16x256>("16x256b.x32");
 }

@@ -31,10 +31,13 @@ SELECTIONS: list[dict[str, Any]] = [
     {"h_q": 64, "topk": 700, "extra_topk": 130},
     # Scores that outgrow the reference maximum again and again.
     {"h_q": 64, "topk": 700, "extra_topk": 130, "sink": True, "spread": 20.0},
+    {"h_q": 16, "topk": 700, "extra_topk": 130, "sink": True, "spread": 20.0},
+    {"h_q": 32, "topk": 700, "extra_topk": 130, "spread": 20.0},
 ]
 PAGED: list[dict[str, Any]] = [
     {"h_q": 64, "page": 64, "sink": True},
     {"h_q": 22, "s_q": 3, "page": 3, "causal": True, "spread": 20.0},
+    {"h_q": 10, "s_q": 3, "page": 3, "causal": True, "spread": 20.0},
 ]
 LENGTHS = [0, 1, 700, 130]
 ROWS = ((576, torch.bfloat16), (512, torch.bfloat16), (576, torch.float16), (512, torch.float16))
@@ -50,9 +53,11 @@ def calls() -> Iterator[tuple[str, Any]]:
         for case in SELECTIONS:
             yield "decode", make_sparse_decode_inputs(2, 1, **selected, **known, **case)
     both = {"kv_format": KVFormat.V41, "extra_format": KVFormat.V41_FP4, "extra_topk": 130}
-    yield "decode", make_sparse_decode_inputs(2, 1, **selected, **both)
+    for h_q in (64, 16):
+        yield "decode", make_sparse_decode_inputs(2, 1, **selected, **both, h_q=h_q)
     for known in formats:
-        yield "prefill", make_sparse_prefill_inputs(5, **selected, **known, h_q=66, topk=150, sink=True)
+        for h_q in (66, 20):
+            yield "prefill", make_sparse_prefill_inputs(5, **selected, **known, h_q=h_q, topk=150, sink=True)
     for case in PAGED:
         for fp8 in (KVFormat.V32, KVFormat.MODEL1):
             yield "decode", make_dense_fp8_inputs(LENGTHS, fp8, device="cuda", **case)

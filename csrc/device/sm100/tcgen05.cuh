@@ -44,6 +44,16 @@ __device__ __forceinline__ void tmem_relinquish() {
 template <int kRepeat>
 struct Tmem16x256;
 template <>
+struct Tmem16x256<2> {
+  using Load = cute::SM100::TMEM::LOAD::SM100_TMEM_LOAD_16dp256b2x;
+  using Store = cute::SM100::TMEM::STORE::SM100_TMEM_STORE_16dp256b2x;
+};
+template <>
+struct Tmem16x256<4> {
+  using Load = cute::SM100::TMEM::LOAD::SM100_TMEM_LOAD_16dp256b4x;
+  using Store = cute::SM100::TMEM::STORE::SM100_TMEM_STORE_16dp256b4x;
+};
+template <>
 struct Tmem16x256<8> {
   using Load = cute::SM100::TMEM::LOAD::SM100_TMEM_LOAD_16dp256b8x;
   using Store = cute::SM100::TMEM::STORE::SM100_TMEM_STORE_16dp256b8x;

@@ -1,10 +1,9 @@
-// The warp that issues all products. The scores of a tile are issued before the values of the tile before it, so that
-// the tensor cores work while the math warps exponentiate.
+// The products: query rows are rows, keys, then columns of the values, are columns.
 #pragma once
 
-#include "device/barrier.cuh"
 #include "device/slots.cuh"
 #include "device/sm100/tcgen05.cuh"
+#include "sm100/product_order.cuh"
 #include "sm100/sparse_attention/storage.h"
 
 namespace flash_mla::sm100::sparse_attention {
@@ -16,28 +15,9 @@ class ProductWarp {
       : storage_(storage), tensor_memory_(storage.tensor_memory) {}
 
   __device__ __forceinline__ void run() {
-    for (uint32_t piece = 0;; piece ^= 1) {
-      mbarrier_wait(shared_address(&storage_.q_full), piece);
-      const int num_tiles = storage_.pieces[piece].num_tiles;
-      if (num_tiles < 0) {
-        return;
-      }
-#pragma unroll 1
-      for (int tile = 0; tile < num_tiles; ++tile) {
-        issue_scores(tile & 1);
-        if (tile + 1 == num_tiles) {
-          umma_commit(shared_address(&storage_.q_empty));
-        }
-        if (tile > 0) {
-          issue_values((tile - 1) & 1, tile == 1);
-        }
-      }
-      if (num_tiles > 0) {
-        issue_values((num_tiles - 1) & 1, num_tiles == 1);
-      } else {
-        mbarrier_arrive_if(shared_address(&storage_.q_empty), elect_one());
-      }
-    }
+    issue_products(
+        storage_, [this](int slot) { issue_scores(slot); },
+        [this](int slot, bool first) { issue_values(slot, first); });
   }
 
  private:

@@ -1,0 +1,7 @@
+#include "sm100/sparse_attention_few_heads/launch.cuh"
+#include "sm100/sparse_attention_few_heads/launch.h"
+
+void flash_mla::sm100::sparse_attention_few_heads::launch_dense_fp16_512(const DenseDecodeParams& params,
+                                                                         void* stream) {
+  launch_dense<__half, 512>("sm100_dense_decode_few_heads_fp16_512", params, stream);
+}

@@ -1,0 +1,7 @@
+#include "sm100/sparse_attention_few_heads/launch.cuh"
+#include "sm100/sparse_attention_few_heads/launch.h"
+
+void flash_mla::sm100::sparse_attention_few_heads::launch_v32_no_rope(const SparseAttentionParams& params,
+                                                                      void* stream) {
+  launch<KVFormat::kV32NoRope, KVFormat::kNone, 512>("sm100_sparse_few_heads_v32_no_rope", params, stream);
+}
