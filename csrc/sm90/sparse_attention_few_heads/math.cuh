@@ -18,7 +18,11 @@ class MathWarpgroup {
 
  public:
   __device__ __forceinline__ MathWarpgroup(const SparseAttentionParams& params, Storage<C>& storage)
-      : params_(params), storage_(storage), warp_(threadIdx.x / 32 % 4), lane_(threadIdx.x % 32) {}
+      : params_(params),
+        storage_(storage),
+        warp_(threadIdx.x / 32 % 4),
+        lane_(threadIdx.x % 32),
+        scale_log2_(scale_of_scores<C::kFormat>(params)) {}
 
   __device__ __forceinline__ void run() {
     for (uint32_t piece = 0;; piece ^= 1) {
@@ -110,7 +114,7 @@ class MathWarpgroup {
 #pragma unroll
     for (int i = 0; i < kOwnRows; ++i) {
       const int at = i / 2 * 4 + i % 2;
-      largest[i] = fmaxf(scores[at], scores[at + 2]) * params_.scale_log2;
+      largest[i] = fmaxf(scores[at], scores[at + 2]) * scale_log2();
       maximum_[i] = fmaxf(maximum_[i], largest[i]);
       outgrown |= largest[i] > reference_[i] + kSlack;
     }
@@ -172,8 +176,8 @@ class MathWarpgroup {
 #pragma unroll
     for (int i = 0; i < C::kRows / 2; i += 2) {
       const int own = i / 4 * 2;
-      const float x = exp2_approx(fmaf(scores[i], params_.scale_log2, -reference_[own])),
-                  y = exp2_approx(fmaf(scores[i + 1], params_.scale_log2, -reference_[own + 1]));
+      const float x = exp2_approx(fmaf(scores[i], scale_log2(), -reference_[own])),
+                  y = exp2_approx(fmaf(scores[i + 1], scale_log2(), -reference_[own + 1]));
       sum_[own] += x;
       sum_[own + 1] += y;
       packed[i / 2] = pack2<__nv_bfloat16>(x, y);
@@ -237,14 +241,30 @@ class MathWarpgroup {
       }
     }
     named_barrier_sync(kProbabilitiesStored, C::kMathThreads);
+    if constexpr (has_one_scale(C::kFormat)) {
+      const float descale = descale_of_output<C::kFormat>(params_);
+#pragma unroll
+      for (int block = 0; block < kBlocks; ++block) {
+#pragma unroll
+        for (int i = 0; i < C::kRows / 2; ++i) {
+          output_[block][i] *= descale;
+        }
+      }
+    }
     write_piece<C>(params_, storage_, facts, warp_, lane_, output_, reference_);
     // The next piece may be one without tiles, which would write the sums at once.
     named_barrier_sync(kScoresRead, C::kMathThreads);
   }
 
+  // Where it is the call's it is no register.
+  __device__ __forceinline__ float scale_log2() const {
+    return has_one_scale(C::kFormat) ? scale_log2_ : params_.scale_log2;
+  }
+
   const SparseAttentionParams& params_;
   Storage<C>& storage_;
   const int warp_, lane_;
+  const float scale_log2_;
   SlotPhases phases_;
   float output_[kBlocks][C::kRows / 2];
   float reference_[kOwnRows], sum_[kOwnRows], maximum_[kOwnRows];  // of the rows that are columns of this lane
