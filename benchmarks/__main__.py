@@ -24,9 +24,9 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="measure shapes; append to results/<gpu>.jsonl")
     run.add_argument("--group", action="append", default=[], help=", ".join(shapes.GROUPS))
     run.add_argument("--shape", action="append", default=[], help="a shape's name, or a pattern such as 'dense_h16_*'")
-    run.add_argument("--rounds", type=int, default=2, help="times that each contender is measured per shape")
-    run.add_argument("--seconds", type=float, default=0.25, help="measured time per contender, shape and round")
-    run.add_argument("--warmup", type=float, default=0.1, help="seconds of replays before the measured ones")
+    run.add_argument("--rounds", type=int, default=6, help="times that each contender is measured per shape, by turns")
+    run.add_argument("--seconds", type=float, default=0.04, help="measured time per contender, shape and round")
+    run.add_argument("--warmup", type=float, default=0.02, help="seconds of replays before the measured ones")
     run.add_argument("--timeout", type=float, default=120.0, help="seconds to prepare one shape")
     run.add_argument("--host", action="store_true", help="also the CPU time of an eager call")
 

@@ -131,9 +131,9 @@ class Options:
     """How to run: see ``python -m benchmarks run --help``."""
 
     device: str = "cuda"
-    rounds: int = 2
-    warmup_s: float = 0.1
-    seconds: float = 0.25
+    rounds: int = 6
+    warmup_s: float = 0.02
+    seconds: float = 0.04
     prepare_timeout_s: float = 120.0
     logs: Path = ROOT / "benchmarks" / "results" / "logs"
 

@@ -75,8 +75,8 @@ def flash_mla_with_kvcache(
         kv_format: format of `k_cache`; by default what d_qk and the bytes per token say (528 bytes mean V41).
         enable_batch_invariant: the bits of a request (in a sparse call, of a query) do not depend on the rest of the
             batch, nor on indices that select nothing.
-        descale_q: float32, one number: what an FP8 q is multiplied by.
-        descale_k: float32, one number: what the values of an FP8 cache without a format are multiplied by.
+        descale_q: float32, one number, positive: what an FP8 q is multiplied by.
+        descale_k: float32, one number, positive: what the values of an FP8 cache without a format are multiplied by.
         out: where to write out: shape and dtype of the result, last dimension contiguous.
         lse: where to write lse.
 

@@ -795,7 +795,7 @@ def test_the_support_matrix_says_what_the_table_says() -> None:
     hopper = [entry for entry in supported if entry.compute_capability == 90 and not entry.reason]
     taken = {op: {kind for entry in hopper if entry.op == op for kind in entry.dtypes} for op in OPS_WITH_KERNELS}
     formats = {"V32", "V32_NO_ROPE", "MODEL1", "V41"}
-    assert taken["dense_decode"] == {"bfloat16", "float16", *formats}
+    assert taken["dense_decode"] == {"bfloat16", "float16", "e4m3 with descale_k", *formats}
     assert taken["sparse_decode"] == {"BF16", "V41 + V41_FP4", *formats}
     assert taken["sparse_prefill_backward"] == {"BF16"}
     assert taken["dense_prefill"] == taken["dense_prefill_backward"] == {"bfloat16", "float16"}

@@ -1,5 +1,5 @@
-// Kernels for every architecture: planning, compacting of index lists, combining of split results, merging of attention
-// states, KV caches.
+// Kernels for every architecture: planning, compacting of index lists, widening of queries, combining of split results,
+// merging of attention states, KV caches.
 #pragma once
 
 #include <cstdint>
@@ -45,6 +45,18 @@ void launch_prefill_backward_finish(const DensePrefillBackwardParams& params, vo
 // dkv, and d_sink.
 void launch_sparse_backward_prepare(const SparsePrefillBackwardParams& params, void* stream);
 void launch_sparse_backward_finish(const SparsePrefillBackwardParams& params, void* stream);
+
+// q [b, s_q, h_q, d_qk], of e4m3 values, as bfloat16, contiguous. Strides in values.
+struct WidenQueryParams {
+  const void* q;
+  void* wide;
+  int64_t num_rows;  // b * s_q * h_q
+  int64_t stride_b, stride_s, stride_h;
+  int s_q, h_q, d_qk;
+  int num_sms;
+};
+
+void launch_widen_query(const WidenQueryParams& params, void* stream);
 
 // Joins the partial results of split requests into `out` and `lse`.
 void launch_combine(const DenseDecodeParams& params, void* stream);

@@ -88,8 +88,8 @@ STABLE_TORCH_LIBRARY(flash_mla, m) {
       "int d_v, float sm_scale) -> str");
   m.def(
       "sparse_decode_why_not(int compute_capability, int scalar_type, int kv_format, int extra_kv_format, "
-      "bool from_table, int b, int s_q, int h_q, int d_qk, int d_v, int page_block_size, int extra_page_block_size, "
-      "int topk, int extra_topk, float softmax_scale) -> str");
+      "bool from_table, int b, int s_q, int h_q, int h_kv, int d_qk, int d_v, int page_block_size, int "
+      "extra_page_block_size, int topk, int extra_topk, float softmax_scale) -> str");
   m.def(
       "dense_prefill(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_qo, Tensor cu_seqlens_kv, int max_seqlen_qo, int "
       "max_seqlen_kv, float softmax_scale, bool causal, bool deterministic) -> (Tensor, Tensor)");

@@ -47,7 +47,8 @@ void dense_decode_fp8_out(const Tensor& q, const Tensor& k_cache, const Tensor& 
 // `scalar_type` of q: 0 bfloat16, 1 float16, 2 another. Formats: values of KVFormat.
 std::string sparse_decode_why_not(int64_t compute_capability, int64_t scalar_type, int64_t kv_format,
                                   int64_t extra_kv_format, bool from_table, int64_t b, int64_t s_q, int64_t h_q,
-                                  int64_t d_qk, int64_t d_v, int64_t page_block_size, int64_t extra_page_block_size,
-                                  int64_t topk, int64_t extra_topk, double softmax_scale);
+                                  int64_t h_kv, int64_t d_qk, int64_t d_v, int64_t page_block_size,
+                                  int64_t extra_page_block_size, int64_t topk, int64_t extra_topk,
+                                  double softmax_scale);
 
 }  // namespace flash_mla::api

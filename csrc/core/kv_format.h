@@ -5,12 +5,15 @@
 
 namespace flash_mla {
 
-enum class KVFormat : int { kBf16 = 0, kV32, kV32NoRope, kModel1, kV41, kV41Fp4, kNone };
+// kE4m3 and kE4m3NoRope are e4m3 values with one scale for the whole cache, d_qk 576 and 512: for block tables only.
+enum class KVFormat : int { kBf16 = 0, kV32, kV32NoRope, kModel1, kV41, kV41Fp4, kE4m3, kE4m3NoRope, kNone };
 
-enum class ScaleType { kFloat32, kUe8m0, kE4m3 };
+constexpr bool has_one_scale(KVFormat format) { return format == KVFormat::kE4m3 || format == KVFormat::kE4m3NoRope; }
+
+enum class ScaleType { kFloat32, kUe8m0, kE4m3, kNone };
 
 // Where the bytes of a row are: `values` quantised values first, then their scales, then `d_qk - values` bfloat16
-// values (RoPE). MODEL1 keeps the scales of a page behind all its rows.
+// values (RoPE; kE4m3: e4m3 values too). MODEL1 keeps the scales of a page behind all its rows.
 struct KVLayout {
   int d_qk;
   int values;      // quantised values of a row
@@ -23,7 +26,9 @@ struct KVLayout {
   constexpr int value_bytes() const { return values * value_bits / 8; }
   constexpr int rope() const { return d_qk - values; }
   constexpr int num_scales() const { return values / group; }
-  constexpr int scale_bytes() const { return num_scales() * (scale == ScaleType::kFloat32 ? 4 : 1); }
+  constexpr int scale_bytes() const {
+    return scale == ScaleType::kNone ? 0 : num_scales() * (scale == ScaleType::kFloat32 ? 4 : 1);
+  }
   // From one row's values to the next one's, where rows are laid out by the format itself.
   constexpr int row_stride() const { return scales_behind_page ? value_bytes() + 2 * rope() : row_bytes; }
   // From a row's first byte to its RoPE values.
@@ -44,6 +49,10 @@ constexpr KVLayout layout_of(KVFormat format) {
       return {512, 512, 8, 32, ScaleType::kUe8m0, 528, false};
     case KVFormat::kV41Fp4:
       return {512, 512, 4, 16, ScaleType::kE4m3, 288, false};
+    case KVFormat::kE4m3:
+      return {576, 512, 8, 512, ScaleType::kNone, 576, false};
+    case KVFormat::kE4m3NoRope:
+      return {512, 512, 8, 512, ScaleType::kNone, 512, false};
     default:
       return {};
   }

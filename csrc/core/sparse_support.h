@@ -15,6 +15,9 @@ constexpr const char* format_reason(KVFormat format) {
       return "k_cache must be of format V32_NO_ROPE";
     case KVFormat::kModel1:
       return "k_cache must be of format MODEL1";
+    case KVFormat::kE4m3:
+    case KVFormat::kE4m3NoRope:
+      return "k_cache must be of e4m3 values with one scale, by block table";
     default:
       return "k_cache must be of format V41";
   }
@@ -26,6 +29,9 @@ template <KVFormat kFormat, int kHeadDim, KVFormat kExtra = kFormat>
 const char* why_not_formats(const SparseAttentionProblem& problem) {
   if (problem.element != Element::kBFloat16) {
     return "q must be bfloat16";
+  }
+  if (problem.h_kv != 1) {
+    return "h_kv must be 1";
   }
   if (problem.format != kFormat) {
     return format_reason(kFormat);

@@ -91,6 +91,16 @@ class SeesawWarpgroup {
     }
   }
 
+  __device__ __forceinline__ void scale_output(float factor) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int i = 0; i < 64; ++i) {
+        output_[half][i] *= factor;
+      }
+    }
+  }
+
   // The other warpgroup may have moved the reference; the products into this one's output have ended.
   __device__ __forceinline__ void adopt_reference() {
     adopt_reference({storage_.row_max[row_], storage_.row_max[row_ + 8]});

@@ -147,6 +147,9 @@ def _fp8_questions(capability: int) -> Iterator[_Question]:
         d_qk = known.layout.d_qk
         where = ("cuda", capability, torch.bfloat16, 8, 1, h_q, 1, d_qk, 512, page, 576**-0.5, known.value)
         yield _Question(DenseDecodeProblem(*where), known.value, d_qk, page, 1)
+    for d_qk, page, h_q, h_kv in product((576, 512), _PAGES, _HEADS, _GRID["h_kv"]):
+        where = ("cuda", capability, torch.bfloat16, 8, 1, h_q, h_kv, d_qk, 512, page, 576**-0.5, "E4M3")
+        yield _Question(DenseDecodeProblem(*where), "e4m3 with descale_k", d_qk, page, h_kv)
 
 
 def _sparse_questions(capability: int) -> Iterator[_Question]:

@@ -10,7 +10,7 @@ import torch
 
 from flash_mla import _ops
 from flash_mla.kv_format import KVFormat
-from flash_mla.problem import HEAD_DIM_V, DenseDecodeProblem, Problem
+from flash_mla.problem import FP8, HEAD_DIM_V, DenseDecodeProblem, Problem
 from flash_mla.problem_kv_cache import KVCacheProblem
 from flash_mla.problem_prefill import DensePrefillBackwardProblem, DensePrefillProblem
 from flash_mla.problem_sparse import SparseDecodeProblem, SparsePrefillBackwardProblem, SparsePrefillProblem
@@ -25,7 +25,9 @@ _FORMATS = {
         (KVFormat.BF16, KVFormat.V32, KVFormat.V32_NO_ROPE, KVFormat.MODEL1, KVFormat.V41, KVFormat.V41_FP4)
     )
 }
-_NO_FORMAT = len(_FORMATS)
+# e4m3 values with one scale for the whole cache, by d_qk.
+_ONE_SCALE = {576: len(_FORMATS), 512: len(_FORMATS) + 1}
+_NO_FORMAT = len(_FORMATS) + len(_ONE_SCALE)
 
 
 def missing() -> str | None:
@@ -91,16 +93,19 @@ def _dense_prefill_arguments(problem: DensePrefillProblem) -> tuple[Any, ...]:
 
 
 def _fp8_arguments(problem: DenseDecodeProblem) -> tuple[Any, ...]:
-    known = _NO_FORMAT if problem.fp8_cache == "E4M3" else _FORMATS[KVFormat(problem.fp8_cache)]
+    one_scale = problem.fp8_cache == "E4M3"
+    # Beside such a cache an FP8 q is widened for the kernels.
+    dtype = torch.bfloat16 if one_scale and problem.dtype == FP8 else problem.dtype
     return (
         problem.compute_capability or 0,
-        _SCALAR_TYPES.get(problem.dtype, _OTHER_SCALAR_TYPE),
-        known,
+        _SCALAR_TYPES.get(dtype, _OTHER_SCALAR_TYPE),
+        _ONE_SCALE.get(problem.d_qk, _NO_FORMAT) if one_scale else _FORMATS[KVFormat(problem.fp8_cache)],
         _NO_FORMAT,
         True,
         problem.b,
         problem.s_q,
         problem.h_q,
+        problem.h_kv,
         problem.d_qk,
         problem.d_v,
         problem.page_block_size,
@@ -121,6 +126,7 @@ def _sparse_arguments(problem: SparseDecodeProblem) -> tuple[Any, ...]:
         problem.b,
         problem.s_q,
         problem.h_q,
+        1,
         problem.d_qk,
         problem.d_v,
         problem.page_block_size,
@@ -142,6 +148,7 @@ def _sparse_prefill_arguments(problem: SparsePrefillProblem) -> tuple[Any, ...]:
         1,
         problem.s_q,
         problem.h_q,
+        1,
         problem.d_qk,
         max(problem.d_v, HEAD_DIM_V),
         1,

@@ -17,11 +17,11 @@ namespace flash_mla {
 // What a call asks for, as far as the choice of a kernel goes.
 struct SparseAttentionProblem {
   int compute_capability;
-  Element element;        // of q
-  KVFormat format;        // kNone: none of these, a scale for the whole cache
+  Element element;  // of q
+  KVFormat format;
   KVFormat extra_format;  // kNone: no second cache
   bool from_table;        // keys by block table, not by indices
-  int b, s_q, h_q, d_qk, d_v;
+  int b, s_q, h_q, h_kv = 1, d_qk, d_v;
   int page, extra_page;
   int topk, extra_topk;
   float softmax_scale;
@@ -47,6 +47,8 @@ struct SparseAttentionParams {
   const ScheduleRow* schedule;  // null: fixed cuts
   const int32_t* num_splits;
   const float* attn_sink;  // null: none
+  const float* descale_q;  // formats of one scale: what q stands for times this; null: 1
+  const float* descale_k;  // the same of the keys
   void* out;               // [b, s_q, h_q, 512], of q's type
   float* lse;              // [b, h_q, s_q] by its strides
   float* max_logits;       // null: not asked for; strides of lse

@@ -41,6 +41,7 @@ __device__ __forceinline__ void write_few_rows(const SparseAttentionParams& para
                                                const float (&reference)[C::kRows / 4]) {
   const bool odd = lane / 4 % 2;
   const int row = lane % 4 * 2 + odd, pair = lane / 8;  // of 4 pairs of columns
+  const float descale = descale_of_output<C::kFormat>(params);
   const bool writes_rows = first_block == 0 && warp == 0 && lane < 8;
 #pragma unroll
   for (int group = 0; group < C::kRows / 16; ++group) {
@@ -57,13 +58,13 @@ __device__ __forceinline__ void write_few_rows(const SparseAttentionParams& para
       const int tile_row = group * 16 + row + 8 * r;
       result[r] = row_result<C>(storage, tile_row, odd ? reference[own + 1] : reference[own]);
       const bool any_key = result[r].sum != 0;
-      scale[r] = any_key ? 1.0f / result[r].sum : 0.0f;
+      scale[r] = any_key ? descale / result[r].sum : 0.0f;
       if (piece.partial < 0) {
         const RowPlace place(params, piece, tile_row);
         exists[r] = place.exists;
         if (params.attn_sink && place.exists) {
           const float sink = exp2f(params.attn_sink[place.head] * kLog2E - result[r].reference);
-          scale[r] = any_key ? 1.0f / (result[r].sum + sink) : 0.0f;
+          scale[r] = any_key ? descale / (result[r].sum + sink) : 0.0f;
         }
         out[r] = static_cast<typename C::Element*>(params.out) + place.batch * params.stride_out_b +
                  place.token * params.stride_out_s + place.head * params.stride_out_h;

@@ -48,7 +48,9 @@ struct RingFormat {
   static __device__ __forceinline__ float scale(const unsigned char* ring, int lane) {
     const unsigned char* scales = ring + (kLayout.scales_behind_page ? kRowBytes : kLayout.value_bytes());
     const int index = lane / kUnitsPerScale;
-    if constexpr (kLayout.scale == ScaleType::kFloat32) {
+    if constexpr (kLayout.scale == ScaleType::kNone) {
+      return 1;
+    } else if constexpr (kLayout.scale == ScaleType::kFloat32) {
       return reinterpret_cast<const float*>(scales)[index];
     } else if constexpr (kLayout.scale == ScaleType::kE4m3) {
       return e4m3_to_float(scales[index]);
@@ -180,7 +182,16 @@ class ConvertingWarp : KeyLists<C, Storage> {
         }
       }
     });
-    if constexpr (C::kRopeBehindValues || C::kRopeInValues) {
+    if constexpr (C::kFormat == KVFormat::kE4m3) {
+      if (lane_ < 8) {
+        const int key = 2 * step + lane_ / 4, unit = lane_ % 4;
+        const uint4 raw = *reinterpret_cast<const uint4*>(
+            &storage_.ring[warp_][key][layout_of(C::kFormat).rope_offset() + unit * 16]);
+        const uint32_t place = tile + C::kRopeSlice * C::kSliceBytes + key * kSliceRowBytes +
+                               (unit * 2 ^ this->first_key() % 8 ^ key) * 16;
+        RowFormat<C::kFormat>::convert(raw, 1, false, place, place ^ 16);
+      }
+    } else if constexpr (C::kRopeBehindValues || C::kRopeInValues) {
       if (lane_ < 16) {
         const int key = 2 * step + lane_ / 8, unit = lane_ % 8;
         const uint4 words = *reinterpret_cast<const uint4*>(

@@ -23,7 +23,11 @@ class FewRowsSoftmax {
   static constexpr int kOwnRows = Fragment::kOwnRows;
 
   __device__ __forceinline__ FewRowsSoftmax(const SparseAttentionParams& params, Storage& storage, int warp, int lane)
-      : params_(params), storage_(storage), warp_(warp), lane_(lane) {}
+      : params_(params),
+        storage_(storage),
+        warp_(warp),
+        lane_(lane),
+        scale_log2_(scale_of_scores<C::kFormat>(params)) {}
 
   __device__ __forceinline__ void begin_rows() {
 #pragma unroll
@@ -69,7 +73,7 @@ class FewRowsSoftmax {
 #pragma unroll
     for (int i = 0; i < kOwnRows; ++i) {
       const int at = i / 2 * 4 + i % 2;
-      largest[i] = fmaxf(scores[at], scores[at + 2]) * params_.scale_log2;
+      largest[i] = fmaxf(scores[at], scores[at + 2]) * scale_log2();
       maximum_[i] = fmaxf(maximum_[i], largest[i]);
       outgrown |= largest[i] > reference_[i] + kSlack;
     }
@@ -108,8 +112,8 @@ class FewRowsSoftmax {
 #pragma unroll
     for (int i = 0; i < C::kRows / 2; i += 2) {
       const int own = i / 4 * 2;
-      const float x = exp2_approx(fmaf(scores[i], params_.scale_log2, -reference_[own])),
-                  y = exp2_approx(fmaf(scores[i + 1], params_.scale_log2, -reference_[own + 1]));
+      const float x = exp2_approx(fmaf(scores[i], scale_log2(), -reference_[own])),
+                  y = exp2_approx(fmaf(scores[i + 1], scale_log2(), -reference_[own + 1]));
       sum_[own] += x;
       sum_[own + 1] += y;
       packed[i / 2] = pack2<typename C::Element>(x, y);
@@ -147,6 +151,11 @@ class FewRowsSoftmax {
   // The next piece may be one without tiles, which would tell its sums at once.
   __device__ __forceinline__ void end_writing() const { named_barrier_sync(kScoresRead, C::kMathThreads); }
 
+  // Where it is the call's it is no register.
+  __device__ __forceinline__ float scale_log2() const {
+    return has_one_scale(C::kFormat) ? scale_log2_ : params_.scale_log2;
+  }
+
   // Over the lanes that hold other keys.
   static __device__ __forceinline__ float largest_of_lanes(float x) {
 #pragma unroll
@@ -167,6 +176,7 @@ class FewRowsSoftmax {
   const SparseAttentionParams& params_;
   Storage& storage_;
   const int warp_, lane_;
+  const float scale_log2_;
   float reference_[kOwnRows], sum_[kOwnRows], maximum_[kOwnRows];  // of the rows that are columns of this lane
 };
 

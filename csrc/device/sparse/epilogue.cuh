@@ -2,6 +2,8 @@
 // from registers, so that the key slots go on filling.
 #pragma once
 
+#include <cfloat>
+
 #include "core/params/sparse_attention.h"
 #include "device/numeric.cuh"
 #include "device/sparse/walk.h"
@@ -34,6 +36,20 @@ __device__ __forceinline__ void write_partial(const SparseAttentionParams& param
     *reinterpret_cast<float4*>(out + block * kPartialBlock) =
         make_float4(values[0] * scale[0], values[1] * scale[0], values[2] * scale[1], values[3] * scale[1]);
   }
+}
+
+// Formats of one scale: what scores are to be multiplied by beside the softmax scale, and the output.
+template <KVFormat kFormat>
+__device__ __forceinline__ float descale_of_output(const SparseAttentionParams& params) {
+  return has_one_scale(kFormat) && params.descale_k != nullptr ? *params.descale_k : 1.0f;
+}
+
+template <KVFormat kFormat>
+__device__ __forceinline__ float scale_of_scores(const SparseAttentionParams& params) {
+  const float of_query = has_one_scale(kFormat) && params.descale_q != nullptr ? *params.descale_q : 1.0f;
+  // As a softmax scale of 0, one of 0 here has to be no more than very small.
+  return has_one_scale(kFormat) ? fmaxf(params.scale_log2 * of_query * descale_of_output<kFormat>(params), FLT_MIN)
+                                : params.scale_log2;
 }
 
 // Where a row of a tile belongs.

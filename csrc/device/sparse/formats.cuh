@@ -36,7 +36,9 @@ struct RowFormat {
   // The scales of a quarter of a row, whose scales begin at `scales`.
   static __device__ __forceinline__ QuarterScales load_scales(const unsigned char* scales, int quarter) {
     QuarterScales found{};
-    if constexpr (kFormat == KVFormat::kModel1) {
+    if constexpr (kLayout.scale == ScaleType::kNone) {
+      return found;
+    } else if constexpr (kFormat == KVFormat::kModel1) {
       uint16_t pair;
       asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(pair) : "l"(scales + 2 * quarter));
       found.low = pair;
@@ -52,6 +54,9 @@ struct RowFormat {
 
   // The scale of a lane's unit, from the lane that has those of its quarter of the row.
   static __device__ __forceinline__ float scale(const QuarterScales& scales, int from, int unit) {
+    if constexpr (kLayout.scale == ScaleType::kNone) {
+      return 1;
+    }
     const uint32_t low = __shfl_sync(~0u, scales.low, from);
     if constexpr (kLayout.scale == ScaleType::kFloat32) {
       return __uint_as_float(low);

@@ -73,6 +73,8 @@ class ProducerWarp : KeyLists<C, Storage> {
   }
 
  private:
+  static constexpr bool kRopeQuantised = C::kFormat == KVFormat::kE4m3;
+  static_assert(!kPaired || !kRopeQuantised);
   static constexpr bool kTwoFormats = C::kExtraFormat != KVFormat::kNone && C::kExtraFormat != C::kFormat;
   static constexpr KVFormat kSecond = kTwoFormats ? C::kExtraFormat : C::kFormat;
   static __device__ __forceinline__ bool is_extra_format(const Entry& entry) { return kTwoFormats && entry.source(); }
@@ -107,7 +109,9 @@ class ProducerWarp : KeyLists<C, Storage> {
                                 this->rank() * kUnits + lane % kUnits);
       }
     });
-    if constexpr (C::kHasRope) {
+    if constexpr (kRopeQuantised) {
+      raw_rope_ = RowFormat<C::kFormat>::load(row_ + layout_of(C::kFormat).rope_offset(), lane_ % kLanes);
+    } else if constexpr (C::kHasRope) {
       prefetch_l2(row_ + layout_of(C::kFormat).rope_offset());
     }
   }
@@ -147,9 +151,16 @@ class ProducerWarp : KeyLists<C, Storage> {
     }
   }
 
-  // The RoPE columns, which are not converted, go straight to their place.
+  // The RoPE columns go straight to their place where they are not converted.
   __device__ __forceinline__ void copy_rope(int slot) const {
-    if constexpr (C::kHasRope) {
+    if constexpr (kRopeQuantised) {
+      // A lane has a quarter of the key that it knows.
+      const int lane = this->opaque_lane(), key = lane / kLanes;
+      const uint32_t place = shared_address(storage_.k[0]) + slot * C::kTileBytes + C::kRopeSlice * C::kSliceBytes +
+                             (this->first_key() + key) * kSliceRowBytes + ((lane % kLanes * 2) ^ key) * 16;
+      RowFormat<C::kFormat>::convert(raw_rope_, 1, false, place, place ^ 16);
+      mbarrier_arrive(shared_address(&storage_.k_full[slot][kRope]));
+    } else if constexpr (C::kHasRope) {
       const int lane = this->opaque_lane();
       const uint32_t tile = shared_address(storage_.k[0]) + slot * C::kTileBytes;
       if constexpr (kPaired && C::kRopeBehindValues) {
@@ -179,7 +190,8 @@ class ProducerWarp : KeyLists<C, Storage> {
   const unsigned char* row_ = kZeroRow;  // the lane's, of the tile whose bytes have been fetched
   int row_in_page_;
   QuarterScales scales_;
-  Ring<3> ring_;  // of the slots, where they are used in turn
+  uint4 raw_rope_;  // where these columns are quantised too
+  Ring<3> ring_;    // of the slots, where they are used in turn
 };
 
 }  // namespace flash_mla::inline device

@@ -20,7 +20,7 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>, true> {
 
  public:
   __device__ __forceinline__ MathWarpgroup(const SparseAttentionParams& params, Storage<C>& storage, int side)
-      : Base(storage, side), params_(params) {}
+      : Base(storage, side), params_(params), scale_log2_(scale_of_scores<C::kFormat>(params)) {}
 
   __device__ __forceinline__ void run() {
     for (uint32_t piece = 0;; piece ^= 1) {
@@ -162,7 +162,7 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>, true> {
         mask_scores(scores, limit, lane_);
       }
     }
-    this->move_reference(scores, params_.scale_log2, before_rescaling);
+    this->move_reference(scores, scale_log2(), before_rescaling);
     this->publish_reference();
   }
 
@@ -171,9 +171,9 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>, true> {
   template <int kSide>
   __device__ __forceinline__ void multiply_own(const float (&scores)[32], uint32_t tile) {
     uint32_t half[8];
-    exponentiate<T, 0, 2>(scores, params_.scale_log2, reference_, sum_, half);
+    exponentiate<T, 0, 2>(scores, scale_log2(), reference_, sum_, half);
     this->template store_probabilities<0, 2>(tile, half);
-    exponentiate<T, 2, 2>(scores, params_.scale_log2, reference_, sum_, half);
+    exponentiate<T, 2, 2>(scores, scale_log2(), reference_, sum_, half);
     this->template store_probabilities<2, 2>(tile, half);
     fence_async_proxy();
     this->hand_over(storage_.probabilities_full[kSide]);
@@ -219,6 +219,9 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>, true> {
     }
     float total[2];
     this->join_sums(piece, total);
+    if constexpr (has_one_scale(C::kFormat)) {
+      this->scale_output(descale_of_output<C::kFormat>(params_));
+    }
     if (facts.partial >= 0) {
       write_partial(params_, facts, side_, side_ == 0, row, lane_, output_, reference_, total);
     } else {
@@ -226,7 +229,13 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>, true> {
     }
   }
 
+  // Where it is the call's it is no register.
+  __device__ __forceinline__ float scale_log2() const {
+    return has_one_scale(C::kFormat) ? scale_log2_ : params_.scale_log2;
+  }
+
   const SparseAttentionParams& params_;
+  const float scale_log2_;
 };
 
 }  // namespace flash_mla::sm90::sparse_attention
