@@ -14,23 +14,11 @@ namespace flash_mla::inline device {
 // What unreachable keys are read from: all zeros, scales too.
 __device__ __align__(16) const unsigned char kZeroRow[1152] = {};
 
-template <class C>
-constexpr int producer_groups() {
-  if constexpr (requires { C::kProducerGroups; }) {
-    return C::kProducerGroups;
-  } else {
-    return 1;
-  }
-}
-
 template <class C, class Storage>
 class KeyLists {
  protected:
-  // Groups of warps take the tiles of a piece by turns.
-  static constexpr int kGroups = producer_groups<C>();
-  static constexpr int kGroupWarps = C::kProducerWarps / kGroups;
   // Keys of a tile per warp, each of which `kLanes` lanes know: where its row is.
-  static constexpr int kWarpKeys = C::kKeys / kGroupWarps;
+  static constexpr int kWarpKeys = C::kKeys / C::kProducerWarps;
   static constexpr int kLanes = 32 / kWarpKeys;
   static constexpr int kItemTiles = ceil_div(C::kRows, kRowTile);
 
@@ -43,33 +31,20 @@ class KeyLists {
     __syncwarp();
   }
 
-  // Steps to the next tile, of the warp's group or the first of a piece, and fetches the lane's index; -1 where its
-  // list has ended, or the tile is another group's.
+  // Steps to the next tile and fetches the lane's index; -1 where its list has ended.
   __device__ __forceinline__ void fetch_indices() {
     ahead_ = {0};
     index_ = -1;
     if (!find_run()) {
       return;
     }
-    Run run = walk_.run;
-    if (!is_own(run.bits) && !(run.bits & Entry::kBeginsPiece)) {
-      step_over(run);
-      ahead_ = {Entry::kSkipped};
-      if (!find_run()) {
-        return;
-      }
-      run = walk_.run;
-    }
+    const Run run = walk_.run;
     ahead_.bits |= run.bits;
     const int position = run.position + key_of_lane();
-    if (position < run.length && is_own(run.bits)) {
+    if (position < run.length) {
       index_ = load_index(run.list + (params_.from_table ? page_of(params_.keys[0], position) : position));
     }
     step_over(run);
-  }
-
-  __device__ __forceinline__ bool is_own(uint32_t bits) const {
-    return kGroups == 1 || static_cast<int>(bits / Entry::kSlot & 1) == warp_ / kGroupWarps;
   }
 
   // All tiles, for producers that keep nothing of one while they work on another: `copy(entry, row)`.
@@ -100,7 +75,7 @@ class KeyLists {
     }
   }
 
-  __device__ __forceinline__ int first_key() const { return warp_ % kGroupWarps * kWarpKeys; }
+  __device__ __forceinline__ int first_key() const { return warp_ * kWarpKeys; }
   __device__ __forceinline__ int key_of_lane() const { return first_key() + lane_ / kLanes; }
 
   static __device__ __forceinline__ int load_index(const int32_t* address) {

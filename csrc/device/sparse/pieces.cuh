@@ -66,15 +66,13 @@ __device__ __forceinline__ void begin_walk(const SparseAttentionParams& params, 
 // A tile, or a piece without any, in a few bits.
 struct Entry {
   uint32_t bits;
-  static constexpr uint32_t kExists = 1, kHasTile = 2, kBeginsPiece = 4, kSlot = 8, kSource = 16, kSkipped = 128;
+  static constexpr uint32_t kExists = 1, kHasTile = 2, kBeginsPiece = 4, kSlot = 8, kSource = 16;
   static constexpr int kPieceShift = 5;
   __device__ __forceinline__ bool exists() const { return bits & kExists; }
   __device__ __forceinline__ bool has_tile() const { return bits & kHasTile; }
   __device__ __forceinline__ bool begins_piece() const { return bits & kBeginsPiece; }
   __device__ __forceinline__ int slot() const { return bits / kSlot & 1; }
   __device__ __forceinline__ int source() const { return bits / kSource & 1; }
-  // Another group's tile came between this one and the entry before.
-  __device__ __forceinline__ bool skipped() const { return bits & kSkipped; }
   __device__ __forceinline__ int piece() const { return bits >> kPieceShift & 3; }
 };
 

@@ -8,8 +8,8 @@
 
 namespace flash_mla::inline device {
 
-// Each of the lanes that know a key, four, or two where the CTA has half of the columns, holds the scales of a quarter
-// of a row.
+// Of the four lanes that know a key each holds the scales of a quarter of a row; where the CTA has half of the columns,
+// two lanes hold the same.
 template <class C, class Storage>
 class ProducerWarp : KeyLists<C, Storage> {
   using Base = KeyLists<C, Storage>;
@@ -18,7 +18,7 @@ class ProducerWarp : KeyLists<C, Storage> {
   static constexpr bool kPaired = C::kRanks == 2;
   static constexpr int kUnits = 32 / C::kRanks;  // of 16 values, that this CTA has of a row
   static constexpr int kPasses = kWarpKeys / C::kRanks;
-  static_assert(kLanes * C::kRanks == 4);
+  static constexpr int kQuarters = 4 / C::kRanks;  // of a row's columns, that this CTA has
 
  public:
   __device__ __forceinline__ ProducerWarp(const SparseAttentionParams& params, Storage& storage, int warp, int lane)
@@ -36,14 +36,11 @@ class ProducerWarp : KeyLists<C, Storage> {
       // hardware has for them, so that a wait for one would be a wait for any that follow it.
       const Entry next = ahead_;
       const unsigned char* const next_row = this->locate(next);
-      if (entry.skipped()) {
-        ring_.advance();
-      }
       if (entry.begins_piece()) {
         this->begin_piece(entry.piece());
       }
-      const int slot = kPaired ? ring_.stage : entry.slot();
-      if (entry.has_tile() && this->is_own(entry.bits)) {
+      if (entry.has_tile()) {
+        const int slot = kPaired ? ring_.stage : entry.slot();
         mbarrier_wait(shared_address(&storage_.k_empty[slot]), (kPaired ? ring_.parity : phases_.parity(slot)) ^ 1);
         publish_valid(slot);
         copy_rope(slot);
@@ -53,8 +50,6 @@ class ProducerWarp : KeyLists<C, Storage> {
         if (lane_ == 0) {
           mbarrier_arrive(shared_address(&storage_.k_full[slot][kValues]));
         }
-      }
-      if (entry.has_tile()) {
         if constexpr (kPaired) {
           ring_.advance();
         } else {
@@ -99,7 +94,7 @@ class ProducerWarp : KeyLists<C, Storage> {
         const int distance = (page - row_in_page_) * kLayout.row_stride() + row_in_page_ * kLayout.scale_stride();
         scales = row_ + (row_ == kZeroRow ? 0 : distance);
       }
-      scales_ = format.load_scales(scales, this->rank() * kLanes + lane_ % kLanes);
+      scales_ = format.load_scales(scales, this->rank() * kQuarters + lane_ % kQuarters);
       const int lane = this->opaque_lane();
       const auto bits = reinterpret_cast<uintptr_t>(row_);
 #pragma unroll
@@ -146,8 +141,7 @@ class ProducerWarp : KeyLists<C, Storage> {
   __device__ __forceinline__ void publish_valid(int slot) {
     const uint32_t valid = this->valid_keys(row_);
     if (lane_ == 0) {
-      auto& bits = storage_.valid[slot][warp_ % Base::kGroupWarps];
-      bits = static_cast<std::remove_reference_t<decltype(bits)>>(valid);
+      storage_.valid[slot][warp_] = static_cast<uint8_t>(valid);
     }
   }
 

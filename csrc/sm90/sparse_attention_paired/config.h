@@ -26,12 +26,12 @@ struct Config {
   static constexpr int kStages = 3;
 
   static constexpr int kMathThreads = 256;
-  static constexpr int kProducerWarps = 8, kProducerGroups = 2;
+  static constexpr int kProducerWarps = 8;
   static constexpr int kProducerThreads = 32 * kProducerWarps;
   static constexpr int kThreads = kMathThreads + kProducerThreads;
-  // Registers per thread after the roles part: 2 * 128 * 192 + 2 * 128 * 64 = 64 K.
-  static constexpr int kMathRegisters = 192;
-  static constexpr int kProducerRegisters = 64;
+  // Registers per thread after the roles part: 2 * 128 * 208 + 2 * 128 * 48 = 64 K.
+  static constexpr int kMathRegisters = 208;
+  static constexpr int kProducerRegisters = 48;
 };
 
 }  // namespace flash_mla::sm90::sparse_attention_paired

@@ -11,8 +11,8 @@ __device__ __forceinline__ void init_barriers(Storage<C>& storage) {
   constexpr int kWarpsOfAWarpgroup = 4;
   for (int slot = 0; slot < C::kStages; ++slot) {
     // Converted columns are handed over by warps, copied ones by threads.
-    mbarrier_init(shared_address(&storage.k_full[slot][kValues]), C::kProducerWarps / C::kProducerGroups);
-    mbarrier_init(shared_address(&storage.k_full[slot][kRope]), C::kProducerThreads / C::kProducerGroups);
+    mbarrier_init(shared_address(&storage.k_full[slot][kValues]), C::kProducerWarps);
+    mbarrier_init(shared_address(&storage.k_full[slot][kRope]), C::kProducerThreads);
     mbarrier_init(shared_address(&storage.k_empty[slot]), 2 * kWarpsOfAWarpgroup);
   }
   mbarrier_init(shared_address(&storage.q_full), C::kProducerThreads);

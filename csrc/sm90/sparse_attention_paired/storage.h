@@ -23,7 +23,7 @@ struct Storage {
   Message messages[2];                // for the other row tile, by turns
   float row_max[kRowTile];            // the largest scores of the rows that this CTA owns, base 2
   // Of a slot: a bit for each key that counts.
-  alignas(8) uint16_t valid[C::kStages][C::kProducerWarps / C::kProducerGroups];
+  alignas(8) uint8_t valid[C::kStages][C::kProducerWarps];
   PieceFacts pieces[2];  // by parity of the piece
   Walk walks[C::kProducerWarps];
   uint64_t k_full[C::kStages][kNumParts];
