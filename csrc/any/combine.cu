@@ -26,7 +26,7 @@ constexpr int kUnroll = 4;         // partial results in flight per warp
 constexpr int kListed = kThreads;  // candidates per round of listing
 
 // The batch-invariant mode sums in an order that depends on the request alone.
-constexpr int kFixedSharing = 4;
+constexpr int kFixedSharingLog2 = 2;
 
 struct SplitRequest {
   int request, num_splits;
@@ -69,10 +69,18 @@ struct Sum {
   }
 };
 
+// Where a row goes.
+struct RowOut {
+  int64_t out, lse;  // elements
+  float sink;        // base 2
+  bool exists;
+};
+
 struct Shared {
   SplitRequest requests[kListed];
-  int warp_counts[kWarps], warp_most[kWarps];
+  int warp_counts[kWarps], warp_most[kWarps], warp_working[kWarps];
   Sum sums[kWarps][32];
+  RowOut rows[kWarps][16];  // of a warp's strip
 };
 
 // The parameters of both kinds of kernels have partial results in common: [partials, units, tiles of 64 rows]. They
@@ -115,7 +123,7 @@ __device__ __forceinline__ RowPlace place_of_row(const DenseDecodeParams& params
 }
 
 __device__ __forceinline__ RowPlace place_of_row(const SparseAttentionParams& params, int request, int unit, int row) {
-  const int batch = request / params.tokens_per_batch, of_unit = row / params.h_q;
+  const int batch = params.by_tokens_per_batch.divide(request), of_unit = params.by_h_q.divide(row);
   // Several units are one token each; a unit of several tokens is the only one.
   return {batch, request - batch * params.tokens_per_batch + unit + of_unit, row - of_unit * params.h_q};
 }
@@ -148,6 +156,11 @@ __device__ bool split_request(const Params& params, int index, SplitRequest& fou
   return true;
 }
 
+template <class Params>
+__device__ bool has_work(const Params& params, int index) {
+  return params.schedule == nullptr || params.schedule[index].begin_request < num_requests(params);
+}
+
 // Lists the split requests from `base` on, in order, one candidate a thread: on an SM that the decode kernel has just
 // left this is time that the whole call takes longer.
 template <class Params>
@@ -155,17 +168,20 @@ __device__ void list_split_requests(const Params& params, Shared& shared, int ba
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, at = base + static_cast<int>(threadIdx.x);
   SplitRequest found;
   const bool is = at < num_candidates && split_request(params, at, found);
+  const int working = __popc(__ballot_sync(~0u, at < num_candidates && has_work(params, at)));
   const unsigned votes = __ballot_sync(~0u, is);
   const int most = __reduce_max_sync(~0u, is ? found.num_splits : 0);
   __syncthreads();  // the list of the round before has been read
   if (lane == 0) {
     shared.warp_counts[warp] = __popc(votes);
     shared.warp_most[warp] = most;
+    shared.warp_working[warp] = working;
   }
   __syncthreads();
   int before = 0;
-  for (int w = 0; w < warp; ++w) {
-    before += shared.warp_counts[w];
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    before += w < warp ? shared.warp_counts[w] : 0;
   }
   if (is) {
     shared.requests[before + __popc(votes & ((1u << lane) - 1))] = found;
@@ -173,12 +189,16 @@ __device__ void list_split_requests(const Params& params, Shared& shared, int ba
   __syncthreads();
 }
 
-// How many warps share a strip: as many as leave no warp of the grid without work.
-__device__ int choose_sharing(int num_groups, int most_splits) {
-  int sharing = 1;
-  while (sharing < kWarps && 2 * sharing <= most_splits &&
-         num_groups * kGroupStrips / kWarps * sharing <= static_cast<int>(gridDim.x)) {
-    sharing *= 2;
+// Exact below 2^20. Groups are fewer: each has 64 KB of partial results.
+__device__ __forceinline__ int divide(int n, int by) {
+  return __float2int_rd(__fdividef(static_cast<float>(n) + 0.5f, static_cast<float>(by)));
+}
+
+// The logarithm of how many warps share a strip: as many as there are for all strips at once.
+__device__ int choose_sharing(int num_strips, int most_splits, int most_ctas) {
+  int sharing = 0;
+  while (1 << sharing < kWarps && 2 << sharing <= most_splits && num_strips / kWarps * (2 << sharing) <= most_ctas) {
+    ++sharing;
   }
   return sharing;
 }
@@ -187,22 +207,18 @@ __device__ int choose_sharing(int num_groups, int most_splits) {
 __device__ __forceinline__ Sum accumulate(const SplitRequest& split, const float* values, const float* lses,
                                           int partial_tiles, int first, int step) {
   Sum sum;
+  auto tile_of = [&](int at) {
+    return (at == 0 ? split.first_partial : split.second_partial + (at - 1) * split.stride_partial) * partial_tiles;
+  };
 #pragma unroll 1
-  for (int i = first; i < split.num_splits; i += kUnroll * step) {
+  for (int i = first; i == first || i < split.num_splits; i += kUnroll * step) {
     float lse[kUnroll][2];
     float4 value[kUnroll][kStripBlocks];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int at = i + u * step;
       const bool exists = at < split.num_splits;
-      const int tile =
-          (at == 0 ? split.first_partial : split.second_partial + (at - 1) * split.stride_partial) * partial_tiles;
-      lse[u][0] = lse[u][1] = -INFINITY;
-      if (exists) {
-        const float2 pair = *reinterpret_cast<const float2*>(lses + static_cast<int64_t>(tile) * kRowTile);
-        lse[u][0] = pair.x;
-        lse[u][1] = pair.y;
-      }
+      const int tile = tile_of(at);
 #pragma unroll
       for (int b = 0; b < kStripBlocks; ++b) {
         value[u][b] = make_float4(0, 0, 0, 0);
@@ -210,6 +226,17 @@ __device__ __forceinline__ Sum accumulate(const SplitRequest& split, const float
           value[u][b] =
               *reinterpret_cast<const float4*>(values + static_cast<int64_t>(tile) * kPartialTile + b * kPartialBlock);
         }
+      }
+    }
+    // After the values, of which there are many more: what waits for these waits for all.
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int at = i + u * step;
+      lse[u][0] = lse[u][1] = -INFINITY;
+      if (at < split.num_splits) {
+        const float2 pair = *reinterpret_cast<const float2*>(lses + static_cast<int64_t>(tile_of(at)) * kRowTile);
+        lse[u][0] = pair.x;
+        lse[u][1] = pair.y;
       }
     }
     float largest[2] = {sum.largest[0], sum.largest[1]};
@@ -227,50 +254,74 @@ __device__ __forceinline__ Sum accumulate(const SplitRequest& split, const float
   return sum;
 }
 
-// The sums of the warps that share a strip, joined by the first of them, which returns true.
-__device__ __forceinline__ bool join(Shared& shared, int warp, int lane, int sharing, Sum& sum) {
-  if (sharing == 1) {
-    return true;
+// A lane's share of a row of a strip.
+struct RowSum {
+  float2 value[kStripBlocks] = {};
+  float weight = 0, largest = kNoKey;
+};
+
+__device__ __forceinline__ RowSum row_of(const Sum& sum, int r) {
+  RowSum row;
+#pragma unroll
+  for (int b = 0; b < kStripBlocks; ++b) {
+    row.value[b] = r == 0 ? make_float2(sum.value[b].x, sum.value[b].y) : make_float2(sum.value[b].z, sum.value[b].w);
   }
-  __syncthreads();  // the sums of the strip before have been read
-  shared.sums[warp][lane] = sum;
-  __syncthreads();
-  if (warp % sharing != 0) {
-    return false;
-  }
-#pragma unroll 1
-  for (int w = 1; w < sharing; ++w) {
-    const Sum& other = shared.sums[warp + w][lane];
-    sum.rescale(fmaxf(sum.largest[0], other.largest[0]), fmaxf(sum.largest[1], other.largest[1]));
-    sum.add(other.value, other.weight, other.largest);
-  }
-  return true;
+  row.weight = r == 0 ? sum.weight[0] : sum.weight[1];
+  row.largest = r == 0 ? sum.largest[0] : sum.largest[1];
+  return row;
 }
 
-// The lane's share of row `row` of a unit, 8 of 32 columns after a transposition, or nothing where there is no such
-// row.
+// The row's sums of the warps that share a strip, the first of which is `first`.
+__device__ __forceinline__ RowSum join(const Shared& shared, int first, int sharing, int lane, int r) {
+  RowSum row;
+#pragma unroll 1
+  for (int w = 0; w < sharing; ++w) {
+    row.largest = fmaxf(row.largest, shared.sums[first + w][lane].largest[r]);
+  }
+#pragma unroll 1
+  for (int w = 0; w < sharing; ++w) {
+    const Sum& other = shared.sums[first + w][lane];
+    const float factor = device::exp2_approx(other.largest[r] - row.largest);
+    row.weight = fmaf(factor, other.weight[r], row.weight);
+#pragma unroll
+    for (int b = 0; b < kStripBlocks; ++b) {
+      const float2 value = reinterpret_cast<const float2*>(&other.value[b])[r];
+      row.value[b] = make_float2(fmaf(factor, value.x, row.value[b].x), fmaf(factor, value.y, row.value[b].y));
+    }
+  }
+  return row;
+}
+
+template <class Params>
+__device__ __forceinline__ RowOut find_row(const Params& params, int request, int unit, int row) {
+  RowOut found{};
+  found.exists = row < unit_rows(params);
+  if (found.exists) {
+    const auto [batch, token, head] = place_of_row(params, request, unit, row);
+    found.out = batch * params.stride_out_b + token * params.stride_out_s + head * params.stride_out_h;
+    found.lse = batch * params.stride_lse_b + head * params.stride_lse_h + token * params.stride_lse_s;
+    found.sink = params.attn_sink != nullptr ? params.attn_sink[head] * device::kLog2E : -INFINITY;
+  }
+  return found;
+}
+
+// The lane's share of a row, 8 of 32 columns after a transposition.
 template <class T, class Params>
-__device__ __forceinline__ void store_row(const Params& params, int request, int unit, int row, int column, int lane,
-                                          const Sum& sum, int r) {
-  const bool exists = row < unit_rows(params), any_key = sum.weight[r] != 0;
-  const auto [batch, token, head] = place_of_row(params, request, unit, row);
-  const float sink =
-      params.attn_sink && exists && any_key ? exp2f(params.attn_sink[head] * device::kLog2E - sum.largest[r]) : 0.0f;
-  const float scale = any_key ? 1.0f / (sum.weight[r] + sink) : 0.0f;
+__device__ __forceinline__ void store_row(const Params& params, const RowOut& to, bool rehearses, int column, int lane,
+                                          const RowSum& sum) {
+  const bool any_key = sum.weight != 0;
+  const float scale = any_key ? __fdividef(1.0f, sum.weight + device::exp2_approx(to.sink - sum.largest)) : 0.0f;
   uint32_t words[kStripBlocks];
 #pragma unroll
   for (int b = 0; b < kStripBlocks; ++b) {
-    const float4& v = sum.value[b];
-    words[b] = device::pack2<T>((r == 0 ? v.x : v.z) * scale, (r == 0 ? v.y : v.w) * scale);
+    words[b] = device::pack2<T>(sum.value[b].x * scale, sum.value[b].y * scale);
   }
   device::transpose_quad(words, lane);
-  if (exists) {
-    T* out = static_cast<T*>(params.out) + batch * params.stride_out_b + token * params.stride_out_s +
-             head * params.stride_out_h + column + lane % 4 * 8;
-    *reinterpret_cast<uint4*>(out) = make_uint4(words[0], words[1], words[2], words[3]);
+  if (to.exists && !rehearses) {
+    *reinterpret_cast<uint4*>(static_cast<T*>(params.out) + to.out + column + lane % 4 * 8) =
+        make_uint4(words[0], words[1], words[2], words[3]);
     if (column == 0 && lane % 4 == 0) {
-      params.lse[batch * params.stride_lse_b + head * params.stride_lse_h + token * params.stride_lse_s] =
-          any_key ? (sum.largest[r] + log2f(sum.weight[r])) * lse_unit(params) : INFINITY;
+      params.lse[to.lse] = any_key ? (sum.largest + log2f(sum.weight)) * lse_unit(params) : INFINITY;
     }
   }
 }
@@ -289,33 +340,71 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) combine_kernel(const __g
   bool waited = false;
   for (int base = 0; base < num_candidates; base += kListed) {
     list_split_requests(params, shared, base, num_candidates);
-    int count = 0, most_splits = 0;
+    int count = 0, most_splits = 0, working = 0;
     for (int w = 0; w < kWarps; ++w) {
       count += shared.warp_counts[w];
       most_splits = max(most_splits, shared.warp_most[w]);
+      working += shared.warp_working[w];
     }
-    const int sharing = params.schedule == nullptr ? kFixedSharing : choose_sharing(count * groups, most_splits);
-    const int cta_strips = kWarps / sharing, ctas_per_group = kGroupStrips / cta_strips;
+    // CTAs on SMs that the kernel before this one has left idle wait for it, others start when it ends. So it pays to
+    // have no more CTAs than those, if their warps need one batch of loads each.
+    const int grid = static_cast<int>(gridDim.x), early = kCtasPerSm * (params.num_sms - working * partial_tiles);
+    const int strips = count * groups * kGroupStrips;
+    int sharing_log2 = kFixedSharingLog2;
+    if (params.schedule != nullptr) {
+      sharing_log2 = choose_sharing(strips, most_splits, min(early, grid));
+      if (strips / kWarps > early || most_splits > kUnroll << sharing_log2) {
+        sharing_log2 = choose_sharing(strips, most_splits, grid);
+      }
+    }
+    const int sharing = 1 << sharing_log2;
     // Fits: every group has 32 KB of partial results.
-    const int items = count * groups * ctas_per_group;
+    const int items = (strips << sharing_log2) / kWarps;
+    // Those that wait rehearse their first item meanwhile: that fetches the instructions.
+    bool rehearses = !waited && items <= early;
     for (int item = blockIdx.x; item < items; item += gridDim.x) {
-      const int all_groups = item / ctas_per_group, strip = item % ctas_per_group * cta_strips + warp / sharing;
-      const SplitRequest split = shared.requests[all_groups / groups];
-      const int unit = all_groups % groups / groups_per_unit, group = all_groups % groups_per_unit;
+      const int all_strips = (item * kWarps + warp) >> sharing_log2;
+      const int all_groups = all_strips / kGroupStrips, strip = all_strips % kGroupStrips;
+      const int index = divide(all_groups, groups), of_request = all_groups - index * groups;
+      const int unit = divide(of_request, groups_per_unit), group = of_request - unit * groups_per_unit;
+      const SplitRequest& listed = shared.requests[index];
       const int64_t tile = unit * unit_tiles(params) + group / 4;
       const float* values = params.partial_out + tile * kPartialTile + group % 4 * kPartialGroup +
                             strip * kStripBlocks * kPartialBlock + lane * 4;
       const float* lses = params.partial_lse + tile * kRowTile + group % 4 * 16 + lane / 4 * 2;
-      if (!waited) {
-        asm volatile("griddepcontrol.wait;" ::: "memory");
-        waited = true;
+      const int column = strip * kStripBlocks * 8;
+      __syncwarp();  // the rows of the strip before have been read
+      if (lane < 16) {
+        shared.rows[warp][lane] = find_row(params, listed.request, unit, group * 16 + lane);
       }
-      Sum sum = accumulate(split, values, lses, partial_tiles, warp % sharing, sharing);
-      if (join(shared, warp, lane, sharing, sum)) {
-        const int row = group * 16 + lane / 4, column = strip * kStripBlocks * 8;
-        store_row<T>(params, split.request, unit, row, column, lane, sum, 0);
-        store_row<T>(params, split.request, unit, row + 8, column, lane, sum, 1);
-      }
+      __syncwarp();
+      const int member = warp & (sharing - 1);
+      bool again;
+#pragma unroll 1
+      do {
+        if (!waited && !rehearses) {
+          asm volatile("griddepcontrol.wait;" ::: "memory");
+          waited = true;
+        }
+        SplitRequest split = listed;
+        if (rehearses) {
+          split.num_splits = 0;
+        }
+        const Sum sum = accumulate(split, values, lses, partial_tiles, member, sharing);
+        if (sharing > 1) {
+          __syncthreads();  // the sums of the strip before have been read
+          shared.sums[warp][lane] = sum;
+          __syncthreads();
+        }
+        // Of warps that share a strip the first two have a row of the lane's each.
+#pragma unroll 1
+        for (int r = member; r < 2; r += sharing) {
+          store_row<T>(params, shared.rows[warp][lane / 4 + 8 * r], rehearses, column, lane,
+                       sharing > 1 ? join(shared, warp - member, sharing, lane, r) : row_of(sum, r));
+        }
+        again = rehearses;
+        rehearses = false;
+      } while (again);
     }
   }
   if (!waited) {  // what comes next in the stream takes this kernel's end for the end of the one before, too
@@ -341,6 +430,11 @@ void launch_combine(const DenseDecodeParams& params, void* stream) {
   params.element == Element::kBFloat16 ? launch<__nv_bfloat16>(params, stream) : launch<__half>(params, stream);
 }
 
-void launch_combine(const SparseAttentionParams& params, void* stream) { launch<__nv_bfloat16>(params, stream); }
+void launch_combine(const SparseAttentionParams& params, void* stream) {
+  SparseAttentionParams with_divisors = params;
+  with_divisors.by_tokens_per_batch = make_divisor(params.tokens_per_batch);
+  with_divisors.by_h_q = make_divisor(params.h_q);
+  launch<__nv_bfloat16>(with_divisors, stream);
+}
 
 }  // namespace flash_mla

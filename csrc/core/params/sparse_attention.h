@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "core/divisor.h"
 #include "core/kv_format.h"
 #include "core/params/dense_decode.h"
 #include "core/schedule.h"
@@ -78,6 +79,10 @@ struct SparseAttentionParams {
   bool from_table;
   bool causal;     // over block tables only
   bool lse_base2;  // lse in base 2
+
+  // What the kernels divide by; `launch_kernel` fills them.
+  Divisor by_tokens_per_batch, by_h_q;
+  Divisor by_unit_items, by_part_items;  // items of a unit and of a part
 };
 
 // Blocks of a unit's list: those of the first source (at least one, so that a unit without keys has a part that writes

@@ -20,17 +20,22 @@ struct RowFormat {
   static constexpr int kQuarterScales = 128 / kLayout.group;  // of a row
   static constexpr bool kWideScales = kLayout.scale == ScaleType::kE4m3;
 
-  static __device__ __forceinline__ uint4 load(const unsigned char* row, int unit) {
+  // Sixteen values, without a branch around the instruction: `raw` stays as it is where they are not wanted.
+  static __device__ __forceinline__ void load(const unsigned char* row, int unit, bool wanted, uint4& raw) {
     const unsigned char* source = row + unit * kUnitBytes;
-    uint4 raw;
     if constexpr (kUnitBytes == 16) {
-      asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w)
-                   : "l"(source));
+      asm volatile(
+          "{\n.reg .pred wanted;\nsetp.ne.b32 wanted, %5, 0;\n"
+          "@wanted ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+          : "+r"(raw.x), "+r"(raw.y), "+r"(raw.z), "+r"(raw.w)
+          : "l"(source), "r"(static_cast<int>(wanted)));
     } else {
-      asm volatile("ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(raw.x), "=r"(raw.y) : "l"(source));
+      asm volatile(
+          "{\n.reg .pred wanted;\nsetp.ne.b32 wanted, %3, 0;\n"
+          "@wanted ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];\n}"
+          : "+r"(raw.x), "+r"(raw.y)
+          : "l"(source), "r"(static_cast<int>(wanted)));
     }
-    return raw;
   }
 
   // The scales of a quarter of a row, whose scales begin at `scales`.

@@ -26,7 +26,7 @@ class KeyLists {
                                       int lane)
       : params_(params), storage_(storage), walk_(walk), warp_(warp), lane_(lane) {
     if (lane_ == 0) {
-      begin_walk<kItemTiles>(params_, walk_);
+      begin_walk<kItemTiles>(walk_);
     }
     __syncwarp();
   }
@@ -148,11 +148,11 @@ class KeyLists {
     if (row >= params_.unit_rows) {
       return nullptr;
     }
-    const int unit_row = facts.unit * params_.unit_rows + row;
-    const int batch = facts.request / params_.tokens_per_batch,
-              token = facts.request % params_.tokens_per_batch + unit_row / params_.h_q;
+    const int unit_row = facts.unit * params_.unit_rows + row, of_unit = params_.by_h_q.divide(unit_row);
+    const Token at(params_, facts.request, of_unit);
     return static_cast<const unsigned char*>(params_.q) +
-           2 * (batch * params_.stride_q_b + token * params_.stride_q_s + unit_row % params_.h_q * params_.stride_q_h);
+           2 * (at.batch * params_.stride_q_b + at.token * params_.stride_q_s +
+                (unit_row - of_unit * params_.h_q) * params_.stride_q_h);
   }
 
   // A warp loads as many rows of Q as keys, if the tile has so many, eight at a time; zeros where there is no row.

@@ -13,13 +13,17 @@ namespace flash_mla::inline device {
 
 // A persistent grid over the call's items, each of `kItemTiles` row tiles and computed by as many CTAs, a cluster.
 template <auto kKernel, int kThreads, size_t kSharedBytes, int kItemTiles = 1>
-void launch_kernel(const char* name, const SparseAttentionParams& params, void* stream) {
+void launch_kernel(const char* name, SparseAttentionParams params, void* stream) {
   static const cudaError_t attribute_status =
       cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   check(attribute_status == cudaSuccess, ErrorKind::kCuda, name, ": ", cudaGetErrorString(attribute_status));
-  const int64_t items =
-      static_cast<int64_t>(params.num_parts) * params.num_units * ceil_div(params.unit_tiles, kItemTiles);
+  const int unit_items = ceil_div(params.unit_tiles, kItemTiles);
+  const int64_t part_items = static_cast<int64_t>(params.num_units) * unit_items, items = params.num_parts * part_items;
   check(items <= INT32_MAX - params.num_sms, ErrorKind::kUnsupported, name, ": ", items, " tiles of work are too many");
+  params.by_tokens_per_batch = make_divisor(params.tokens_per_batch);
+  params.by_h_q = make_divisor(params.h_q);
+  params.by_unit_items = make_divisor(unit_items);
+  params.by_part_items = make_divisor(static_cast<int>(part_items));
   const int64_t at_once = std::min<int64_t>(items, std::max(params.num_sms / kItemTiles, 1));
   launch_dependent_clusters(name, kKernel, kItemTiles, static_cast<unsigned>(at_once * kItemTiles), kThreads,
                             kSharedBytes, stream, params);

@@ -9,23 +9,20 @@
 
 namespace flash_mla::inline device {
 
+// A request's token of a unit.
+struct Token {
+  int batch, token;
+  __device__ __forceinline__ Token(const SparseAttentionParams& params, int request, int unit)
+      : batch(params.by_tokens_per_batch.divide(request)), token(request - batch * params.tokens_per_batch + unit) {}
+};
+
 // How many entries of a source's list count for a unit.
-__device__ __forceinline__ int clamped_length(const SparseAttentionParams& params, const KeySource& source, int request,
-                                              int unit) {
+__device__ __forceinline__ int clamped_length(const KeySource& source, const Token& at) {
   if (source.lengths == nullptr) {
     return source.topk;
   }
-  const bool flat = params.tokens_per_batch > 1;
-  const int batch = flat ? request / params.tokens_per_batch : request,
-            token = flat ? request % params.tokens_per_batch : unit;
-  const int length = source.lengths[batch * source.stride_lengths_b + token * source.stride_lengths_s];
+  const int length = source.lengths[at.batch * source.stride_lengths_b + at.token * source.stride_lengths_s];
   return min(max(length, 0), source.topk);
-}
-
-// Row tiles go in items of so many; a unit's last item may have fewer.
-template <int kItemTiles>
-__device__ __forceinline__ int unit_items(const SparseAttentionParams& params) {
-  return ceil_div(params.unit_tiles, kItemTiles);
 }
 
 __device__ __forceinline__ bool has_request(const SparseAttentionParams& params, const Walk& walk) {
@@ -33,34 +30,42 @@ __device__ __forceinline__ bool has_request(const SparseAttentionParams& params,
 }
 
 // The lengths of the next piece, ahead of time.
-template <int kItemTiles>
 __device__ __forceinline__ void load_lengths(const SparseAttentionParams& params, Walk& walk) {
   if (has_request(params, walk)) {
-    const int items = unit_items<kItemTiles>(params);
-    const int unit = walk.item % (params.num_units * items) / items;
-    walk.next_length[0] = clamped_length(params, params.keys[0], walk.request, unit);
-    walk.next_length[1] = clamped_length(params, params.keys[1], walk.request, unit);
+    const Token at(params, walk.request, walk.unit);
+    walk.next_length[0] = clamped_length(params.keys[0], at);
+    walk.next_length[1] = clamped_length(params.keys[1], at);
   }
 }
 
-template <int kItemTiles>
+// Row tiles go in items; a unit's last item may have fewer.
 __device__ __forceinline__ void begin_item(const SparseAttentionParams& params, Walk& walk) {
-  const int part = walk.item / (params.num_units * unit_items<kItemTiles>(params));
+  const int part = params.by_part_items.divide(walk.item), of_part = walk.item - part * params.by_part_items.value;
+  const int unit = params.by_unit_items.divide(of_part);
+  walk.part = part;
+  walk.unit = unit;
+  walk.row_tile = of_part - unit * params.by_unit_items.value;
   if (params.schedule == nullptr) {
     walk.request = walk.end_request = params.first_request + part / params.max_cuts;
-  } else {
-    walk.request = params.schedule[part].begin_request;
-    walk.end_request = params.schedule[part].end_request;
+    return;
   }
-  load_lengths<kItemTiles>(params, walk);
+  const ScheduleRow& row = params.schedule[part];
+  const int next_request = part + 1 < params.num_parts ? params.schedule[part + 1].begin_request : -1;
+  const int begin_request = row.begin_request, begin_block = row.begin_block, end_request = row.end_request,
+            end_block = row.end_block;
+  walk.request = walk.begin_request = begin_request;
+  walk.begin_block = begin_block;
+  walk.end_request = end_request;
+  walk.end_block = next_request == end_request ? end_block : INT_MAX;
 }
 
 // An item is computed by a CTA, or by a cluster of as many as it has tiles.
 template <int kItemTiles>
-__device__ __forceinline__ void begin_walk(const SparseAttentionParams& params, Walk& walk) {
-  walk.item = blockIdx.x / kItemTiles;
+__device__ __forceinline__ void begin_walk(Walk& walk) {
+  walk.item =
+      static_cast<int>(blockIdx.x / kItemTiles) - static_cast<int>(gridDim.x / kItemTiles);  // and on from there
   walk.num_pieces = walk.run.num_tiles = walk.second_tiles = 0;
-  begin_item<kItemTiles>(params, walk);
+  walk.request = INT_MAX;
 }
 
 // A tile, or a piece without any, in a few bits.
@@ -80,9 +85,8 @@ struct Entry {
 __device__ __forceinline__ const int32_t* list_of(const SparseAttentionParams& params, const PieceFacts& piece,
                                                   int source) {
   const KeySource& keys = params.keys[source];
-  const int batch = piece.request / params.tokens_per_batch,
-            token = piece.request % params.tokens_per_batch + piece.unit;
-  return keys.indices + batch * keys.stride_indices_b + token * keys.stride_indices_s;
+  const Token at(params, piece.request, piece.unit);
+  return keys.indices + at.batch * keys.stride_indices_b + at.token * keys.stride_indices_s;
 }
 
 // Goes over to the piece's second source.
@@ -103,20 +107,19 @@ __device__ __forceinline__ void begin_second_run(const SparseAttentionParams& pa
 // is seen once whatever the lengths were.
 template <int kItemTiles>
 __device__ __forceinline__ bool next_piece(const SparseAttentionParams& params, Walk& walk) {
-  const int items = unit_items<kItemTiles>(params), part_items = params.num_units * items;
   for (;; walk.request = INT_MAX) {
     while (!has_request(params, walk)) {
       walk.item += gridDim.x / kItemTiles;
-      if (walk.item >= params.num_parts * part_items) {
+      if (walk.item >= params.num_parts * params.by_part_items.value) {
         return false;
       }
-      begin_item<kItemTiles>(params, walk);
+      begin_item(params, walk);
+      load_lengths(params, walk);
     }
-    const int part = walk.item / part_items, request = walk.request;
-    const int length0 = walk.next_length[0], length1 = walk.next_length[1];
+    const int part = walk.part, request = walk.request, length0 = walk.next_length[0], length1 = walk.next_length[1];
     const int blocks0 = max(ceil_div(length0, kScheduleBlock), 1);
     const int blocks = blocks0 + ceil_div(length1, kScheduleBlock);
-    int begin = 0, end = INT_MAX, partial = -1;
+    int begin, end, partial;
     if (params.schedule == nullptr) {
       const int cut_blocks = fixed_cut_blocks(blocks, params.max_cuts);
       begin = part % params.max_cuts * cut_blocks;
@@ -126,20 +129,17 @@ __device__ __forceinline__ bool next_piece(const SparseAttentionParams& params, 
         continue;
       }
     } else {
-      const ScheduleRow& row = params.schedule[part];
-      const bool first = request == row.begin_request;
-      const bool continues = request == walk.end_request && part + 1 < params.num_parts &&
-                             params.schedule[part + 1].begin_request == request;
-      begin = first ? row.begin_block : 0;
-      end = continues ? row.end_block : INT_MAX;
-      partial = begin == 0 && !continues ? -1 : kPartialsPerPart * part + (first ? 0 : 1);
+      const bool first = request == walk.begin_request;
+      begin = first ? walk.begin_block : 0;
+      end = request == walk.end_request ? walk.end_block : INT_MAX;
+      partial = begin == 0 && end == INT_MAX ? -1 : kPartialsPerPart * part + (first ? 0 : 1);
     }
     // The block that stands for an empty first list is not computed.
     begin = length0 == 0 ? max(begin, 1) : begin;
     end = max(min(end, blocks), begin);
     PieceFacts& piece = walk.pending[walk.num_pieces % 4];
-    piece = {end - begin,       request, walk.item % part_items / items,
-             walk.item % items, partial, length0 - (params.s_q - 1) - begin * kScheduleBlock};
+    piece = {end - begin,   request, walk.unit,
+             walk.row_tile, partial, length0 - (params.s_q - 1) - begin * kScheduleBlock};
     const int first_tiles = max(min(end, blocks0) - begin, 0);
     walk.second_tiles = end - begin - first_tiles;
     walk.second_position = max(begin - blocks0, 0) * kScheduleBlock;
@@ -152,7 +152,7 @@ __device__ __forceinline__ bool next_piece(const SparseAttentionParams& params, 
     }
     ++walk.num_pieces;
     ++walk.request;
-    load_lengths<kItemTiles>(params, walk);
+    load_lengths(params, walk);
     return true;
   }
 }

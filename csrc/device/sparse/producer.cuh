@@ -25,45 +25,46 @@ class ProducerWarp : KeyLists<C, Storage> {
       : Base(params, storage, storage.walks[warp], warp, lane) {}
 
   __device__ __forceinline__ void run() {
-    // In the first two rounds there is nothing to convert: the indices, then the bytes of the first tile are fetched.
-    // So there is one copy of all this in the code, whose fetching costs small calls much of their time.
+    // In the first round there is nothing to convert: it is a rehearsal, in which the indices of the first tile are
+    // fetched and, while these are on their way, the instructions, for which small calls wait long. What it stores in
+    // a slot is overwritten. There is one copy of all this in the code for the same reason.
     Entry entry{0};
-    uint4 raw[kPasses];
-    int round = 0;
+    uint4 raw[kPasses] = {};
 #pragma unroll 1
     do {
-      // All that has been fetched comes to be known complete here, at once: loads share the few counters that the
-      // hardware has for them, so that a wait for one would be a wait for any that follow it.
-      const Entry next = ahead_;
-      const unsigned char* const next_row = this->locate(next);
+      this->fetch_indices();
+      fetch_rows(entry, raw);
       if (entry.begins_piece()) {
         this->begin_piece(entry.piece());
       }
-      if (entry.has_tile()) {
+      if (entry.has_tile() || !entry.exists()) {
         const int slot = kPaired ? ring_.stage : entry.slot();
         mbarrier_wait(shared_address(&storage_.k_empty[slot]), (kPaired ? ring_.parity : phases_.parity(slot)) ^ 1);
         publish_valid(slot);
-        copy_rope(slot);
+        if (entry.has_tile()) {
+          copy_rope(slot);
+        }
         convert(entry, slot, raw);
         // The readers order these stores before their use by the async proxy: here that would cost 400 cycles.
         __syncwarp();
-        if (lane_ == 0) {
+        if (entry.has_tile() && lane_ == 0) {
           mbarrier_arrive(shared_address(&storage_.k_full[slot][kValues]));
         }
-        if constexpr (kPaired) {
-          ring_.advance();
-        } else {
-          phases_.advance(slot);
+        if (entry.has_tile()) {
+          if constexpr (kPaired) {
+            ring_.advance();
+          } else {
+            phases_.advance(slot);
+          }
         }
       }
-      this->fetch_indices();
-      row_ = next_row;
+      // All that has been fetched comes to be known complete in one round, the rows before they are converted: loads
+      // share the few counters that the hardware has for them, so that a wait for one would be a wait for any that
+      // follow it.
+      entry = ahead_;
+      row_ = this->locate(entry);
       row_in_page_ = next_row_in_page_;
-      entry = next;
-      if (entry.exists()) {
-        fetch_rows(entry, raw);
-      }
-    } while (++round < 2 || entry.exists());
+    } while (entry.exists());
     this->end();
   }
 
@@ -84,7 +85,7 @@ class ProducerWarp : KeyLists<C, Storage> {
     }
   }
 
-  // The bytes of a tile whose rows are known.
+  // The bytes of the entry's tile, if it has one, whose rows are known.
   __device__ __forceinline__ void fetch_rows(const Entry& entry, uint4 (&raw)[kPasses]) {
     with_format(entry, [&](auto format) {
       constexpr KVLayout kLayout = decltype(format)::kLayout;
@@ -100,13 +101,14 @@ class ProducerWarp : KeyLists<C, Storage> {
 #pragma unroll
       for (int pass = 0; pass < kPasses; ++pass) {
         const int key = pass * C::kRanks + lane / kUnits;
-        raw[pass] = format.load(reinterpret_cast<const unsigned char*>(__shfl_sync(~0u, bits, kLanes * key)),
-                                this->rank() * kUnits + lane % kUnits);
+        format.load(reinterpret_cast<const unsigned char*>(__shfl_sync(~0u, bits, kLanes * key)),
+                    this->rank() * kUnits + lane % kUnits, entry.has_tile(), raw[pass]);
       }
     });
     if constexpr (kRopeQuantised) {
-      raw_rope_ = RowFormat<C::kFormat>::load(row_ + layout_of(C::kFormat).rope_offset(), lane_ % kLanes);
-    } else if constexpr (C::kHasRope) {
+      RowFormat<C::kFormat>::load(row_ + layout_of(C::kFormat).rope_offset(), lane_ % kLanes, entry.has_tile(),
+                                  raw_rope_);
+    } else if (C::kHasRope && entry.has_tile()) {
       prefetch_l2(row_ + layout_of(C::kFormat).rope_offset());
     }
   }

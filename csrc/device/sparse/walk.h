@@ -30,7 +30,10 @@ struct Run {
 // registers to keep this in between.
 struct alignas(16) Walk {
   Run run;
-  int item, request, end_request, next_length[2];    // of the piece behind this one
+  int item, part, unit, row_tile;                    // of the piece behind this one, as what follows:
+  int request, next_length[2];                       //
+  int begin_request, begin_block;                    // where the part begins,
+  int end_request, end_block;                        // and ends: INT_MAX, where the last request does
   int second_tiles, second_position, second_length;  // the run over the second source that follows this one
   int num_pieces;                                    // begun so far
   PieceFacts pending[4];                             // the last ones, by number
