@@ -174,15 +174,24 @@ class GroupedSeesaw : protected SeesawWarpgroup<typename C::Element, Storage, kK
     wgmma_commit();
   }
 
-  // Scores -> probabilities of one tile. `before_exponentials` ends the products that still write the output; about
-  // then they are done anyway.
-  template <class Facts, class BeforeExponentials>
+  // Scores -> probabilities of one tile. `finish_products` ends those that still write the output: they run under the
+  // first half of the exponentials, and their slot is handed back before the second.
+  template <class Facts, class FinishProducts>
   __device__ __forceinline__ void softmax(float (&scores)[32], uint32_t (&probabilities)[16], const Facts& facts,
-                                          int tile, BeforeExponentials&& before_exponentials) {
+                                          int tile, FinishProducts&& finish_products) {
+    using Half = uint32_t (&)[8];
     derived().mask(scores, facts, tile);
-    this->move_reference(scores, scale_log2_, before_exponentials);
+    float next[2], sum[2] = {};
+    const bool outgrown = this->next_reference(scores, scale_log2_, next);
+    exponentiate<T, 0, 2>(scores, scale_log2_, next, sum, reinterpret_cast<Half>(probabilities[0]));
+    finish_products();
+    if (__any_sync(~0u, outgrown)) {
+      this->rescale(next);
+    }
     this->publish_reference();
-    exponentiate<T, 0, 4>(scores, scale_log2_, reference_, sum_, probabilities);
+    exponentiate<T, 2, 2>(scores, scale_log2_, next, sum, reinterpret_cast<Half>(probabilities[8]));
+    sum_[0] += sum[0];
+    sum_[1] += sum[1];
   }
 
   // d_qk 576: the probabilities of slot 0 lie in its RoPE slice, which is dead once it is scored. Else in two tiles by

@@ -43,15 +43,12 @@ class SeesawWarpgroup {
     }
   }
 
-  // Moves the reference maximum where a score of the tile outgrows it.
-  // `before_rescaling` ends the products that still write the output; about then they are done anyway.
-  template <class BeforeRescaling>
-  __device__ __forceinline__ void move_reference(const float (&scores)[32], float scale_log2,
-                                                 BeforeRescaling&& before_rescaling) {
+  // The reference maximum that the tile's scores ask for; true where a score of this thread's rows outgrows the present
+  // one.
+  __device__ __forceinline__ bool next_reference(const float (&scores)[32], float scale_log2, float (&next)[2]) {
     float largest[2];
     row_maximum(scores, largest);
     bool outgrown = false;
-    float next[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float scaled = largest[r] * scale_log2;
@@ -62,6 +59,16 @@ class SeesawWarpgroup {
       next[r] = grows ? scaled : reference_[r];
       outgrown |= grows;
     }
+    return outgrown;
+  }
+
+  // Moves the reference maximum where a score of the tile outgrows it.
+  // `before_rescaling` ends the products that still write the output; about then they are done anyway.
+  template <class BeforeRescaling>
+  __device__ __forceinline__ void move_reference(const float (&scores)[32], float scale_log2,
+                                                 BeforeRescaling&& before_rescaling) {
+    float next[2];
+    const bool outgrown = next_reference(scores, scale_log2, next);
     before_rescaling();
     if (__any_sync(~0u, outgrown)) {
       rescale(next);
