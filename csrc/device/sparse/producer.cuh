@@ -25,9 +25,28 @@ class ProducerWarp : KeyLists<C, Storage> {
       : Base(params, storage, storage.walks[warp], warp, lane) {}
 
   __device__ __forceinline__ void run() {
-    // In the first round there is nothing to convert: it is a rehearsal, in which the indices of the first tile are
-    // fetched and, while these are on their way, the instructions, for which small calls wait long. What it stores in
-    // a slot is overwritten. There is one copy of all this in the code for the same reason.
+    if constexpr (kPaired) {
+      run_ahead();
+    } else {
+      run_rehearsed();
+    }
+    this->end();
+  }
+
+ private:
+  static constexpr bool kRopeQuantised = C::kFormat == KVFormat::kE4m3;
+  static_assert(!kPaired || !kRopeQuantised);
+  static constexpr bool kTwoFormats = C::kExtraFormat != KVFormat::kNone && C::kExtraFormat != C::kFormat;
+  static constexpr KVFormat kSecond = kTwoFormats ? C::kExtraFormat : C::kFormat;
+  static __device__ __forceinline__ bool is_extra_format(const Entry& entry) { return kTwoFormats && entry.source(); }
+
+  // Loads share the few counters that the hardware has for them, so that a wait for one would be a wait for any that
+  // follow it: in both orders all that has been fetched comes to be known complete at one place in a round. There is
+  // one copy of a round in the code, whose fetching costs small calls much of their time.
+
+  // The first round is a rehearsal, in which the indices of the first tile are fetched and, while these are on their
+  // way, the instructions. What it stores in a slot is overwritten.
+  __device__ __forceinline__ void run_rehearsed() {
     Entry entry{0};
     uint4 raw[kPasses] = {};
 #pragma unroll 1
@@ -38,42 +57,62 @@ class ProducerWarp : KeyLists<C, Storage> {
         this->begin_piece(entry.piece());
       }
       if (entry.has_tile() || !entry.exists()) {
-        const int slot = kPaired ? ring_.stage : entry.slot();
-        mbarrier_wait(shared_address(&storage_.k_empty[slot]), (kPaired ? ring_.parity : phases_.parity(slot)) ^ 1);
-        publish_valid(slot);
-        if (entry.has_tile()) {
-          copy_rope(slot);
-        }
-        convert(entry, slot, raw);
-        // The readers order these stores before their use by the async proxy: here that would cost 400 cycles.
-        __syncwarp();
-        if (entry.has_tile() && lane_ == 0) {
-          mbarrier_arrive(shared_address(&storage_.k_full[slot][kValues]));
-        }
-        if (entry.has_tile()) {
-          if constexpr (kPaired) {
-            ring_.advance();
-          } else {
-            phases_.advance(slot);
-          }
-        }
+        make_tile(entry, raw);
       }
-      // All that has been fetched comes to be known complete in one round, the rows before they are converted: loads
-      // share the few counters that the hardware has for them, so that a wait for one would be a wait for any that
-      // follow it.
       entry = ahead_;
       row_ = this->locate(entry);
       row_in_page_ = next_row_in_page_;
     } while (entry.exists());
-    this->end();
   }
 
- private:
-  static constexpr bool kRopeQuantised = C::kFormat == KVFormat::kE4m3;
-  static_assert(!kPaired || !kRopeQuantised);
-  static constexpr bool kTwoFormats = C::kExtraFormat != KVFormat::kNone && C::kExtraFormat != C::kFormat;
-  static constexpr KVFormat kSecond = kTwoFormats ? C::kExtraFormat : C::kFormat;
-  static __device__ __forceinline__ bool is_extra_format(const Entry& entry) { return kTwoFormats && entry.source(); }
+  // The next tile's rows are located before the slot of this one is waited for, and so asked for sooner, which counts
+  // where tiles are short: 5 % of a large call of pairs over V32. In the first two rounds there is nothing to convert.
+  __device__ __forceinline__ void run_ahead() {
+    Entry entry{0};
+    uint4 raw[kPasses] = {};
+    int round = 0;
+#pragma unroll 1
+    do {
+      const Entry next = ahead_;
+      const unsigned char* const next_row = this->locate(next);
+      if (entry.begins_piece()) {
+        this->begin_piece(entry.piece());
+      }
+      if (entry.has_tile()) {
+        make_tile(entry, raw);
+      }
+      this->fetch_indices();
+      row_ = next_row;
+      row_in_page_ = next_row_in_page_;
+      entry = next;
+      if (entry.exists()) {
+        fetch_rows(entry, raw);
+      }
+    } while (++round < 2 || entry.exists());
+  }
+
+  // The entry's tile, if it has one; else the same steps without a word to anybody.
+  __device__ __forceinline__ void make_tile(const Entry& entry, const uint4 (&raw)[kPasses]) {
+    const int slot = kPaired ? ring_.stage : entry.slot();
+    mbarrier_wait(shared_address(&storage_.k_empty[slot]), (kPaired ? ring_.parity : phases_.parity(slot)) ^ 1);
+    publish_valid(slot);
+    if (entry.has_tile()) {
+      copy_rope(slot);
+    }
+    convert(entry, slot, raw);
+    // The readers order these stores before their use by the async proxy: here that would cost 400 cycles.
+    __syncwarp();
+    if (entry.has_tile()) {
+      if (lane_ == 0) {
+        mbarrier_arrive(shared_address(&storage_.k_full[slot][kValues]));
+      }
+      if constexpr (kPaired) {
+        ring_.advance();
+      } else {
+        phases_.advance(slot);
+      }
+    }
+  }
 
   // Calls `function` with the format of the entry's source.
   template <class Function>
