@@ -44,8 +44,8 @@ __device__ __forceinline__ void mask_keys(float (&scores)[32], uint32_t low, uin
   }
 }
 
-// The largest score of each of the thread's two rows.
-__device__ __forceinline__ void row_maximum(const float (&scores)[32], float (&largest)[2]) {
+// The largest of the lane's scores of each of its two rows.
+__device__ __forceinline__ void lane_maximum(const float (&scores)[32], float (&largest)[2]) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     float a = fmaxf(scores[2 * r], scores[2 * r + 1]), b = fmaxf(scores[4 + 2 * r], scores[4 + 2 * r + 1]);
@@ -54,8 +54,15 @@ __device__ __forceinline__ void row_maximum(const float (&scores)[32], float (&l
       a = fmaxf(a, fmaxf(scores[i + 2 * r], scores[i + 2 * r + 1]));
       b = fmaxf(b, fmaxf(scores[i + 4 + 2 * r], scores[i + 4 + 2 * r + 1]));
     }
-    largest[r] = quad_max(fmaxf(a, b));
+    largest[r] = fmaxf(a, b);
   }
+}
+
+// The largest score of each of the lane's two rows.
+__device__ __forceinline__ void row_maximum(const float (&scores)[32], float (&largest)[2]) {
+  lane_maximum(scores, largest);
+  largest[0] = quad_max(largest[0]);
+  largest[1] = quad_max(largest[1]);
 }
 
 // 2^(scores * scale - reference) of columns 16 kFirst to 16 (kFirst + kCount) - 1, packed as A operands of the next

@@ -185,7 +185,7 @@ class GroupedSeesaw : protected SeesawWarpgroup<typename C::Element, Storage, kK
     const bool outgrown = this->next_reference(scores, scale_log2_, next);
     exponentiate<T, 0, 2>(scores, scale_log2_, next, sum, reinterpret_cast<Half>(probabilities[0]));
     finish_products();
-    if (__any_sync(~0u, outgrown)) {
+    if (outgrown) {
       this->rescale(next);
     }
     this->publish_reference();

@@ -43,11 +43,12 @@ class SeesawWarpgroup {
     }
   }
 
-  // The reference maximum that the tile's scores ask for; true where a score of this thread's rows outgrows the present
-  // one.
+  // The reference maximum that the tile's scores ask for; true for the warp where a score of its rows outgrows the
+  // present one. Else no lane asks another: beside products that take all of shared memory's bandwidth a shuffle takes
+  // 150 cycles.
   __device__ __forceinline__ bool next_reference(const float (&scores)[32], float scale_log2, float (&next)[2]) {
     float largest[2];
-    row_maximum(scores, largest);
+    lane_maximum(scores, largest);
     bool outgrown = false;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -55,9 +56,16 @@ class SeesawWarpgroup {
       if constexpr (kKeepsMaximum) {
         maximum_[r] = fmaxf(maximum_[r], scaled);
       }
-      const bool grows = scaled > reference_[r] + kSlack;
-      next[r] = grows ? scaled : reference_[r];
-      outgrown |= grows;
+      next[r] = reference_[r];
+      outgrown |= scaled > reference_[r] + kSlack;
+    }
+    outgrown = __any_sync(~0u, outgrown);
+    if (outgrown) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float scaled = quad_max(largest[r]) * scale_log2;
+        next[r] = scaled > reference_[r] + kSlack ? scaled : reference_[r];
+      }
     }
     return outgrown;
   }
@@ -70,7 +78,7 @@ class SeesawWarpgroup {
     float next[2];
     const bool outgrown = next_reference(scores, scale_log2, next);
     before_rescaling();
-    if (__any_sync(~0u, outgrown)) {
+    if (outgrown) {
       rescale(next);
     }
   }
@@ -178,6 +186,13 @@ class SeesawWarpgroup {
     }
   }
 
+  // The rows' largest scores in this warpgroup's tiles.
+  __device__ __forceinline__ void join_maximum() {
+    static_assert(kKeepsMaximum);
+    maximum_[0] = quad_max(maximum_[0]);
+    maximum_[1] = quad_max(maximum_[1]);
+  }
+
   // The rows' sums over both warpgroups' tiles.
   __device__ __forceinline__ void join_sums(int piece_parity, float (&total)[2]) {
     float* sums = storage_.row_sum[piece_parity][side_];
@@ -199,7 +214,7 @@ class SeesawWarpgroup {
   SlotPhases phases_;
   float output_[2][64];
   float reference_[2], sum_[2];
-  float maximum_[2];  // of this warpgroup's tiles, base 2
+  float maximum_[2];  // of this lane's scores in this warpgroup's tiles, base 2
 };
 
 }  // namespace flash_mla::sm90

@@ -1,5 +1,5 @@
-// The producer warpgroup: one thread issues TMA loads of whole key tiles; two warps load rows by 16-byte copies (Q, the
-// partial tile at a request's end, pages that TMA cannot tile).
+// The producer warpgroup: a thread for each slot, or one for both, issues TMA loads of whole key tiles; two warps load
+// rows by 16-byte copies (Q, the partial tile at a request's end, pages that TMA cannot tile).
 #pragma once
 
 #include "device/barrier.cuh"
@@ -19,14 +19,19 @@ __device__ __forceinline__ bool by_tma(const DenseDecodeParams& params, const Pi
   return params.box_rows > 0 && (tile + 1) * kScheduleBlock <= piece.seqlen;
 }
 
-// Runs on one thread. What it does between a slot's release and the next load is time that the slot is empty, so all
-// that can be known before is computed before.
+// One thread's loads: those of tiles in `slot`, or in both slots in turn. What it does between a slot's release and the
+// next load is time that the slot is empty, so all that can be known before is computed before.
 template <class C>
 class TmaThread {
  public:
   __device__ __forceinline__ TmaThread(const DenseDecodeParams& params, const CacheMaps& maps, Storage<C>& storage,
-                                       const Place& place)
-      : params_(params), maps_(maps), storage_(storage), place_(place), boxes_(C::kKeys / params.box_rows) {}
+                                       const Place& place, int slot)
+      : params_(params),
+        maps_(maps),
+        storage_(storage),
+        place_(place),
+        boxes_(C::kKeys / params.box_rows),
+        slot_(slot) {}
 
   __device__ __forceinline__ void run() {
     Pieces<true> pieces(params_, place_.part, place_.causal_cut);
@@ -46,7 +51,9 @@ class TmaThread {
         if (i + 1 < piece.num_tiles && by_tma(params_, piece, next.tile)) {
           next.page = table[next.index];  // arrives while this tile waits for its slot
         }
-        issue(i & 1, at, table, load);
+        if (slot_ == kBothSlots || (i & 1) == slot_) {
+          issue(i & 1, at, table, load);
+        }
         at = next;
       }
     }
@@ -124,7 +131,7 @@ class TmaThread {
   const CacheMaps& maps_;
   Storage<C>& storage_;
   const Place place_;
-  const int boxes_;
+  const int boxes_, slot_;
   SlotPhases phases_;
 };
 

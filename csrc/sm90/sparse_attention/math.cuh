@@ -214,8 +214,11 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>, true> {
     int row = row_;
     asm volatile("" : "+r"(row));  // keeps the epilogue's addresses out of the loop over pieces
     const PieceFacts& facts = storage_.pieces[piece];
-    if (params_.max_logits != nullptr && side_ == 1) {
-      write_maximum(params_, facts, row, lane_, maximum_);
+    if (params_.max_logits != nullptr) {
+      this->join_maximum();
+      if (side_ == 1) {
+        write_maximum(params_, facts, row, lane_, maximum_);
+      }
     }
     float total[2];
     this->join_sums(piece, total);
