@@ -29,8 +29,7 @@ struct Config : KeyGroups<(kHeadDim > kHeadDimV)> {
 // Who runs where.
 constexpr int kTmaWarp = 0;        // of the producer warpgroup
 constexpr int kSecondTmaWarp = 3;  // slot 1 has its own where each slot has one
-constexpr int kBothSlots = -1;
-constexpr int kFirstRowWarp = 1;  // two warps load Q, partial tiles and pages that TMA cannot tile
+constexpr int kFirstRowWarp = 1;   // two warps load Q, partial tiles and pages that TMA cannot tile
 constexpr int kNumRowWarps = 2;
 
 }  // namespace flash_mla::sm90::dense_decode

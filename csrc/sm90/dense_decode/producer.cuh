@@ -19,19 +19,19 @@ __device__ __forceinline__ bool by_tma(const DenseDecodeParams& params, const Pi
   return params.box_rows > 0 && (tile + 1) * kScheduleBlock <= piece.seqlen;
 }
 
-// One thread's loads: those of tiles in `slot`, or in both slots in turn. What it does between a slot's release and the
+// One thread's loads: those of tiles in the slots whose bits are set. What it does between a slot's release and the
 // next load is time that the slot is empty, so all that can be known before is computed before.
 template <class C>
 class TmaThread {
  public:
   __device__ __forceinline__ TmaThread(const DenseDecodeParams& params, const CacheMaps& maps, Storage<C>& storage,
-                                       const Place& place, int slot)
+                                       const Place& place, int slots)
       : params_(params),
         maps_(maps),
         storage_(storage),
         place_(place),
         boxes_(C::kKeys / params.box_rows),
-        slot_(slot) {}
+        slots_(slots) {}
 
   __device__ __forceinline__ void run() {
     Pieces<true> pieces(params_, place_.part, place_.causal_cut);
@@ -51,7 +51,7 @@ class TmaThread {
         if (i + 1 < piece.num_tiles && by_tma(params_, piece, next.tile)) {
           next.page = table[next.index];  // arrives while this tile waits for its slot
         }
-        if (slot_ == kBothSlots || (i & 1) == slot_) {
+        if (slots_ >> (i & 1) & 1) {
           issue(i & 1, at, table, load);
         }
         at = next;
@@ -131,7 +131,7 @@ class TmaThread {
   const CacheMaps& maps_;
   Storage<C>& storage_;
   const Place place_;
-  const int boxes_, slot_;
+  const int boxes_, slots_;
   SlotPhases phases_;
 };
 
