@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -862,3 +863,76 @@ def test_many_requests_give_the_same_bits_again_and_again(cuda: Target, kv_forma
     wanted = run_decode(inputs)
     for _ in range(30):
         assert_same_bits(run_decode(inputs), wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", ["none", "request", "token"])
+@pytest.mark.parametrize(
+    ("b", "s_q", "topk", "extra_topk"),
+    [(1, 1, 2048, 0), (1, 3, 64, 1), (2, 2, 128, 512), (2, 2, 70, 1024), (3, 1, 1000, 0), (8, 2, 128, 512)],
+)
+@pytest.mark.parametrize("h_q", [40, 64, 100, 128])
+@pytest.mark.parametrize("kv_format", [KVFormat.V32, KVFormat.MODEL1, KVFormat.V41])
+def test_few_requests(
+    cuda: Target,
+    kv_format: KVFormat,
+    h_q: int,
+    b: int,
+    s_q: int,
+    topk: int,
+    extra_topk: int,
+    lengths: Literal["none", "request", "token"],
+) -> None:
+    """Lists in many pieces, which are cut without a plan where that serves them better."""
+    inputs = make_sparse_decode_inputs(
+        b,
+        s_q,
+        h_q=h_q,
+        topk=topk,
+        extra_topk=extra_topk,
+        kv_format=kv_format,
+        lengths=lengths,
+        extra_lengths=lengths,
+        sink=True,
+        spread=2.0,
+        device=cuda.device,
+    )
+    wanted = run_decode(inputs)
+    check_decode(inputs, result=wanted)
+    for _ in range(5):
+        assert_same_bits(run_decode(inputs), wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("h_q", [64, 128])
+def test_captured_calls_of_few_requests_follow_the_lengths(cuda: Target, h_q: int) -> None:
+    """One behind the other, so that each starts while the one before still runs."""
+    inputs = make_sparse_decode_inputs(
+        2,
+        2,
+        h_q=h_q,
+        topk=128,
+        extra_topk=512,
+        kv_format="MODEL1",
+        lengths="request",
+        extra_lengths="request",
+        device=cuda.device,
+    )
+    schedule = FlashMLASchedMeta()
+    run_decode(inputs, schedule)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = [run_decode(inputs, schedule) for _ in range(4)]
+    assert inputs.extra is not None
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        for side, most in ((inputs.primary, 128), (inputs.extra, 512)):
+            assert side.lengths is not None
+            side.lengths.copy_(torch.randint(0, most + 1, side.lengths.shape, generator=generator))
+        for out, lse in results:
+            out.fill_(math.nan)
+            lse.fill_(math.nan)
+        graph.replay()
+        check_decode(inputs, result=results[0])
+        for result in results[1:]:
+            assert_same_bits(result, results[0])

@@ -22,7 +22,8 @@ constexpr int kThreads = kWarps * 32;
 constexpr int kStripBlocks = 4;                              // of 8 columns
 constexpr int kGroupStrips = kPartialBlocks / kStripBlocks;  // strips of a group of 16 rows
 constexpr int kCtasPerSm = 2;
-constexpr int kUnroll = 4;         // partial results in flight per warp
+constexpr int kUnroll = 4;  // partial results in flight per warp
+constexpr int kEarlyBatches = 3;
 constexpr int kListed = kThreads;  // candidates per round of listing
 
 // The batch-invariant mode sums in an order that depends on the request alone.
@@ -113,6 +114,15 @@ __device__ int request_blocks(const SparseAttentionParams& params, int request) 
   return unit_blocks(length(params.keys[0]), length(params.keys[1]));
 }
 
+// Fixed cuts that depend on the call, not on the request alone.
+__host__ __device__ bool is_few(const DenseDecodeParams&) { return false; }
+__host__ __device__ bool is_few(const SparseAttentionParams& params) { return params.few_requests; }
+
+__device__ int cuts_of_few(const DenseDecodeParams&, int) { return 1; }
+__device__ int cuts_of_few(const SparseAttentionParams& params, int blocks) {
+  return even_cuts(blocks, params.max_cuts, params.min_cut_blocks);
+}
+
 struct RowPlace {
   int batch, token, head;
 };
@@ -139,6 +149,11 @@ __device__ bool split_request(const Params& params, int index, SplitRequest& fou
   if (params.schedule == nullptr) {
     const int request = params.first_request + index;
     const int blocks = request_blocks(params, request);
+    if (is_few(params)) {
+      const int cuts = cuts_of_few(params, blocks);
+      found = {request, cuts, index * params.max_cuts, index * params.max_cuts + 1, 1};
+      return cuts > 1;
+    }
     const int cut_blocks = fixed_cut_blocks(blocks, params.max_cuts);
     found = {request, ceil_div(blocks, cut_blocks), index * params.max_cuts, index * params.max_cuts + 1, 1};
     return cut_blocks < blocks;
@@ -348,12 +363,13 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) combine_kernel(const __g
     }
     // CTAs on SMs that the kernel before this one has left idle wait for it, others start when it ends. So it pays to
     // have no more CTAs than those, if their warps need one batch of loads each.
-    const int grid = static_cast<int>(gridDim.x), early = kCtasPerSm * (params.num_sms - working * partial_tiles);
+    const int busy = is_few(params) ? params.num_parts : working;
+    const int grid = static_cast<int>(gridDim.x), early = kCtasPerSm * (params.num_sms - busy * partial_tiles);
     const int strips = count * groups * kGroupStrips;
     int sharing_log2 = kFixedSharingLog2;
-    if (params.schedule != nullptr) {
+    if (params.schedule != nullptr || is_few(params)) {
       sharing_log2 = choose_sharing(strips, most_splits, min(early, grid));
-      if (strips / kWarps > early || most_splits > kUnroll << sharing_log2) {
+      if (strips / kWarps > early || most_splits > kEarlyBatches * kUnroll << sharing_log2) {
         sharing_log2 = choose_sharing(strips, most_splits, grid);
       }
     }
@@ -407,7 +423,9 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) combine_kernel(const __g
       } while (again);
     }
   }
-  if (!waited) {  // what comes next in the stream takes this kernel's end for the end of the one before, too
+  // What comes next in the stream takes this kernel's end for the end of the one before, too; one CTA is enough for
+  // that, and the others leave their SMs to what comes next.
+  if (!waited && blockIdx.x == 0) {
     asm volatile("griddepcontrol.wait;" ::: "memory");
   }
 }

@@ -91,6 +91,8 @@ struct Common {
     }
   }
 
+  bool has_schedule() const { return schedule && num_splits; }
+
   SparseAttentionProblem problem(const DeviceFacts& facts, KVFormat format) const {
     SparseAttentionProblem problem{};
     problem.compute_capability = facts.compute_capability;
@@ -133,6 +135,39 @@ int64_t prepare_fixed_cuts(SparseAttentionParams& params, int device, std::optio
     partials = allocate_partials(device, at_once * params.max_cuts * tiles, params);
   }
   return at_once;
+}
+
+// The most blocks of a list that an even cut multiplies.
+constexpr int kMostEvenBlocks = 1 << 16;
+
+// A call of few requests needs no plan where all lists are of one length, or so short that a piece has two blocks at
+// the most. Each is cut into as many pieces as make a wave of CTAs; into pieces of one block only where these leave
+// half of the SMs idle, since on those the combine kernel waits. False: a plan serves the call better.
+bool choose_even_cuts(SparseAttentionParams& params) {
+  constexpr int64_t kFewestCuts = 4;
+  const int64_t tiles = static_cast<int64_t>(params.b) * params.s_q * params.unit_tiles, most = params.num_sms / tiles;
+  const int blocks = unit_blocks(params.keys[0].topk, params.keys[1].topk);
+  if (most < kFewestCuts || blocks > kMostEvenBlocks) {
+    return false;
+  }
+  params.min_cut_blocks = 2 * tiles * blocks <= params.num_sms ? 1 : 2;
+  params.max_cuts = even_cuts(blocks, static_cast<int>(most), params.min_cut_blocks);
+  const bool varied = params.keys[0].lengths != nullptr || params.keys[1].lengths != nullptr;
+  return !varied || ceil_div(blocks, params.max_cuts) <= 2;
+}
+
+// Each token is a request of its own.
+void launch_few(const SparseKernel& kernel, SparseAttentionParams& params, int device, void* stream) {
+  const int tokens = params.b * params.s_q;
+  params.few_requests = true;
+  params.tokens_per_batch = params.s_q;
+  params.num_requests_total = tokens;
+  params.num_units = params.partial_units = 1;
+  std::optional<Tensor> partials;
+  if (params.max_cuts > 1) {
+    partials = allocate_partials(device, static_cast<int64_t>(tokens) * params.max_cuts * params.unit_tiles, params);
+  }
+  launch_fixed_cuts(kernel, params, 0, tokens, tokens, stream);
 }
 
 // What the lists of as many tokens as are compacted at a time may take; a list of the caller's takes as much.
@@ -232,6 +267,8 @@ struct SparseCall {
     void* stream = current_stream(q.device);
     if (common.batch_invariant) {
       launch_by_token(kernel, params, q.device, stream);
+    } else if (kernel.starts_early && common.has_schedule() && choose_even_cuts(params)) {
+      launch_few(kernel, params, q.device, stream);
     } else {
       launch_scheduled(kernel, params, common.schedule, common.num_splits,
                        static_cast<int64_t>(params.num_units) * params.unit_tiles, q.device, stream);

@@ -15,6 +15,8 @@ struct Kernel {
   // Null when the kernel takes the problem, else the reason in words.
   const char* (*why_not)(const Problem&);
   void (*launch)(const Params&, void* stream);
+  // Starts on calls of few requests, which no plan cuts, before the kernels before it have ended.
+  bool starts_early = false;
 };
 
 // "name\treason\n" for every kernel; the reason is empty where the kernel takes the problem.

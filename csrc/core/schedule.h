@@ -43,6 +43,12 @@ constexpr int fixed_cut_blocks(int num_blocks, int max_cuts) {
   return even > kMinCutBlocks ? even : kMinCutBlocks;
 }
 
+// A call of few requests is cut without a plan: each list into so many pieces, as even as whole blocks make them.
+constexpr int even_cuts(int num_blocks, int max_cuts, int min_blocks) {
+  const int useful = ceil_div(num_blocks, min_blocks);
+  return useful < max_cuts ? useful : max_cuts;
+}
+
 // Number of parts for `num_tiles` CTAs per part (row tiles times key heads) on a machine with `num_sms` SMs, one CTA
 // each: one wave. More parts would balance better where the tiles do not divide the SMs, but the memory for partial
 // results grows with parts * tiles and is bounded by one wave's.

@@ -75,7 +75,10 @@ struct SparseAttentionParams {
   int max_cuts;       // fixed cuts: pieces per request at the most
   int first_request;  // fixed cuts: the launch serves requests from here on
   int num_requests;   // fixed cuts: and so many of them
-  float scale_log2;   // softmax_scale * log2(e)
+  // Fixed cuts of a call of few requests, which depend on the call: even_cuts(blocks, max_cuts, min_cut_blocks).
+  bool few_requests;
+  int min_cut_blocks;
+  float scale_log2;  // softmax_scale * log2(e)
   bool from_table;
   bool causal;     // over block tables only
   bool lse_base2;  // lse in base 2

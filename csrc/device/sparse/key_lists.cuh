@@ -66,6 +66,21 @@ class KeyLists {
     end();
   }
 
+  // Where no schedule is read, the first piece is found before the kernels before this one have ended; and once more
+  // behind them, where lengths say how long it is.
+  __device__ __forceinline__ void find_piece_early() {
+    __syncwarp();
+    if (lane_ == 0) {
+      walk_.guesses = true;
+      next_piece<kItemTiles>(params_, walk_);
+      walk_.guesses = false;
+      if (params_.keys[0].lengths != nullptr || params_.keys[1].lengths != nullptr || walk_.run.num_tiles == 0) {
+        begin_walk<kItemTiles>(walk_);
+      }
+    }
+    __syncwarp();
+  }
+
   // Of the CTAs that share the columns of a row.
   __device__ __forceinline__ int rank() const {
     if constexpr (kItemTiles == 2) {

@@ -5,6 +5,7 @@
 #include <climits>
 
 #include "core/params/sparse_attention.h"
+#include "device/copy.cuh"
 #include "device/sparse/walk.h"
 
 namespace flash_mla::inline device {
@@ -17,8 +18,8 @@ struct Token {
 };
 
 // How many entries of a source's list count for a unit.
-__device__ __forceinline__ int clamped_length(const KeySource& source, const Token& at) {
-  if (source.lengths == nullptr) {
+__device__ __forceinline__ int clamped_length(const KeySource& source, const Token& at, bool guesses) {
+  if (source.lengths == nullptr || guesses) {
     return source.topk;
   }
   const int length = source.lengths[at.batch * source.stride_lengths_b + at.token * source.stride_lengths_s];
@@ -33,8 +34,8 @@ __device__ __forceinline__ bool has_request(const SparseAttentionParams& params,
 __device__ __forceinline__ void load_lengths(const SparseAttentionParams& params, Walk& walk) {
   if (has_request(params, walk)) {
     const Token at(params, walk.request, walk.unit);
-    walk.next_length[0] = clamped_length(params.keys[0], at);
-    walk.next_length[1] = clamped_length(params.keys[1], at);
+    walk.next_length[0] = clamped_length(params.keys[0], at, walk.guesses);
+    walk.next_length[1] = clamped_length(params.keys[1], at, walk.guesses);
   }
 }
 
@@ -65,6 +66,7 @@ __device__ __forceinline__ void begin_walk(Walk& walk) {
   walk.item =
       static_cast<int>(blockIdx.x / kItemTiles) - static_cast<int>(gridDim.x / kItemTiles);  // and on from there
   walk.num_pieces = walk.run.num_tiles = walk.second_tiles = 0;
+  walk.guesses = false;
   walk.request = INT_MAX;
 }
 
@@ -80,6 +82,34 @@ struct Entry {
   __device__ __forceinline__ int source() const { return bits / kSource & 1; }
   __device__ __forceinline__ int piece() const { return bits >> kPieceShift & 3; }
 };
+
+// Asks L2 for the lists and Q of what a CTA has of a call of few requests: where they are is known before the kernels
+// before this one have ended. What these still write goes through L2 as well.
+template <class C>
+__device__ __forceinline__ void prefetch_inputs(const SparseAttentionParams& params) {
+  constexpr int kLineBytes = 128, kRowLines = C::kHeadDim * 2 / kLineBytes;
+  const int item = static_cast<int>(blockIdx.x / C::kRanks), part = params.by_part_items.divide(item),
+            row_tile = item - part * params.by_part_items.value, request = part / params.max_cuts;
+  const Token at(params, params.first_request + request, 0);
+  // The threads of all CTAs that have a piece of the list share the work.
+  const int cta = (part - request * params.max_cuts) * C::kRanks + static_cast<int>(blockIdx.x % C::kRanks),
+            thread = static_cast<int>(threadIdx.x) + cta * C::kMathThreads,
+            threads = params.max_cuts * C::kRanks * C::kMathThreads;
+#pragma unroll 1
+  for (const KeySource& keys : params.keys) {
+    const int32_t* list = keys.indices + at.batch * keys.stride_indices_b + at.token * keys.stride_indices_s;
+    for (int i = thread * (kLineBytes / 4); i < keys.topk; i += threads * (kLineBytes / 4)) {
+      prefetch_l2(list + i);
+    }
+  }
+  const auto q =
+      static_cast<const unsigned char*>(params.q) + 2 * (at.batch * params.stride_q_b + at.token * params.stride_q_s +
+                                                         static_cast<int64_t>(row_tile) * C::kRows * params.stride_q_h);
+  const int rows = min(params.unit_rows - row_tile * C::kRows, C::kRows);
+  for (int i = thread; i < rows * kRowLines; i += threads) {
+    prefetch_l2(q + i / kRowLines * params.stride_q_h * 2 + i % kRowLines * kLineBytes);
+  }
+}
 
 // Where the list of a piece's unit begins.
 __device__ __forceinline__ const int32_t* list_of(const SparseAttentionParams& params, const PieceFacts& piece,
@@ -120,7 +150,15 @@ __device__ __forceinline__ bool next_piece(const SparseAttentionParams& params, 
     const int blocks0 = max(ceil_div(length0, kScheduleBlock), 1);
     const int blocks = blocks0 + ceil_div(length1, kScheduleBlock);
     int begin, end, partial;
-    if (params.schedule == nullptr) {
+    if (params.few_requests) {
+      const int cuts = even_cuts(blocks, params.max_cuts, params.min_cut_blocks), cut = part % params.max_cuts;
+      if (cut >= cuts) {
+        continue;
+      }
+      begin = blocks * cut / cuts;
+      end = blocks * (cut + 1) / cuts;
+      partial = cuts > 1 ? part : -1;
+    } else if (params.schedule == nullptr) {
       const int cut_blocks = fixed_cut_blocks(blocks, params.max_cuts);
       begin = part % params.max_cuts * cut_blocks;
       end = begin + cut_blocks;

@@ -24,11 +24,16 @@ class ProducerWarp : KeyLists<C, Storage> {
   __device__ __forceinline__ ProducerWarp(const SparseAttentionParams& params, Storage& storage, int warp, int lane)
       : Base(params, storage, storage.walks[warp], warp, lane) {}
 
+  // Waits for the kernels before this one.
   __device__ __forceinline__ void run() {
+    const bool early = kStartsEarly && params_.few_requests;
+    if (early) {
+      this->find_piece_early();
+    }
     if constexpr (kPaired) {
-      run_ahead();
+      run_ahead(early);
     } else {
-      run_rehearsed();
+      run_rehearsed(early);
     }
     this->end();
   }
@@ -37,6 +42,8 @@ class ProducerWarp : KeyLists<C, Storage> {
   static constexpr bool kRopeQuantised = C::kFormat == KVFormat::kE4m3;
   static_assert(!kPaired || !kRopeQuantised);
   static constexpr bool kTwoFormats = C::kExtraFormat != KVFormat::kNone && C::kExtraFormat != C::kFormat;
+  // With two formats and whole rows the registers do not suffice for it.
+  static constexpr bool kStartsEarly = requires { C::kStartsEarly; } && (kPaired || !kTwoFormats);
   static constexpr KVFormat kSecond = kTwoFormats ? C::kExtraFormat : C::kFormat;
   static __device__ __forceinline__ bool is_extra_format(const Entry& entry) { return kTwoFormats && entry.source(); }
 
@@ -45,13 +52,19 @@ class ProducerWarp : KeyLists<C, Storage> {
   // one copy of a round in the code, whose fetching costs small calls much of their time.
 
   // The first round is a rehearsal, in which the indices of the first tile are fetched and, while these are on their
-  // way, the instructions. What it stores in a slot is overwritten.
-  __device__ __forceinline__ void run_rehearsed() {
+  // way, the instructions. What it stores in a slot is overwritten. `early`: another rehearsal before that, while the
+  // kernels before this one run.
+  __device__ __forceinline__ void run_rehearsed(bool early) {
     Entry entry{0};
     uint4 raw[kPasses] = {};
+    if (!early) {
+      wait_for_dependencies();
+    }
 #pragma unroll 1
-    do {
-      this->fetch_indices();
+    for (;; early = false) {
+      if (!early) {
+        this->fetch_indices();
+      }
       fetch_rows(entry, raw);
       if (entry.begins_piece()) {
         this->begin_piece(entry.piece());
@@ -59,15 +72,23 @@ class ProducerWarp : KeyLists<C, Storage> {
       if (entry.has_tile() || !entry.exists()) {
         make_tile(entry, raw);
       }
+      if (early) {
+        wait_for_dependencies();
+        continue;
+      }
       entry = ahead_;
       row_ = this->locate(entry);
       row_in_page_ = next_row_in_page_;
-    } while (entry.exists());
+      if (!entry.exists()) {
+        return;
+      }
+    }
   }
 
   // The next tile's rows are located before the slot of this one is waited for, and so asked for sooner, which counts
-  // where tiles are short: 5 % of a large call of pairs over V32. In the first two rounds there is nothing to convert.
-  __device__ __forceinline__ void run_ahead() {
+  // where tiles are short: 5 % of a large call of pairs over V32. In the first two rounds there is nothing to convert;
+  // `early`: the first one rehearses it.
+  __device__ __forceinline__ void run_ahead(bool early) {
     Entry entry{0};
     uint4 raw[kPasses] = {};
     int round = 0;
@@ -78,8 +99,12 @@ class ProducerWarp : KeyLists<C, Storage> {
       if (entry.begins_piece()) {
         this->begin_piece(entry.piece());
       }
-      if (entry.has_tile()) {
+      if (entry.has_tile() || early) {
         make_tile(entry, raw);
+      }
+      if (round == 0) {
+        wait_for_dependencies();
+        early = false;
       }
       this->fetch_indices();
       row_ = next_row;

@@ -36,6 +36,7 @@ struct alignas(16) Walk {
   int end_request, end_block;                        // and ends: INT_MAX, where the last request does
   int second_tiles, second_position, second_length;  // the run over the second source that follows this one
   int num_pieces;                                    // begun so far
+  bool guesses;                                      // takes every list for as long as it can be
   PieceFacts pending[4];                             // the last ones, by number
 };
 

@@ -16,6 +16,7 @@ struct Config {
   static constexpr bool kRopeInValues = kFormat == KVFormat::kModel1;
   static constexpr bool kHasRope = kRopeBehindValues || kRopeInValues;
 
+  static constexpr bool kStartsEarly = true;  // before the kernels before it have ended, in calls of few requests
   static constexpr int kRanks = 1;
   static constexpr int kRows = kRowTile;
   static constexpr int kKeys = kScheduleBlock;

@@ -15,7 +15,8 @@ struct Config {
   static constexpr bool kRopeInValues = kFormat == KVFormat::kModel1;
   static constexpr bool kHasRope = kRopeBehindValues || kRopeInValues;
 
-  static constexpr int kRanks = 2;  // CTAs that share the columns of a row
+  static constexpr bool kStartsEarly = true;  // before the kernels before it have ended, in calls of few requests
+  static constexpr int kRanks = 2;            // CTAs that share the columns of a row
   static constexpr int kRows = 2 * kRowTile;
   static constexpr int kKeys = kScheduleBlock;
   // Of each row of Q and of the keys: 256 columns of the values, and 32 of the RoPE columns behind them.
