@@ -91,4 +91,7 @@ def write(cutlass: Path, folder: Path) -> None:
     for name in HEADERS:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         text = adapted((cutlass / name).read_text())
-        (folder / name).write_text(text.replace("#pragma once", '#pragma once\n#include "emulation/emulation.cuh"', 1))
+        text = text.replace("#pragma once", '#pragma once\n#include "emulation/emulation.cuh"', 1)
+        # A file that is the same keeps its age: what includes it need not be compiled again.
+        if not (folder / name).exists() or (folder / name).read_text() != text:
+            (folder / name).write_text(text)

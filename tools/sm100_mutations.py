@@ -5,6 +5,7 @@ from __future__ import annotations
 PRODUCTS = "sm100/sparse_attention/products.cuh"
 MATH = "sm100/sparse_attention/math.cuh"
 PRODUCER = "device/sparse/producer.cuh"
+EPILOGUE = "device/sparse/epilogue.cuh"
 ROW_PRODUCER = "sm100/sparse_attention/row_producer.cuh"
 
 FEW_PRODUCTS = "sm100/sparse_attention_few_heads/products.cuh"
@@ -57,6 +58,11 @@ MISTAKES: dict[str, list[Change]] = {
         (ROW_PRODUCER, "mbarrier_wait(shared_address(&storage_.k_empty[slot]), phases_.parity(slot) ^ 1);", "")
     ],
     "rows_not_swizzled": [(ROW_PRODUCER, "first ^ (2 * i % 8 * 16)", "first")],
+    # Of caches with one scale.
+    "no_scale_of_queries": [(EPILOGUE, "params.scale_log2 * of_query *", "params.scale_log2 *")],
+    "no_scale_of_keys": [(EPILOGUE, "of_query * descale_of_output<kFormat>(params)", "of_query")],
+    "no_scale_of_values": [(MATH, "output[0][i] *= descale;", "")],
+    "rope_not_swizzled": [(PRODUCER, "((lane % kLanes * 2) ^ key) * 16", "(lane % kLanes * 2) * 16")],
     # For few heads.
     "few_no_wait_for_keys": [
         (FEW_PRODUCTS, "mbarrier_wait(shared_address(&storage_.k_full[slot]), filled_.parity(slot));", ""),
@@ -89,6 +95,8 @@ MISTAKES: dict[str, list[Change]] = {
     ],
 }
 
+OF_ONE_SCALE = ("no_scale_of_queries", "no_scale_of_keys", "no_scale_of_values", "rope_not_swizzled")
+
 # Changes that are no mistake: the same tests must pass.
 HARMLESS: dict[str, list[Change]] = {"slow_producers": [SLOW_PRODUCERS], "slow_ring": [SLOW_RING]}
 
@@ -108,9 +116,11 @@ GRADIENT_MISTAKES: dict[str, list[Change]] = {
 ALL = {**MISTAKES, **HARMLESS, **GRADIENT_MISTAKES}
 
 
-def mutated_kernel(changes: list[Change]) -> str:
-    """The instantiation that shows the first change."""
-    where = changes[0][0]
+def mutated_kernel(name: str) -> str:
+    """The instantiation that shows the first change of a mutation."""
+    where = ALL[name][0][0]
+    if name in OF_ONE_SCALE:
+        return "sm100/sparse_attention/inst/e4m3_576.cu"
     if where.startswith(BACKWARD):
         return f"{BACKWARD}/inst/bf16_192.cu"
     if where in (FEW_PRODUCTS, FEW_MATH, FEW_SOFTMAX, FEW_PRODUCER):

@@ -61,6 +61,8 @@ def calls() -> Iterator[tuple[str, Any]]:
     for case in PAGED:
         for fp8 in (KVFormat.V32, KVFormat.MODEL1):
             yield "decode", make_dense_fp8_inputs(LENGTHS, fp8, device="cuda", **case)
+        for d_qk, fp8_q in ((576, True), (512, False)):  # e4m3 with one scale
+            yield "decode", make_dense_fp8_inputs(LENGTHS, None, device="cuda", d_qk=d_qk, fp8_q=fp8_q, **case)
         for d_qk, dtype in ROWS:
             yield "decode", make_dense_decode_inputs(LENGTHS, device="cuda", d_qk=d_qk, dtype=dtype, h_kv=2, **case)
 
