@@ -146,7 +146,8 @@ def object_of(source: Path, folder: Path) -> Path:
 
 
 def compile_kernel(source: Path, output: Path, csrc: Path, schedule: str) -> None:
-    arguments: list[str | Path] = ["-O2", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    # The tensor memory of each file has its place in the library too: together more than 2 GiB.
+    arguments: list[str | Path] = ["-O2", "-Xcompiler", "-fPIC,-fvisibility=hidden,-mcmodel=medium"]
     if "dense_prefill_backward" in source.parts:
         # CUTLASS's example, with the instructions of its wrappers replaced.
         cutlass, _ = build_native.find_cutlass()

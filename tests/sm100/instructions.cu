@@ -1,5 +1,6 @@
 // Each emulated instruction against plain arithmetic, and each trap. `instructions CASE` runs one case: 0 where it did
 // what it should; a trap ends it with its message.
+#include <climits>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -10,12 +11,15 @@
 
 #include "device/barrier.cuh"
 #include "device/numeric.cuh"
+#include "device/sm100/gather.cuh"
 #include "device/sm100/tcgen05.cuh"
 
 namespace flash_mla {
 namespace {
 
 constexpr int kM = 64, kN = 64, kInner = 128, kSliceBytes = 64 * kSliceRowBytes;
+// What rows are gathered from: not all of the columns that A has.
+constexpr int kSourceRows = 100, kSourceColumns = 120, kSourceStride = 136;
 
 enum class Case {
   kProduct,          // 64 x 64 x 128, A and B with the inner dimension contiguous
@@ -23,6 +27,7 @@ enum class Case {
   kUpperLanes,       // the result in the upper halves of the lanes
   kTmemA,            // A from tensor memory
   kStoreLoad,        // registers to tensor memory and back
+  kGather,           // A from rows by their numbers, some of which do not exist
   kSwizzleBit,       // from here on mistakes, that must be found: a unit of A at another place
   kSwappedOffsets,   // leading and stride offset of B exchanged
   kNoWaitForResult,  // the result is read before the commit
@@ -35,6 +40,11 @@ enum class Case {
   kLeak,
   kAllocationTwice,
   kAfterRelinquish,
+  kGatherMisaligned,
+  kGatherSwapped,    // two rows exchanged
+  kGatherBeyond,     // from a matrix that has fewer rows than its map says
+  kGatherNotWaited,  // the product does not wait for its rows
+  kGatherTooSoon,    // rows over those of products that are in flight
   kNumCases
 };
 constexpr const char* kNames[] = {"product",
@@ -42,6 +52,7 @@ constexpr const char* kNames[] = {"product",
                                   "upper_lanes",
                                   "tmem_a",
                                   "store_load",
+                                  "gather",
                                   "swizzle_bit",
                                   "swapped_offsets",
                                   "no_wait_for_result",
@@ -53,12 +64,17 @@ constexpr const char* kNames[] = {"product",
                                   "no_commit",
                                   "leak",
                                   "allocation_twice",
-                                  "after_relinquish"};
+                                  "after_relinquish",
+                                  "gather_misaligned",
+                                  "gather_swapped",
+                                  "gather_beyond",
+                                  "gather_not_waited",
+                                  "gather_too_soon"};
 static_assert(std::size(kNames) == static_cast<int>(Case::kNumCases));
 
 struct Shared {
   alignas(1024) unsigned char a[2 * kSliceBytes], b[2 * kSliceBytes];
-  uint64_t done;
+  uint64_t done, gathered;
   uint32_t tensor_memory;
 };
 
@@ -69,15 +85,31 @@ __device__ __nv_bfloat16* value_at(unsigned char* slices, int row, int column) {
          column % 8;
 }
 
-// a: [kM][kInner], b: [kN][kInner], d: [kM][kN].
-__global__ void instructions_kernel(Case which, const float* a, const float* b, float* d) {
+constexpr bool is_gather(Case which) { return which == Case::kGather || which >= Case::kGatherMisaligned; }
+
+// Four rows of each slice of A. By a whole warp.
+__device__ void gather_rows(Case which, Shared& shared, const GatherMap& map, const int* rows, int first) {
+  for (int slice = 0; slice < kInner / kSliceColumns; ++slice) {
+    int4 four = *reinterpret_cast<const int4*>(rows + first);
+    if (which == Case::kGatherSwapped && first == 8) {
+      std::swap(four.x, four.z);
+    }
+    const uint32_t place = shared_address(shared.a) + slice * kSliceBytes + first * kSliceRowBytes;
+    tma_gather4(place + (which == Case::kGatherMisaligned ? 16 : 0), &map, slice * kSliceColumns, four,
+                shared_address(&shared.gathered));
+  }
+}
+
+// a: [kM][kInner], b: [kN][kInner], d: [kM][kN]. rows: of the map's matrix, what A is to be gathered from.
+__global__ void instructions_kernel(Case which, const float* a, const float* b, float* d,
+                                    const __grid_constant__ GatherMap map, const int* rows) {
   extern __shared__ __align__(1024) unsigned char memory[];
   auto& shared = *reinterpret_cast<Shared*>(memory);
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   const bool outer_b = which == Case::kOuterB || which == Case::kSwappedOffsets;
   for (int i = threadIdx.x; i < kM * kInner; i += blockDim.x) {
     const int row = i / kInner, column = i % kInner;
-    *value_at(shared.a, row, column) = __float2bfloat16(a[i]);
+    *value_at(shared.a, row, column) = is_gather(which) ? __nv_bfloat16() : __float2bfloat16(a[i]);
     // With the outer dimension contiguous, rows are those of the sum.
     if (outer_b) {
       *value_at(shared.b, column, row) = __float2bfloat16(b[i]);
@@ -87,6 +119,7 @@ __global__ void instructions_kernel(Case which, const float* a, const float* b, 
   }
   if (threadIdx.x == 0) {
     mbarrier_init(shared_address(&shared.done), 1);
+    mbarrier_init(shared_address(&shared.gathered), 1);
     fence_mbarrier_init();
     if (which == Case::kSwizzleBit) {
       std::swap(*value_at(shared.a, 5, 0), *value_at(shared.a, 5, 8));
@@ -136,6 +169,18 @@ __global__ void instructions_kernel(Case which, const float* a, const float* b, 
       __syncthreads();
       tcgen05_fence_after();
     }
+    if (is_gather(which) && warp == 0) {
+      if (lane == 0) {
+        mbarrier_arrive_expect_bytes(shared_address(&shared.gathered), 2 * kSliceBytes);
+      }
+      __syncwarp();
+      for (int first = 0; first < kM; first += kGatherRows) {
+        gather_rows(which, shared, map, rows, first);
+      }
+      if (which != Case::kGatherNotWaited) {
+        mbarrier_wait(shared_address(&shared.gathered), 0);
+      }
+    }
     if (warp == 0) {
       const Major major = outer_b ? Major::kOuter : Major::kInner;
       const uint32_t instruction = umma_instruction<__nv_bfloat16>(kM, kN, Major::kInner, major);
@@ -152,6 +197,9 @@ __global__ void instructions_kernel(Case which, const float* a, const float* b, 
         } else {
           umma_ss(base + result, da.at(step), of_b, instruction, accumulate);
         }
+      }
+      if (which == Case::kGatherTooSoon) {
+        gather_rows(which, shared, map, rows, 4);
       }
       if (which != Case::kNoWaitForResult && which != Case::kNoCommit) {
         umma_commit(shared_address(&shared.done));
@@ -182,11 +230,40 @@ __global__ void instructions_kernel(Case which, const float* a, const float* b, 
   }
 }
 
+// Rows of which A is made, in device memory: `a` becomes what they are to be. All that is not asked for is no number.
+GatherMap make_rows(Case which, std::vector<float>& a, int*& device_rows) {
+  std::vector<int> rows(kM);
+  std::vector<__nv_bfloat16> source(2 * kSourceRows * kSourceStride, __float2bfloat16(NAN));
+  for (int m = 0; m < kM; ++m) {
+    constexpr int kSpecial[] = {-1, kSourceRows, INT_MIN, INT_MAX, 0, kSourceRows - 1, 0};
+    rows[m] = m % 3 == 0 ? kSpecial[m / 3 % std::size(kSpecial)] : std::rand() % kSourceRows;
+    const bool exists = rows[m] >= 0 && rows[m] < kSourceRows;
+    for (int k = 0; k < kInner; ++k) {
+      a[m * kInner + k] = exists && k < kSourceColumns ? static_cast<float>((rows[m] * 7 + k * 3) % 9 - 4) : 0.0f;
+      if (exists && k < kSourceColumns) {
+        source[rows[m] * kSourceStride + k] = __float2bfloat16(a[m * kInner + k]);
+      }
+    }
+  }
+  void* device_source;
+  cudaMalloc(&device_source, source.size() * sizeof(source[0]));
+  cudaMemcpy(device_source, source.data(), source.size() * sizeof(source[0]), cudaMemcpyHostToDevice);
+  cudaMalloc(&device_rows, rows.size() * sizeof(int));
+  cudaMemcpy(device_rows, rows.data(), rows.size() * sizeof(int), cudaMemcpyHostToDevice);
+  return gather_map<__nv_bfloat16>({"source", device_source, kSourceRows + (which == Case::kGatherBeyond),
+                                    kSourceStride * sizeof(source[0]), kSourceColumns});
+}
+
 // 0: right, 1: wrong.
 int run(Case which) {
   std::vector<float> a(kM * kInner), b(kN * kInner), d(kM * kN, NAN);
   for (size_t i = 0; i < a.size(); ++i) {
     a[i] = static_cast<float>(std::rand() % 9 - 4), b[i] = static_cast<float>(std::rand() % 9 - 4);
+  }
+  GatherMap map{};
+  int* rows = nullptr;
+  if (is_gather(which)) {
+    map = make_rows(which, a, rows);
   }
   float* device[3];
   const std::vector<float>* hosts[3] = {&a, &b, &d};
@@ -195,7 +272,7 @@ int run(Case which) {
     cudaMemcpy(device[i], hosts[i]->data(), hosts[i]->size() * sizeof(float), cudaMemcpyHostToDevice);
   }
   cudaFuncSetAttribute(instructions_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
-  instructions_kernel<<<1, 128, sizeof(Shared)>>>(which, device[0], device[1], device[2]);
+  instructions_kernel<<<1, 128, sizeof(Shared)>>>(which, device[0], device[1], device[2], map, rows);
   const cudaError_t status = cudaDeviceSynchronize();
   if (status != cudaSuccess) {
     std::printf("%s\n", cudaGetErrorString(status));
@@ -216,12 +293,13 @@ int run(Case which) {
     }
   }
 #ifdef FLASH_MLA_EMULATED
-  const int leaks = emulation::leaks();
+  const int leaks = emulation::leaks(), unfinished = emulation::unfinished_gathers();
 #else
-  const int leaks = 0;
+  const int leaks = 0, unfinished = 0;
 #endif
-  std::printf("%d of %d values are wrong, %d slices of columns were not freed\n", wrong, kM * kN, leaks);
-  return wrong != 0 || leaks != 0;
+  std::printf("%d of %d values are wrong, %d slices of columns were not freed, %d gathers were not waited for\n", wrong,
+              kM * kN, leaks, unfinished);
+  return wrong != 0 || leaks != 0 || unfinished != 0;
 }
 
 }  // namespace

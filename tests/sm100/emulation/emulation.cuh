@@ -26,7 +26,7 @@ constexpr bool kLazy = false;
 
 constexpr int kLanes = 128, kColumns = 512, kSlice = 32;  // columns are allocated in slices
 constexpr uint32_t kGaveUp = 1u << 31;
-constexpr int kMaxSms = 160, kWarpsOfSm = 64, kMaxOperations = 128, kMaxStores = 64, kCtas = 4096;
+constexpr int kMaxSms = 144, kWarpsOfSm = 64, kMaxOperations = 128, kMaxStores = 64, kCtas = 4096;
 constexpr long long kPatience = 4'000'000'000;  // cycles that an allocation waits
 
 enum CellState : uint8_t { kNever = 0, kWritten = 1, kBeingStored = 2 };
