@@ -13,6 +13,7 @@ something that they include has changed. See tests/sm100/README.md.
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -30,13 +31,14 @@ SCHEDULES = ("eager", "lazy")
 EMULATED = ("sparse_attention", "sparse_attention_few_heads", "dense_prefill_backward")  # folders of csrc/sm100
 # Host files that the emulated library has of its own.
 HOST = (
+    ROOT / "csrc" / "api" / "library.cpp",
     ROOT / "csrc" / "api" / "device.cpp",
     ROOT / "csrc" / "api" / "tables.cpp",
     ROOT / "csrc" / "sm100" / "kernels.cpp",
     SM100 / "emulation" / "kernels.cpp",
     SM100 / "emulation" / "dense_prefill.cpp",
 )
-REPLACED = ("/api/device.cpp.o", "/api/tables.cpp.o", "/sm90/kernels.cpp.o")
+REPLACED = ("/api/library.cpp.o", "/api/device.cpp.o", "/api/tables.cpp.o", "/sm90/kernels.cpp.o")
 TUTORIALS = ("01_mma_sm100", "02_mma_tma_sm100")
 
 # What CuTe's wrappers ask for before they are more than a trap.
@@ -112,6 +114,7 @@ def build_library(schedule: str) -> None:
         options = "-DFLASH_MLA_WITH_SM90 -DFLASH_MLA_WITH_SM100"
         if source.name == "device.cpp":
             options += f" -include {SM100 / 'as_blackwell.h'}"
+        command = re.sub(r"(-DFLASH_MLA_ARCHES=)\S+", r"""\1'"90a,100f"'""", command)  # what it says that it has
         run(["sh", "-c", command.replace("$arch_defines", options).replace("$in", str(source))])
     link_library(folder / build_native.LIBRARY, [*objects, *host_objects(schedule)])
 
