@@ -17,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import cute_adapter
@@ -127,16 +128,23 @@ def build_mutants() -> None:
     """Of one kernel each, the eager schedule."""
     for name, changes in mutations.ALL.items():
         folder = OUTPUT / "mutants" / name
-        shutil.copytree(ROOT / "csrc", folder / "csrc", dirs_exist_ok=True)
-        for file, _, _ in changes:
-            text = (ROOT / "csrc" / file).read_text()
-            (folder / "csrc" / file).write_text(mutations.mutated(text, file, changes))
+        files = {ROOT / "csrc" / file: file for file, _, _ in changes}
+        left_out = partial(names_of, set(files))
+        shutil.copytree(ROOT / "csrc", folder / "csrc", dirs_exist_ok=True, ignore=left_out)
+        for path, file in files.items():
+            text = mutations.mutated(path.read_text(), file, changes)
+            build_native.write_if_changed(folder / "csrc" / file, text)
         source = folder / "csrc" / mutations.mutated_kernel(name)
         mutant = object_of(source, folder)
         compile_kernel(source, mutant, folder / "csrc", "eager")
         objects = [object_of(kernel, OUTPUT / "eager") for kernel in kernel_sources(ROOT / "csrc")]
         objects = [mutant if path.name == mutant.name else path for path in objects]
         link_library(folder / build_native.LIBRARY, [*objects, *host_objects("eager")])
+
+
+def names_of(files: set[Path], folder: str, names: list[str]) -> list[str]:
+    """Those of the names in a folder that are of these files."""
+    return [name for name in names if Path(folder, name) in files]
 
 
 def kernel_sources(csrc: Path) -> list[Path]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import build_native
+
 HEADERS = (
     "cute/arch/copy_sm100.hpp",
     "cute/arch/mma_sm100_umma.hpp",
@@ -89,9 +91,6 @@ def adapted(header: str) -> str:
 def write(cutlass: Path, folder: Path) -> None:
     """Writes the copies of the headers in CUTLASS's include folder to `folder`."""
     for name in HEADERS:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         text = adapted((cutlass / name).read_text())
         text = text.replace("#pragma once", '#pragma once\n#include "emulation/emulation.cuh"', 1)
-        # A file that is the same keeps its age: what includes it need not be compiled again.
-        if not (folder / name).exists() or (folder / name).read_text() != text:
-            (folder / name).write_text(text)
+        build_native.write_if_changed(folder / name, text)
