@@ -26,7 +26,8 @@ ROOT = build_native.ROOT
 SM100 = ROOT / "tests" / "sm100"
 OUTPUT = ROOT / "build" / "emulation"
 SCHEDULES = ("eager", "lazy")
-EMULATED = ("sparse_attention", "sparse_attention_few_heads", "dense_prefill_backward")  # folders of csrc/sm100
+# Folders of csrc/sm100.
+EMULATED = ("sparse_attention", "sparse_attention_few_heads", "sparse_attention_paired", "dense_prefill_backward")
 REPLACED = ("api/device.cpp.o", "sm90/kernels.cpp.o")
 TUTORIALS = ("01_mma_sm100", "02_mma_tma_sm100")
 
