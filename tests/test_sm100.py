@@ -75,8 +75,9 @@ def test_layouts_are_those_of_cute(tmp_path: Path) -> None:
     [
         ("address >> 7 &", "address >> 8 &"),  # a bit of the swizzle
         ("outer / 8 * matrix.stride + outer % 8 * row_bytes;", "outer / 8 * matrix.leading + outer % 8 * row_bytes;"),
+        ("m % 64 + n / half * 64", "m % 64 + n % half / 32 * 64"),  # which half of the lanes
     ],
-    ids=["swizzle", "offsets"],
+    ids=["swizzle", "offsets", "halves"],
 )
 def test_mistakes_in_layouts_are_found(tmp_path: Path, mutation: tuple[str, str]) -> None:
     code, _ = compiled_layouts(tmp_path, mutation)
@@ -85,7 +86,7 @@ def test_mistakes_in_layouts_are_found(tmp_path: Path, mutation: tuple[str, str]
 
 # ---- Instructions.
 
-RIGHT = ("product", "outer_b", "upper_lanes", "tmem_a", "store_load")
+RIGHT = ("product", "outer_b", "upper_lanes", "tmem_a", "store_load", "pair", "pair_outer_b", "pair_tmem_a")
 FOUND = {
     "swizzle_bit": "values are wrong",
     "swapped_offsets": "",  # wrong values, or an address that is not there
@@ -98,6 +99,11 @@ FOUND = {
     "leak": "4 slices of columns were not freed",
     "allocation_twice": "nobody frees",
     "after_relinquish": "permit was given up",
+    "pair_half_of_a": "never written",
+    "pair_of_one": "another number of CTAs",
+    "pair_odd_issuer": "even rank",
+    "pair_no_commit": "no commit covers",
+    "pair_leak": "8 slices of columns were not freed",
 }
 
 
@@ -119,8 +125,9 @@ def test_mistakes_are_found(case: str, schedule: str) -> None:
 
 
 @pytest.mark.gpu
-def test_a_result_read_too_soon_is_found_by_the_lazy_schedule() -> None:
-    code, text = outcome(on_hopper(BUILT / "instructions-lazy"), "no_wait_for_result")
+@pytest.mark.parametrize("case", ["no_wait_for_result", "pair_no_wait_for_result"])
+def test_a_result_read_too_soon_is_found_by_the_lazy_schedule(case: str) -> None:
+    code, text = outcome(on_hopper(BUILT / "instructions-lazy"), case)
     assert code == 2
     assert "never written" in text
 

@@ -59,7 +59,7 @@ def calls() -> Iterator[tuple[str, Any]]:
     for known in formats:
         for case in SELECTIONS:
             yield "decode", make_sparse_decode_inputs(2, 1, **selected, **known, **case)
-    for known in formats[-2:]:
+    for known in (formats[0], *formats[-2:]):
         for case in PAIRED:
             yield "decode", make_sparse_decode_inputs(3, 2, **selected, **known, **case)
     both = {"kv_format": KVFormat.V41, "extra_format": KVFormat.V41_FP4, "extra_topk": 130}

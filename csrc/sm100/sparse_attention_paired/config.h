@@ -13,13 +13,17 @@
 
 namespace flash_mla::sm100::sparse_attention_paired {
 
-// Rows of bfloat16.
-template <int kHeadDim_>
+// kBf16: rows that are copied as they are.
+template <KVFormat kFormat_, KVFormat kExtraFormat_, int kHeadDim_>
 struct Config {
   using Element = __nv_bfloat16;
-  static constexpr KVFormat kFormat = KVFormat::kBf16;
+  static constexpr KVFormat kFormat = kFormat_, kExtraFormat = kExtraFormat_;
   static constexpr int kHeadDim = kHeadDim_;
+  static constexpr bool kCopiesRows = kFormat == KVFormat::kBf16;
+  static constexpr bool kRopeInValues = kFormat == KVFormat::kModel1;
+  static constexpr bool kHasRope = kHeadDim > kHeadDimV || kRopeInValues;
 
+  static constexpr int kRanks = 1;            // no CTA has a part of a row of Q only
   static constexpr int kRows = 2 * kRowTile;  // of the pair
   static constexpr int kKeys = kScheduleBlock;
   // A CTA has 64 rows of Q; of a tile all columns of half of the keys, for the scores, and half of the values' columns

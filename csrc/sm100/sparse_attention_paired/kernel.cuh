@@ -1,7 +1,10 @@
 // Set-up, the switch between the warp roles, tear-down. Roles, registers, barriers and the schedule: design.md.
 #pragma once
 
+#include <type_traits>
+
 #include "sm100/sparse_attention_paired/math.cuh"
+#include "sm100/sparse_attention_paired/producer.cuh"
 #include "sm100/sparse_attention_paired/products.cuh"
 #include "sm100/sparse_attention_paired/row_producer.cuh"
 
@@ -12,8 +15,12 @@ constexpr int kProductWarp = 4;  // the first of its warpgroup; the other three 
 template <class C>
 __device__ __forceinline__ void init_barriers(Storage<C>& storage) {
   for (int slot = 0; slot < 2; ++slot) {
-    mbarrier_init(shared_address(&storage.keys_full[slot]), C::kProducerWarps + C::kProducerThreads);
-    mbarrier_init(shared_address(&storage.values_full[slot]), C::kProducerThreads);
+    // What is stored is handed over by warps, what is copied by threads.
+    mbarrier_init(shared_address(&storage.keys_full[slot]),
+                  C::kProducerWarps + (C::kCopiesRows || C::kHasRope ? C::kProducerThreads : 0));
+    mbarrier_init(
+        shared_address(&storage.values_full[slot]),
+        C::kCopiesRows ? C::kProducerThreads : C::kProducerWarps + (C::kRopeInValues ? C::kProducerThreads : 0));
     mbarrier_init(shared_address(&storage.scores_full[slot]), 1);
     mbarrier_init(shared_address(&storage.values_empty[slot]), 1);
     mbarrier_init(shared_address(&storage.probabilities_full[slot]), 2 * C::kMathWarps);
@@ -51,7 +58,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 
   if (warp >= C::kMathWarps + C::kProductThreads / 32) {
     keep_registers<C::kProducerRegisters>();
-    RowProducerWarp<C>(params, storage, warp % C::kProducerWarps, lane).run();
+    using Producer = std::conditional_t<C::kCopiesRows, RowProducerWarp<C>, ProducerWarp<C>>;
+    Producer(params, storage, warp % C::kProducerWarps, lane).run();
   } else if (warp >= C::kMathWarps) {
     keep_registers<C::kProductRegisters>();
     if (warp == kProductWarp) {

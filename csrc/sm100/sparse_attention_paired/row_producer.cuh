@@ -2,9 +2,8 @@
 // four of them, and of all eight the CTA's columns of the values. Key indices are fetched a tile ahead.
 #pragma once
 
-#include "device/sm100/tcgen05.cuh"
 #include "device/sparse/key_lists.cuh"
-#include "sm100/sparse_attention_paired/storage.h"
+#include "sm100/sparse_attention_paired/tensor_q.cuh"
 
 namespace flash_mla::sm100::sparse_attention_paired {
 
@@ -21,40 +20,13 @@ class RowProducerWarp : KeyLists<C, Storage<C>> {
       : Base(params, storage, storage.walks[warp], warp, lane) {}
 
   __device__ __forceinline__ void run() {
-    this->copy_tiles([this](const Entry& entry, const unsigned char* row) {
-      if (entry.begins_piece()) {
-        store_q(walk_.pending[entry.piece()]);
-      }
-      copy_tile(entry.slot(), row);
-    });
+    this->copy_tiles([this](const Entry& entry, const unsigned char* row) { copy_tile(entry, row); });
   }
 
  private:
-  // The last slices of Q go to tensor memory. A warp reaches a quarter of the lanes, and shares it with one other.
-  __device__ __forceinline__ void store_q(const PieceFacts& facts) const {
-    const int quarter = warp_ % 4, turn = warp_ / 4;
-    const unsigned char* row = this->row_of_q(facts, this->rank() * kRowTile + quarter % 2 * 32 + this->opaque_lane());
-    tcgen05_fence_after();
-#pragma unroll 1
-    for (int slice = C::kSharedQSlices + turn; slice < C::kSlices; slice += 2) {
-      float registers[32];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        float4 unit = make_float4(0, 0, 0, 0);
-        if (row != nullptr) {
-          unit = __ldg(reinterpret_cast<const float4*>(row + slice * kSliceRowBytes) + i);
-        }
-        registers[4 * i] = unit.x, registers[4 * i + 1] = unit.y, registers[4 * i + 2] = unit.z,
-                      registers[4 * i + 3] = unit.w;
-      }
-      tmem_store_32x32(storage_.tensor_memory + tmem_lane(32 * quarter) + C::tensor_q(slice), registers);
-    }
-    tmem_wait_store();
-    tcgen05_fence_before();
-  }
-
   // Of a warp's keys the first four are those of rank 0. In a tile the keys of rank 0 come first.
-  __device__ __forceinline__ void copy_tile(int slot, const unsigned char* row) {
+  __device__ __forceinline__ void copy_tile(const Entry& entry, const unsigned char* row) {
+    const int slot = entry.slot();
     const uint32_t valid = this->valid_keys(row);
     const auto bits = reinterpret_cast<uintptr_t>(row);
     const int lane = this->opaque_lane(), key = lane / 8, unit = lane % 8, place = warp_ * 4 + key;
@@ -71,10 +43,7 @@ class RowProducerWarp : KeyLists<C, Storage<C>> {
 
     mbarrier_wait(shared_address(&storage_.scores_full[slot]), parity);
     if (lane_ == 0) {
-      storage_.valid[turn_][warp_] = static_cast<unsigned char>(valid);
-      mbarrier_arrive(shared_address(&storage_.valid_full[turn_]));
-      // Says so of Q in tensor memory, too.
-      mbarrier_arrive(shared_address(&storage_.keys_full[slot]));
+      publish_valid(storage_, turn_, warp_, valid);
     }
     const unsigned char* const own = this->rank() == 0 ? sources[0] : sources[1];
 #pragma unroll
@@ -82,6 +51,15 @@ class RowProducerWarp : KeyLists<C, Storage<C>> {
       async_copy16(keys + s * C::kKeySliceBytes, own + s * kSliceRowBytes);
     }
     async_copy_arrive(shared_address(&storage_.keys_full[slot]));
+    if (entry.begins_piece()) {
+      store_tensor_q<C>(storage_.tensor_memory, warp_,
+                        this->row_of_q(walk_.pending[entry.piece()],
+                                       this->rank() * kRowTile + row_of_tensor_q(warp_, this->opaque_lane())));
+    }
+    __syncwarp();
+    if (lane_ == 0) {
+      mbarrier_arrive(shared_address(&storage_.keys_full[slot]));
+    }
 
     mbarrier_wait(shared_address(&storage_.values_empty[slot]), parity);
     const int column = this->rank() * C::kValueSlices * kSliceRowBytes;

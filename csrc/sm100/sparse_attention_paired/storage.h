@@ -31,6 +31,12 @@ struct Storage {
 };
 
 template <class C>
+__device__ __forceinline__ void publish_valid(Storage<C>& storage, int turn, int warp, uint32_t valid) {
+  storage.valid[turn][warp] = static_cast<unsigned char>(valid);
+  mbarrier_arrive(shared_address(&storage.valid_full[turn]));
+}
+
+template <class C>
 constexpr bool kStorageFits = sizeof(Storage<C>) <= 232448;
 
 }  // namespace flash_mla::sm100::sparse_attention_paired

@@ -175,7 +175,7 @@ __device__ inline void with_lock(TensorMemory& memory, auto&& function) {
   atomicExch(&memory.lock, 0);
 }
 
-template <int kCtas = 1>
+template <int kGroup = 1>
 static __device__ __noinline__ void allocate(uint32_t destination, uint32_t columns) {
   EMULATION_CHECK(columns >= kSlice && columns <= kColumns && (columns & (columns - 1)) == 0,
                   "an allocation must be of 32, 64, 128, 256 or 512 columns");
@@ -193,7 +193,7 @@ static __device__ __noinline__ void allocate(uint32_t destination, uint32_t colu
       with_lock(memory.raw(), [&] {
         first = columns_found(memory.raw(), columns);
         for (uint32_t slice = 0; first >= 0 && slice < columns / kSlice; ++slice) {
-          __stcg(&memory.raw().owners[first / kSlice + slice], cta_number() | (kCtas == 2 ? kOfPair : 0));
+          __stcg(&memory.raw().owners[first / kSlice + slice], cta_number() | (kGroup == 2 ? kOfPair : 0));
         }
       });
       EMULATION_CHECK(clock64() - begin < kPatience, "an allocation waits for columns that nobody frees");
@@ -212,13 +212,13 @@ static __device__ __noinline__ void allocate(uint32_t destination, uint32_t colu
   __syncwarp();
 }
 
-template <int kCtas = 1>
+template <int kGroup = 1>
 static __device__ __noinline__ void free(uint32_t address, uint32_t columns) {
   __syncwarp();
   const Memory memory;
   EMULATION_CHECK(address >> 16 == 0, "freed at another address than it was allocated");
   memory.check_columns(address, columns);
-  memory.check_group(address, kCtas);
+  memory.check_group(address, kGroup);
   for (int warp = lane_id(); warp < kWarpsOfSm; warp += 32) {
     const WarpQueue& queue = g_queues[sm_number()][warp];
     EMULATION_CHECK(__ldcg(&queue.cta) != cta_number() || __ldcg(&queue.num_operations) == 0,
