@@ -681,9 +681,14 @@ def test_the_table_of_sparse_attention_on_blackwell(case: str) -> None:
         reason = NOT_A_BLACKWELL
     assert table[f"sm100_sparse_attention_{kernel}"] == reason
     if reason == "":
-        few = problem.h_q * (problem.s_q if "fp8_cache" in changes else 1) <= 32
+        by_table = "fp8_cache" in changes
+        few, paired = problem.h_q * (problem.s_q if by_table else 1) <= 32, problem.h_q > 64 and not by_table
         takes = [name for name, why_not in table.items() if why_not == ""]
-        assert takes == [*[f"sm100_sparse_few_heads_{kernel}"] * few, f"sm100_sparse_attention_{kernel}"]
+        assert takes == [
+            *[f"sm100_sparse_few_heads_{kernel}"] * few,
+            *[f"sm100_sparse_paired_{kernel}"] * paired,
+            f"sm100_sparse_attention_{kernel}",
+        ]
         assert backends.select(problem) is backends.CUDA
 
 

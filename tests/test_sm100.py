@@ -75,8 +75,9 @@ def test_layouts_are_those_of_cute(tmp_path: Path) -> None:
     [
         ("address >> 7 &", "address >> 8 &"),  # a bit of the swizzle
         ("outer / 8 * matrix.stride + outer % 8 * row_bytes;", "outer / 8 * matrix.leading + outer % 8 * row_bytes;"),
+        ("m % 64 + n / half * 64", "m % 64 + n % half / 32 * 64"),  # which half of the lanes
     ],
-    ids=["swizzle", "offsets"],
+    ids=["swizzle", "offsets", "halves"],
 )
 def test_mistakes_in_layouts_are_found(tmp_path: Path, mutation: tuple[str, str]) -> None:
     code, _ = compiled_layouts(tmp_path, mutation)
@@ -85,7 +86,7 @@ def test_mistakes_in_layouts_are_found(tmp_path: Path, mutation: tuple[str, str]
 
 # ---- Instructions.
 
-RIGHT = ("product", "outer_b", "upper_lanes", "tmem_a", "store_load", "gather")
+RIGHT = ("product", "outer_b", "upper_lanes", "tmem_a", "store_load", "gather", "pair", "pair_outer_b", "pair_tmem_a")
 FOUND = {
     "swizzle_bit": "values are wrong",
     "swapped_offsets": "",  # wrong values, or an address that is not there
@@ -101,10 +102,16 @@ FOUND = {
     "gather_misaligned": "aligned to 128 bytes",
     "gather_swapped": "values are wrong",
     "gather_beyond": "values are wrong",
+    "pair_half_of_a": "never written",
+    "pair_of_one": "another number of CTAs",
+    "pair_odd_issuer": "even rank",
+    "pair_no_commit": "no commit covers",
+    "pair_leak": "8 slices of columns were not freed",
 }
 # What the eager schedule cannot see.
 FOUND_BY_LAZY = {
     "no_wait_for_result": "never written",
+    "pair_no_wait_for_result": "never written",
     "gather_not_waited": "32 gathers were not waited for",
     "gather_too_soon": "values are wrong",
 }

@@ -29,7 +29,8 @@ ROOT = build_native.ROOT
 SM100 = ROOT / "tests" / "sm100"
 OUTPUT = ROOT / "build" / "emulation"
 SCHEDULES = ("eager", "lazy")
-EMULATED = ("sparse_attention", "sparse_attention_few_heads", "dense_prefill_backward")  # folders of csrc/sm100
+# Folders of csrc/sm100.
+EMULATED = ("sparse_attention", "sparse_attention_few_heads", "sparse_attention_paired", "dense_prefill_backward")
 # Host files that the emulated library has of its own.
 HOST = (
     ROOT / "csrc" / "api" / "library.cpp",

@@ -53,10 +53,10 @@ def call(text: str, arguments: list[str]) -> str | None:
     if "tcgen05.commit" in text:
         ctas = [f"static_cast<uint32_t>({mask})" for mask in arguments[1:]]
         return f"::flash_mla::emulation::commit({', '.join([arguments[0], *ctas])})"
-    if "tcgen05.alloc" in text:
-        return f"::flash_mla::emulation::allocate({', '.join(arguments)})"
-    if "tcgen05.dealloc" in text:
-        return f"::flash_mla::emulation::free({', '.join(arguments)})"
+    if match := re.search(r"tcgen05\.alloc\.cta_group::(\d)", text):
+        return f"::flash_mla::emulation::allocate<{match[1]}>({', '.join(arguments)})"
+    if match := re.search(r"tcgen05\.dealloc\.cta_group::(\d)", text):
+        return f"::flash_mla::emulation::free<{match[1]}>({', '.join(arguments)})"
     if "tcgen05.relinquish_alloc_permit" in text:
         return "::flash_mla::emulation::relinquish()"
     if "tcgen05.wait::ld" in text:

@@ -5,6 +5,7 @@
 #include "sm100/dense_prefill_backward/launch.h"
 #include "sm100/sparse_attention/launch.h"
 #include "sm100/sparse_attention_few_heads/launch.h"
+#include "sm100/sparse_attention_paired/launch.h"
 
 namespace flash_mla::sm100 {
 namespace {
@@ -75,6 +76,18 @@ const char* why_not_few_heads(const SparseAttentionProblem& problem) {
   return reason ? reason : why_not_sparse_attention<kFormat, kHeadDim, kExtra>(problem);
 }
 
+template <KVFormat kFormat, int kHeadDim, KVFormat kExtra = kFormat>
+const char* why_not_paired(const SparseAttentionProblem& problem) {
+  static_assert(kRowTile == 64);
+  if (problem.from_table) {
+    return "keys must be given by indices";
+  }
+  if (unit_rows(problem) <= kRowTile) {
+    return "h_q must be more than 64";
+  }
+  return why_not_sparse_attention<kFormat, kHeadDim, kExtra>(problem);
+}
+
 constexpr Kernel<SparseAttentionProblem, SparseAttentionParams> kSparseAttention[] = {
     {"sm100_sparse_few_heads_v32", why_not_few_heads<KVFormat::kV32, 576>, sparse_attention_few_heads::launch_v32},
     {"sm100_sparse_few_heads_model1", why_not_few_heads<KVFormat::kModel1, 512>,
@@ -92,6 +105,15 @@ constexpr Kernel<SparseAttentionProblem, SparseAttentionParams> kSparseAttention
      sparse_attention_few_heads::launch_bf16_576},
     {"sm100_sparse_few_heads_bf16_512", why_not_few_heads<KVFormat::kBf16, 512>,
      sparse_attention_few_heads::launch_bf16_512},
+    {"sm100_sparse_paired_v32", why_not_paired<KVFormat::kV32, 576>, sparse_attention_paired::launch_v32},
+    {"sm100_sparse_paired_model1", why_not_paired<KVFormat::kModel1, 512>, sparse_attention_paired::launch_model1},
+    {"sm100_sparse_paired_v41", why_not_paired<KVFormat::kV41, 512>, sparse_attention_paired::launch_v41},
+    {"sm100_sparse_paired_v41_fp4", why_not_paired<KVFormat::kV41, 512, KVFormat::kV41Fp4>,
+     sparse_attention_paired::launch_v41_fp4},
+    {"sm100_sparse_paired_v32_no_rope", why_not_paired<KVFormat::kV32NoRope, 512>,
+     sparse_attention_paired::launch_v32_no_rope},
+    {"sm100_sparse_paired_bf16_576", why_not_paired<KVFormat::kBf16, 576>, sparse_attention_paired::launch_bf16_576},
+    {"sm100_sparse_paired_bf16_512", why_not_paired<KVFormat::kBf16, 512>, sparse_attention_paired::launch_bf16_512},
     {"sm100_sparse_attention_v32", why_not_sparse_attention<KVFormat::kV32, 576>, sparse_attention::launch_v32},
     {"sm100_sparse_attention_model1", why_not_sparse_attention<KVFormat::kModel1, 512>,
      sparse_attention::launch_model1},

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "device/barrier.cuh"
+#include "device/cluster.cuh"
 #include "device/numeric.cuh"
 #include "device/sm100/gather.cuh"
 #include "device/sm100/tcgen05.cuh"
@@ -45,6 +46,15 @@ enum class Case {
   kGatherBeyond,     // from a matrix that has fewer rows than its map says
   kGatherNotWaited,  // the product does not wait for its rows
   kGatherTooSoon,    // rows over those of products that are in flight
+  kPair,             // two CTAs: 128 x 64 x 128, A and B with the inner dimension contiguous
+  kPairOuterB,       // 128 x 256 x 64, B with the other dimension contiguous
+  kPairTmemA,        // A from tensor memory
+  kPairHalfOfA,      // mistakes: A in half of the lanes only
+  kPairOfOne,        // columns that one CTA has allocated for itself
+  kPairOddIssuer,
+  kPairNoWaitForResult,
+  kPairNoCommit,
+  kPairLeak,
   kNumCases
 };
 constexpr const char* kNames[] = {"product",
@@ -69,7 +79,16 @@ constexpr const char* kNames[] = {"product",
                                   "gather_swapped",
                                   "gather_beyond",
                                   "gather_not_waited",
-                                  "gather_too_soon"};
+                                  "gather_too_soon",
+                                  "pair",
+                                  "pair_outer_b",
+                                  "pair_tmem_a",
+                                  "pair_half_of_a",
+                                  "pair_of_one",
+                                  "pair_odd_issuer",
+                                  "pair_no_wait_for_result",
+                                  "pair_no_commit",
+                                  "pair_leak"};
 static_assert(std::size(kNames) == static_cast<int>(Case::kNumCases));
 
 struct Shared {
@@ -85,7 +104,9 @@ __device__ __nv_bfloat16* value_at(unsigned char* slices, int row, int column) {
          column % 8;
 }
 
-constexpr bool is_gather(Case which) { return which == Case::kGather || which >= Case::kGatherMisaligned; }
+constexpr bool is_gather(Case which) {
+  return which == Case::kGather || (which >= Case::kGatherMisaligned && which < Case::kPair);
+}
 
 // Four rows of each slice of A. By a whole warp.
 __device__ void gather_rows(Case which, Shared& shared, const GatherMap& map, const int* rows, int first) {
@@ -254,16 +275,121 @@ GatherMap make_rows(Case which, std::vector<float>& a, int*& device_rows) {
                                     kSourceStride * sizeof(source[0]), kSourceColumns});
 }
 
+// ---- Two CTAs
+
+constexpr int kPairM = 128;
+constexpr int pair_n(Case which) { return which == Case::kPairOuterB ? 256 : 64; }
+constexpr int pair_inner(Case which) { return which == Case::kPairOuterB ? 64 : 128; }
+
+// a: [kPairM][inner], b: [n][inner], d: [kPairM][n]. A CTA has 64 rows of A and half of those of B, and of the results
+// its rows: a half of n in the lower half of the lanes, the other in the upper.
+__global__ void __cluster_dims__(2, 1, 1)
+    pair_kernel(Case which, const float* all_a, const float* all_b, float* all_d) {
+  extern __shared__ __align__(1024) unsigned char memory[];
+  auto& shared = *reinterpret_cast<Shared*>(memory);
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32, rank = cluster_rank();
+  const bool outer_b = which == Case::kPairOuterB, tmem_a = which == Case::kPairTmemA || which == Case::kPairHalfOfA;
+  const int n = pair_n(which), inner = pair_inner(which);
+  const float *a = all_a + rank * 64 * inner, *b = all_b + rank * n / 2 * inner;
+  float* d = all_d + rank * 64 * n;
+  for (int i = threadIdx.x; i < 64 * inner; i += blockDim.x) {
+    *value_at(shared.a, i / inner, i % inner) = __float2bfloat16(a[i]);
+  }
+  for (int i = threadIdx.x; i < n / 2 * inner; i += blockDim.x) {
+    const int row = i / inner, column = i % inner;
+    *(outer_b ? value_at(shared.b, column, row) : value_at(shared.b, row, column)) = __float2bfloat16(b[i]);
+  }
+  if (threadIdx.x == 0) {
+    mbarrier_init(shared_address(&shared.done), 1);
+    fence_mbarrier_init();
+  }
+  fence_async_proxy();
+  if (warp == 0) {
+    if (which == Case::kPairOfOne) {
+      tmem_allocate(shared_address(&shared.tensor_memory), 128);
+    } else {
+      tmem_allocate<2>(shared_address(&shared.tensor_memory), 128);
+      tmem_relinquish<2>();
+    }
+    tcgen05_fence_before();
+  }
+  __syncthreads();
+  tcgen05_fence_after();
+  const uint32_t base = shared.tensor_memory, own = base + tmem_lane(32 * warp);
+  float registers[32];
+  const int row = warp % 2 * 32 + lane;
+  if (tmem_a && !(which == Case::kPairHalfOfA && warp >= 2)) {
+    // Behind the 32 columns of the result.
+    for (int part = 0; part < 2; ++part) {
+      for (int i = 0; i < 32; ++i) {
+        const float* pair = a + row * inner + part * 64 + 2 * i;
+        registers[i] = __uint_as_float(pack2<__nv_bfloat16>(pair[0], pair[1]));
+      }
+      tmem_store_32x32(own + 32 + part * 32, registers);
+    }
+    tmem_wait_store();
+  }
+  tcgen05_fence_before();
+  cluster_sync();
+  tcgen05_fence_after();
+  const bool commits = which != Case::kPairNoWaitForResult && which != Case::kPairNoCommit;
+  if (rank == (which == Case::kPairOddIssuer) && warp == 0) {
+    const uint32_t instruction =
+        umma_instruction<__nv_bfloat16>(kPairM, n, Major::kInner, outer_b ? Major::kOuter : Major::kInner);
+    const UmmaDescriptor da(shared_address(shared.a), 16), db(shared_address(shared.b), kSliceBytes);
+    for (int j = 0; j < inner / 16; ++j) {
+      const uint32_t step = j / 4 * kSliceBytes + j % 4 * 32;
+      const uint64_t of_b = db.at(outer_b ? j * 16 * kSliceRowBytes : step);
+      if (tmem_a) {
+        umma_ts<2>(base, base + 32 + j * 8, of_b, instruction, j > 0);
+      } else {
+        umma_ss<2>(base, da.at(step), of_b, instruction, j > 0);
+      }
+    }
+    if (commits) {
+      umma_commit_pair(shared_address(&shared.done));
+    }
+  }
+  if (commits) {
+    mbarrier_wait(shared_address(&shared.done), 0);
+  } else {
+    cluster_sync();
+  }
+  tcgen05_fence_after();
+  for (int first = 0; first < n / 2 && which != Case::kPairNoCommit; first += 32) {
+    tmem_load_32x32(own + first, registers);
+    tmem_wait_load(registers);
+    for (int i = 0; i < 32; ++i) {
+      d[row * n + warp / 2 * (n / 2) + first + i] = registers[i];
+    }
+  }
+  tcgen05_fence_before();
+  cluster_sync();
+  if (warp == 0 && which != Case::kPairLeak) {
+    tcgen05_fence_after();
+    if (which == Case::kPairNoWaitForResult && rank == 0) {
+      umma_commit_pair(shared_address(&shared.done));
+    }
+    tmem_free<2>(base, 128);
+  }
+  // A CTA's memory stays until nothing is done in it any more.
+  cluster_sync();
+}
+
 // 0: right, 1: wrong.
 int run(Case which) {
-  std::vector<float> a(kM * kInner), b(kN * kInner), d(kM * kN, NAN);
-  for (size_t i = 0; i < a.size(); ++i) {
-    a[i] = static_cast<float>(std::rand() % 9 - 4), b[i] = static_cast<float>(std::rand() % 9 - 4);
+  const bool pair = which >= Case::kPair;
+  const int rows = pair ? kPairM : kM, columns = pair ? pair_n(which) : kN, inner = pair ? pair_inner(which) : kInner;
+  std::vector<float> a(rows * inner), b(columns * inner), d(rows * columns, NAN);
+  for (auto* values : {&a, &b}) {
+    for (float& value : *values) {
+      value = static_cast<float>(std::rand() % 9 - 4);
+    }
   }
   GatherMap map{};
-  int* rows = nullptr;
+  int* gathered = nullptr;
   if (is_gather(which)) {
-    map = make_rows(which, a, rows);
+    map = make_rows(which, a, gathered);
   }
   float* device[3];
   const std::vector<float>* hosts[3] = {&a, &b, &d};
@@ -272,7 +398,12 @@ int run(Case which) {
     cudaMemcpy(device[i], hosts[i]->data(), hosts[i]->size() * sizeof(float), cudaMemcpyHostToDevice);
   }
   cudaFuncSetAttribute(instructions_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
-  instructions_kernel<<<1, 128, sizeof(Shared)>>>(which, device[0], device[1], device[2], map, rows);
+  cudaFuncSetAttribute(pair_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
+  if (pair) {
+    pair_kernel<<<2, 128, sizeof(Shared)>>>(which, device[0], device[1], device[2]);
+  } else {
+    instructions_kernel<<<1, 128, sizeof(Shared)>>>(which, device[0], device[1], device[2], map, gathered);
+  }
   const cudaError_t status = cudaDeviceSynchronize();
   if (status != cudaSuccess) {
     std::printf("%s\n", cudaGetErrorString(status));
@@ -280,16 +411,16 @@ int run(Case which) {
   }
   cudaMemcpy(d.data(), device[2], d.size() * sizeof(float), cudaMemcpyDeviceToHost);
   int wrong = 0;
-  for (int m = 0; m < kM; ++m) {
-    for (int n = 0; n < kN; ++n) {
+  for (int m = 0; m < rows; ++m) {
+    for (int n = 0; n < columns; ++n) {
       float wanted = 0;
-      for (int k = 0; k < kInner; ++k) {
-        wanted += a[m * kInner + k] * b[n * kInner + k];
+      for (int k = 0; k < inner; ++k) {
+        wanted += a[m * inner + k] * b[n * inner + k];
       }
       if (which == Case::kStoreLoad) {
-        wanted = a[m * kInner + n];
+        wanted = a[m * inner + n];
       }
-      wrong += d[m * kN + n] != wanted;
+      wrong += d[m * columns + n] != wanted;
     }
   }
 #ifdef FLASH_MLA_EMULATED
@@ -298,7 +429,7 @@ int run(Case which) {
   const int leaks = 0, unfinished = 0;
 #endif
   std::printf("%d of %d values are wrong, %d slices of columns were not freed, %d gathers were not waited for\n", wrong,
-              kM * kN, leaks, unfinished);
+              rows * columns, leaks, unfinished);
   return wrong != 0 || leaks != 0 || unfinished != 0;
 }
 

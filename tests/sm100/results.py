@@ -34,6 +34,13 @@ SELECTIONS: list[dict[str, Any]] = [
     {"h_q": 16, "topk": 700, "extra_topk": 130, "sink": True, "spread": 20.0},
     {"h_q": 32, "topk": 700, "extra_topk": 130, "spread": 20.0},
 ]
+# More of those for pairs of CTAs.
+PAIRED: list[dict[str, Any]] = [
+    {"h_q": 66, "topk": 1, "sink": True},
+    {"h_q": 128, "topk": 64},
+    {"h_q": 128, "topk": 700, "extra_topk": 130, "sink": True, "spread": 20.0},
+    {"h_q": 100, "topk": 300, "extra_topk": 700, "spread": 20.0},
+]
 PAGED: list[dict[str, Any]] = [
     {"h_q": 64, "page": 64, "sink": True},
     {"h_q": 22, "s_q": 3, "page": 3, "causal": True, "spread": 20.0},
@@ -52,11 +59,14 @@ def calls() -> Iterator[tuple[str, Any]]:
     for known in formats:
         for case in SELECTIONS:
             yield "decode", make_sparse_decode_inputs(2, 1, **selected, **known, **case)
+    for known in (formats[0], *formats[-2:]):
+        for case in PAIRED:
+            yield "decode", make_sparse_decode_inputs(3, 2, **selected, **known, **case)
     both = {"kv_format": KVFormat.V41, "extra_format": KVFormat.V41_FP4, "extra_topk": 130}
     for h_q in (64, 16):
         yield "decode", make_sparse_decode_inputs(2, 1, **selected, **both, h_q=h_q)
     for known in formats:
-        for h_q in (66, 20):
+        for h_q in (66, 128, 20):
             yield "prefill", make_sparse_prefill_inputs(5, **selected, **known, h_q=h_q, topk=150, sink=True)
     for case in PAGED:
         for fp8 in (KVFormat.V32, KVFormat.MODEL1):
