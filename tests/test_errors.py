@@ -681,8 +681,8 @@ def test_the_table_of_sparse_attention_on_blackwell(case: str) -> None:
         reason = NOT_A_BLACKWELL
     assert table[f"sm100_sparse_attention_{kernel}"] == reason
     if reason == "":
-        by_table = "fp8_cache" in changes
-        few, paired = problem.h_q * (problem.s_q if by_table else 1) <= 32, problem.h_q > 64 and not by_table
+        rows = problem.h_q * (problem.s_q if "fp8_cache" in changes else 1)
+        few, paired = rows <= 32, rows > 64
         takes = [name for name, why_not in table.items() if why_not == ""]
         assert takes == [
             *[f"sm100_sparse_few_heads_{kernel}"] * few,
@@ -746,9 +746,14 @@ def test_the_table_of_dense_decode_on_blackwell(case: str) -> None:
     kernel, _, reason = wanted.partition(": ")
     assert table[f"sm100_dense_decode_{kernel}"] == reason
     if reason == "":
-        few = problem.s_q * problem.h_q // problem.h_kv <= 32
+        rows = problem.s_q * problem.h_q // problem.h_kv
+        few, paired = rows <= 32, rows > 64
         takes = [name for name, why_not in table.items() if why_not == ""]
-        assert takes == [*[f"sm100_dense_decode_few_heads_{kernel}"] * few, f"sm100_dense_decode_{kernel}"]
+        assert takes == [
+            *[f"sm100_dense_decode_few_heads_{kernel}"] * few,
+            *[f"sm100_dense_decode_paired_{kernel}"] * paired,
+            f"sm100_dense_decode_{kernel}",
+        ]
         assert backends.select(problem) is backends.CUDA
 
 

@@ -45,6 +45,15 @@ const char* why_not_dense_few_heads(const DenseDecodeProblem& problem) {
   return why_not_dense_decode<kElement, kHeadDim>(problem);
 }
 
+template <Element kElement, int kHeadDim>
+const char* why_not_dense_paired(const DenseDecodeProblem& problem) {
+  static_assert(kRowTile == 64);
+  if (int64_t{problem.s_q} * problem.h_q <= int64_t{kRowTile} * problem.h_kv) {
+    return "s_q * h_q must be more than 64 for each key head";
+  }
+  return why_not_dense_decode<kElement, kHeadDim>(problem);
+}
+
 constexpr Kernel<DenseDecodeProblem, DenseDecodeParams> kDenseDecode[] = {
     {"sm100_dense_decode_few_heads_bf16_576", why_not_dense_few_heads<Element::kBFloat16, 576>,
      sparse_attention_few_heads::launch_dense_bf16_576},
@@ -54,6 +63,14 @@ constexpr Kernel<DenseDecodeProblem, DenseDecodeParams> kDenseDecode[] = {
      sparse_attention_few_heads::launch_dense_fp16_576},
     {"sm100_dense_decode_few_heads_fp16_512", why_not_dense_few_heads<Element::kFloat16, 512>,
      sparse_attention_few_heads::launch_dense_fp16_512},
+    {"sm100_dense_decode_paired_bf16_576", why_not_dense_paired<Element::kBFloat16, 576>,
+     sparse_attention_paired::launch_dense_bf16_576},
+    {"sm100_dense_decode_paired_bf16_512", why_not_dense_paired<Element::kBFloat16, 512>,
+     sparse_attention_paired::launch_dense_bf16_512},
+    {"sm100_dense_decode_paired_fp16_576", why_not_dense_paired<Element::kFloat16, 576>,
+     sparse_attention_paired::launch_dense_fp16_576},
+    {"sm100_dense_decode_paired_fp16_512", why_not_dense_paired<Element::kFloat16, 512>,
+     sparse_attention_paired::launch_dense_fp16_512},
     {"sm100_dense_decode_bf16_576", why_not_dense_decode<Element::kBFloat16, 576>,
      sparse_attention::launch_dense_bf16_576},
     {"sm100_dense_decode_bf16_512", why_not_dense_decode<Element::kBFloat16, 512>,
@@ -79,11 +96,8 @@ const char* why_not_few_heads(const SparseAttentionProblem& problem) {
 template <KVFormat kFormat, int kHeadDim, KVFormat kExtra = kFormat>
 const char* why_not_paired(const SparseAttentionProblem& problem) {
   static_assert(kRowTile == 64);
-  if (problem.from_table) {
-    return "keys must be given by indices";
-  }
   if (unit_rows(problem) <= kRowTile) {
-    return "h_q must be more than 64";
+    return problem.from_table ? "s_q * h_q must be more than 64" : "h_q must be more than 64";
   }
   return why_not_sparse_attention<kFormat, kHeadDim, kExtra>(problem);
 }

@@ -45,6 +45,8 @@ PAGED: list[dict[str, Any]] = [
     {"h_q": 64, "page": 64, "sink": True},
     {"h_q": 22, "s_q": 3, "page": 3, "causal": True, "spread": 20.0},
     {"h_q": 10, "s_q": 3, "page": 3, "causal": True, "spread": 20.0},
+    {"h_q": 128, "page": 64, "sink": True},
+    {"h_q": 46, "s_q": 3, "page": 3, "causal": True, "spread": 20.0},
 ]
 LENGTHS = [0, 1, 700, 130]
 ROWS = ((576, torch.bfloat16), (512, torch.bfloat16), (576, torch.float16), (512, torch.float16))
@@ -59,11 +61,11 @@ def calls() -> Iterator[tuple[str, Any]]:
     for known in formats:
         for case in SELECTIONS:
             yield "decode", make_sparse_decode_inputs(2, 1, **selected, **known, **case)
-    for known in (formats[0], *formats[-2:]):
+    for known in formats:
         for case in PAIRED:
             yield "decode", make_sparse_decode_inputs(3, 2, **selected, **known, **case)
     both = {"kv_format": KVFormat.V41, "extra_format": KVFormat.V41_FP4, "extra_topk": 130}
-    for h_q in (64, 16):
+    for h_q in (128, 64, 16):
         yield "decode", make_sparse_decode_inputs(2, 1, **selected, **both, h_q=h_q)
     for known in formats:
         for h_q in (66, 128, 20):

@@ -13,10 +13,10 @@
 
 namespace flash_mla::sm100::sparse_attention_paired {
 
-// kBf16: rows that are copied as they are.
-template <KVFormat kFormat_, KVFormat kExtraFormat_, int kHeadDim_>
+// kBf16: rows of 16-bit values, `Element`, that are copied as they are.
+template <KVFormat kFormat_, KVFormat kExtraFormat_, int kHeadDim_, class Element_ = __nv_bfloat16>
 struct Config {
-  using Element = __nv_bfloat16;
+  using Element = Element_;
   static constexpr KVFormat kFormat = kFormat_, kExtraFormat = kExtraFormat_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kCopiesRows = kFormat == KVFormat::kBf16;

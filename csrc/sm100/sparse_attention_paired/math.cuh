@@ -43,7 +43,7 @@ class MathWarp {
       maximum_ = -INFINITY;
 #pragma unroll 1
       for (int tile = 0; tile < num_tiles; ++tile) {
-        step(tile);
+        step(piece, tile);
       }
       finish_piece(piece, num_tiles);
     }
@@ -52,7 +52,7 @@ class MathWarp {
  private:
   __device__ __forceinline__ int row() const { return row_group_ * 32 + lane_; }
 
-  __device__ __forceinline__ void step(int tile) {
+  __device__ __forceinline__ void step(int piece, int tile) {
     const int slot = tile & 1;
     mbarrier_wait(shared_address(&storage_.valid_full[turn_]), turn_parity_);
     mbarrier_wait(shared_address(&storage_.scores_full[slot]), phases_.parity(slot));
@@ -60,7 +60,7 @@ class MathWarp {
     float scores[kScores];
     tmem_load_32x32(tensor_memory_ + C::scores(slot), scores);
     tmem_wait_load(scores);
-    mask(scores);
+    mask(scores, piece, tile);
     move_reference(scores, tile);
     uint32_t probabilities[kScores / 2];
     exponentiate(scores, probabilities);
@@ -83,13 +83,24 @@ class MathWarp {
   }
 
   // The keys of a half are four of each producer warp.
-  __device__ __forceinline__ void mask(float (&scores)[kScores]) const {
+  __device__ __forceinline__ void mask(float (&scores)[kScores], int piece, int tile) const {
     const uint2 valid = *reinterpret_cast<const uint2*>(storage_.valid[turn_]);
     if ((valid.x & valid.y) != ~0u) {
       const uint32_t words[2] = {valid.x >> 4 * half_, valid.y >> 4 * half_};
 #pragma unroll
       for (int i = 0; i < kScores; ++i) {
         scores[i] = words[i / 16] >> (i / 4 % 4 * 8 + i % 4) & 1 ? scores[i] : -INFINITY;
+      }
+    }
+    if (params_.causal) {
+      const PieceFacts& facts = storage_.pieces[piece];
+      const int tile_row = facts.row_tile * C::kRows + cluster_rank() * kRowTile + row(),
+                limit = facts.limit - tile * C::kKeys + tile_row / params_.h_q - 4 * half_;
+      if (limit < C::kKeys) {
+#pragma unroll
+        for (int i = 0; i < kScores; ++i) {
+          scores[i] = i / 4 * 8 + i % 4 < limit ? scores[i] : -INFINITY;
+        }
       }
     }
   }
