@@ -31,21 +31,17 @@ class FetchedRows : protected KeyLists<C, Storage> {
 
   static __device__ __forceinline__ bool is_extra_format(const Entry& entry) { return kTwoFormats && entry.source(); }
 
-  // Which of the warp's keys a lane has in a pass, and which 16 values of its row.
+  // Where the CTA has own keys: which of the warp's keys a lane has in a pass, and which 16 values of its row.
   __device__ __forceinline__ int key_of(int pass, int lane) const {
-    if constexpr (kOwnKeys) {
-      return pass < kOwnPasses ? this->rank() * kOwnPasses + pass
-                               : (this->rank() ^ 1) * kOwnPasses + (pass - kOwnPasses) * 2 + lane / 16;
-    } else {
-      return pass * C::kRanks + lane / kUnits;
-    }
+    return pass < kOwnPasses ? this->rank() * kOwnPasses + pass
+                             : (this->rank() ^ 1) * kOwnPasses + (pass - kOwnPasses) * 2 + lane / 16;
   }
   __device__ __forceinline__ int unit_of(int pass, int lane) const {
-    if constexpr (kOwnKeys) {
-      return pass < kOwnPasses ? lane : this->rank() * 16 + lane % 16;
-    } else {
-      return this->rank() * kUnits + lane % kUnits;
-    }
+    return pass < kOwnPasses ? lane : this->rank() * 16 + lane % 16;
+  }
+
+  static __device__ __forceinline__ const unsigned char* row_of_key(uintptr_t bits, int key) {
+    return reinterpret_cast<const unsigned char*>(__shfl_sync(~0u, bits, kLanes * key));
   }
 
   // The next tile's rows are located before the slot of this one is waited for, and so asked for sooner, which counts
@@ -100,8 +96,12 @@ class FetchedRows : protected KeyLists<C, Storage> {
       const auto bits = reinterpret_cast<uintptr_t>(row_);
 #pragma unroll
       for (int pass = 0; pass < kPasses; ++pass) {
-        format.load(reinterpret_cast<const unsigned char*>(__shfl_sync(~0u, bits, kLanes * key_of(pass, lane))),
-                    unit_of(pass, lane), entry.has_tile(), raw[pass]);
+        if constexpr (kOwnKeys) {
+          format.load(row_of_key(bits, key_of(pass, lane)), unit_of(pass, lane), entry.has_tile(), raw[pass]);
+        } else {
+          const int key = pass * C::kRanks + lane / kUnits;
+          format.load(row_of_key(bits, key), this->rank() * kUnits + lane % kUnits, entry.has_tile(), raw[pass]);
+        }
       }
     });
     if constexpr (kRopeQuantised) {

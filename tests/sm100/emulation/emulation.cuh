@@ -82,6 +82,14 @@ __device__ inline uint32_t cta_number(bool peer = false) {
   return 1 + (blockIdx.x ^ (peer ? 1 : 0)) + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
 }
 
+// Where a CTA of this kernel runs. Kernels that overlap have CTAs of the same numbers.
+__device__ inline uint32_t& sm_of_cta(uint32_t cta) {
+  constexpr int kGrids = 8, kCtasOfGrid = kCtas / kGrids;
+  uint64_t grid;
+  asm volatile("mov.u64 %0, %%gridid;" : "=l"(grid));
+  return g_sm_of_cta[grid % kGrids * kCtasOfGrid + cta % kCtasOfGrid];
+}
+
 __device__ inline uint32_t cluster_rank() {
   uint32_t rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -99,7 +107,7 @@ __device__ inline WarpQueue& own_queue() {
 class Memory {
  public:
   explicit __device__ Memory(bool peer = false) : cta_(cta_number(peer)) {
-    const int sm = peer ? __ldcg(&g_sm_of_cta[cta_ % kCtas]) : sm_number();
+    const int sm = peer ? __ldcg(&sm_of_cta(cta_)) : sm_number();
     memory_ = &g_memory[sm];
   }
 
@@ -187,7 +195,7 @@ static __device__ __noinline__ void allocate(uint32_t destination, uint32_t colu
       EMULATION_CHECK((__ldcg(&owner) & ~kOfPair) != (cta_number() | kGaveUp),
                       "an allocation after the permit was given up");
     }
-    __stcg(&g_sm_of_cta[cta_number() % kCtas], static_cast<uint32_t>(sm_number()));
+    __stcg(&sm_of_cta(cta_number()), static_cast<uint32_t>(sm_number()));
     const long long begin = clock64();
     while (first < 0) {
       with_lock(memory.raw(), [&] {
