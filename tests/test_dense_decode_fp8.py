@@ -64,9 +64,22 @@ def test_fp8_queries(backend: Target, known: KVFormat | None) -> None:
 
 
 @pytest.mark.parametrize("d_qk", [576, 512])
-@pytest.mark.parametrize("h_kv", [1, 2])
-def test_a_scale_for_the_whole_cache(backend: Target, h_kv: int, d_qk: int) -> None:
-    inputs = make_inputs(backend, [65, 0, 130], None, h_q=8, h_kv=h_kv, d_qk=d_qk)
+@pytest.mark.parametrize("h_q", [5, 22])
+def test_one_scale_and_scores_that_grow(backend: Target, h_q: int, d_qk: int) -> None:
+    """The reference maximum is one of scores that have the scales; scales are no powers of two."""
+    options = {"s_q": 3, "h_q": h_q, "d_qk": d_qk, "page": 3, "causal": True, "sink": True, "spread": 20.0}
+    inputs = make_inputs(backend, [0, 1, 700, 130], None, fp8_q=True, **options)
+    assert inputs.descale_q is not None
+    assert inputs.descale_k is not None
+    inputs.q = (inputs.q.float() * inputs.descale_q / 0.3).to(inputs.q.dtype)
+    inputs.descale_q.fill_(0.3)
+    check_decode(inputs)
+
+
+@pytest.mark.parametrize("d_qk", [576, 512])
+@pytest.mark.parametrize(("h_q", "h_kv"), [(8, 1), (8, 2), (66, 1)])
+def test_a_scale_for_the_whole_cache(backend: Target, h_q: int, h_kv: int, d_qk: int) -> None:
+    inputs = make_inputs(backend, [65, 0, 130], None, h_q=h_q, h_kv=h_kv, d_qk=d_qk)
     result = run_decode(inputs)
     check_decode(inputs, result=result)
     values = inputs.k_cache.float() * inputs.descale_k

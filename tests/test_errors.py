@@ -681,7 +681,42 @@ def test_the_table_of_sparse_attention_on_blackwell(case: str) -> None:
         reason = NOT_A_BLACKWELL
     assert table[f"sm100_sparse_attention_{kernel}"] == reason
     if reason == "":
-        few = problem.h_q * (problem.s_q if "fp8_cache" in changes else 1) <= 32
+        rows = problem.h_q * (problem.s_q if "fp8_cache" in changes else 1)
+        few, paired = rows <= 32, rows > 64
+        takes = [name for name, why_not in table.items() if why_not == ""]
+        assert takes == [
+            *[f"sm100_sparse_few_heads_{kernel}"] * few,
+            *[f"sm100_sparse_paired_{kernel}"] * paired,
+            f"sm100_sparse_attention_{kernel}",
+        ]
+        assert backends.select(problem) is backends.CUDA
+
+
+ONE_SCALE_ON_BLACKWELL: dict[str, tuple[dict[str, object], str]] = {
+    "576, SM103": ({"compute_capability": 103}, "e4m3_576"),
+    "512": ({"d_qk": 512, "h_q": 128}, "e4m3_512"),
+    "FP8 q, 33 rows": ({"dtype": torch.float8_e4m3fn, "h_q": 11, "s_q": 3}, "e4m3_576"),
+    "FP8 q, 32 rows": ({"dtype": torch.float8_e4m3fn, "h_q": 8, "s_q": 4, "d_qk": 512}, "e4m3_512"),
+    "key heads": ({"h_kv": 2}, "e4m3_576: h_kv must be 1"),
+    "d_qk": ({"d_qk": 512}, "e4m3_576: k_cache must be of e4m3 values with one scale, by block table"),
+    "a format": (
+        {"fp8_cache": "V41", "d_qk": 512},
+        "e4m3_512: k_cache must be of e4m3 values with one scale, by block table",
+    ),
+    "fp16": ({"dtype": torch.float16}, "e4m3_576: q must be bfloat16"),
+}
+
+
+@needs_sm100_build
+@pytest.mark.parametrize("case", ONE_SCALE_ON_BLACKWELL)
+def test_the_table_of_caches_with_one_scale_on_blackwell(case: str) -> None:
+    changes, wanted = ONE_SCALE_ON_BLACKWELL[case]
+    problem = replace(PROBLEM, **{"compute_capability": 100, "fp8_cache": "E4M3", **changes})
+    table = backends.cuda.kernel_table(problem)
+    kernel, _, reason = wanted.partition(": ")
+    assert table[f"sm100_sparse_attention_{kernel}"] == reason
+    if reason == "":
+        few = problem.h_q * problem.s_q <= 32
         takes = [name for name, why_not in table.items() if why_not == ""]
         assert takes == [*[f"sm100_sparse_few_heads_{kernel}"] * few, f"sm100_sparse_attention_{kernel}"]
         assert backends.select(problem) is backends.CUDA
@@ -711,9 +746,14 @@ def test_the_table_of_dense_decode_on_blackwell(case: str) -> None:
     kernel, _, reason = wanted.partition(": ")
     assert table[f"sm100_dense_decode_{kernel}"] == reason
     if reason == "":
-        few = problem.s_q * problem.h_q // problem.h_kv <= 32
+        rows = problem.s_q * problem.h_q // problem.h_kv
+        few, paired = rows <= 32, rows > 64
         takes = [name for name, why_not in table.items() if why_not == ""]
-        assert takes == [*[f"sm100_dense_decode_few_heads_{kernel}"] * few, f"sm100_dense_decode_{kernel}"]
+        assert takes == [
+            *[f"sm100_dense_decode_few_heads_{kernel}"] * few,
+            *[f"sm100_dense_decode_paired_{kernel}"] * paired,
+            f"sm100_dense_decode_{kernel}",
+        ]
         assert backends.select(problem) is backends.CUDA
 
 

@@ -75,8 +75,9 @@ def test_layouts_are_those_of_cute(tmp_path: Path) -> None:
     [
         ("address >> 7 &", "address >> 8 &"),  # a bit of the swizzle
         ("outer / 8 * matrix.stride + outer % 8 * row_bytes;", "outer / 8 * matrix.leading + outer % 8 * row_bytes;"),
+        ("m % 64 + n / half * 64", "m % 64 + n % half / 32 * 64"),  # which half of the lanes
     ],
-    ids=["swizzle", "offsets"],
+    ids=["swizzle", "offsets", "halves"],
 )
 def test_mistakes_in_layouts_are_found(tmp_path: Path, mutation: tuple[str, str]) -> None:
     code, _ = compiled_layouts(tmp_path, mutation)
@@ -85,7 +86,7 @@ def test_mistakes_in_layouts_are_found(tmp_path: Path, mutation: tuple[str, str]
 
 # ---- Instructions.
 
-RIGHT = ("product", "outer_b", "upper_lanes", "tmem_a", "store_load")
+RIGHT = ("product", "outer_b", "upper_lanes", "tmem_a", "store_load", "gather", "pair", "pair_outer_b", "pair_tmem_a")
 FOUND = {
     "swizzle_bit": "values are wrong",
     "swapped_offsets": "",  # wrong values, or an address that is not there
@@ -98,6 +99,21 @@ FOUND = {
     "leak": "4 slices of columns were not freed",
     "allocation_twice": "nobody frees",
     "after_relinquish": "permit was given up",
+    "gather_misaligned": "aligned to 128 bytes",
+    "gather_swapped": "values are wrong",
+    "gather_beyond": "values are wrong",
+    "pair_half_of_a": "never written",
+    "pair_of_one": "another number of CTAs",
+    "pair_odd_issuer": "even rank",
+    "pair_no_commit": "no commit covers",
+    "pair_leak": "8 slices of columns were not freed",
+}
+# What the eager schedule cannot see.
+FOUND_BY_LAZY = {
+    "no_wait_for_result": "never written",
+    "pair_no_wait_for_result": "never written",
+    "gather_not_waited": "32 gathers were not waited for",
+    "gather_too_soon": "values are wrong",
 }
 
 
@@ -119,10 +135,11 @@ def test_mistakes_are_found(case: str, schedule: str) -> None:
 
 
 @pytest.mark.gpu
-def test_a_result_read_too_soon_is_found_by_the_lazy_schedule() -> None:
-    code, text = outcome(on_hopper(BUILT / "instructions-lazy"), "no_wait_for_result")
-    assert code == 2
-    assert "never written" in text
+@pytest.mark.parametrize("case", FOUND_BY_LAZY)
+def test_what_is_used_too_soon_is_found_by_the_lazy_schedule(case: str) -> None:
+    code, text = outcome(on_hopper(BUILT / "instructions-lazy"), case)
+    assert code in (1, 2), text
+    assert FOUND_BY_LAZY[case] in text
 
 
 # ---- Kernels that we did not write.

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import build_native
+
 HEADERS = (
     "cute/arch/copy_sm100.hpp",
     "cute/arch/mma_sm100_umma.hpp",
@@ -51,10 +53,10 @@ def call(text: str, arguments: list[str]) -> str | None:
     if "tcgen05.commit" in text:
         ctas = [f"static_cast<uint32_t>({mask})" for mask in arguments[1:]]
         return f"::flash_mla::emulation::commit({', '.join([arguments[0], *ctas])})"
-    if "tcgen05.alloc" in text:
-        return f"::flash_mla::emulation::allocate({', '.join(arguments)})"
-    if "tcgen05.dealloc" in text:
-        return f"::flash_mla::emulation::free({', '.join(arguments)})"
+    if match := re.search(r"tcgen05\.alloc\.cta_group::(\d)", text):
+        return f"::flash_mla::emulation::allocate<{match[1]}>({', '.join(arguments)})"
+    if match := re.search(r"tcgen05\.dealloc\.cta_group::(\d)", text):
+        return f"::flash_mla::emulation::free<{match[1]}>({', '.join(arguments)})"
     if "tcgen05.relinquish_alloc_permit" in text:
         return "::flash_mla::emulation::relinquish()"
     if "tcgen05.wait::ld" in text:
@@ -89,6 +91,6 @@ def adapted(header: str) -> str:
 def write(cutlass: Path, folder: Path) -> None:
     """Writes the copies of the headers in CUTLASS's include folder to `folder`."""
     for name in HEADERS:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         text = adapted((cutlass / name).read_text())
-        (folder / name).write_text(text.replace("#pragma once", '#pragma once\n#include "emulation/emulation.cuh"', 1))
+        text = text.replace("#pragma once", '#pragma once\n#include "emulation/emulation.cuh"', 1)
+        build_native.write_if_changed(folder / name, text)

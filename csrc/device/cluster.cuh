@@ -16,11 +16,14 @@ __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
-// The same place in the other CTA's shared memory.
+// The same place in the shared memory of the CTA of this rank, or of the other CTA.
+__device__ __forceinline__ uint32_t address_in_rank(uint32_t address, int rank) {
+  uint32_t mapped;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
+  return mapped;
+}
 __device__ __forceinline__ uint32_t peer_address(uint32_t address) {
-  uint32_t peer;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(peer) : "r"(address), "r"(cluster_rank() ^ 1));
-  return peer;
+  return address_in_rank(address, cluster_rank() ^ 1);
 }
 
 // Says that this thread has read what was sent to it. Of CTA scope, as CUTLASS's barriers of clusters: with the

@@ -19,6 +19,7 @@ struct TensorMapShape {
   cuuint64_t strides[4];  // bytes, from the second dimension on
   cuuint32_t box[5];
   CUtensorMapSwizzle swizzle;
+  cuuint32_t rank = 5;
 };
 
 // Zero, or the driver's error.
@@ -34,8 +35,8 @@ inline CUresult encode(const TensorMapShape& shape, CUtensorMap& map) {
     return reinterpret_cast<Encode>(symbol);
   }();
   const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
-  return function(&map, shape.type, 5, const_cast<void*>(shape.data), shape.sizes, shape.strides, shape.box, steps,
-                  CU_TENSOR_MAP_INTERLEAVE_NONE, shape.swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+  return function(&map, shape.type, shape.rank, const_cast<void*>(shape.data), shape.sizes, shape.strides, shape.box,
+                  steps, CU_TENSOR_MAP_INTERLEAVE_NONE, shape.swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
 }
 

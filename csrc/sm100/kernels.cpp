@@ -5,6 +5,7 @@
 #include "sm100/dense_prefill_backward/launch.h"
 #include "sm100/sparse_attention/launch.h"
 #include "sm100/sparse_attention_few_heads/launch.h"
+#include "sm100/sparse_attention_paired/launch.h"
 
 namespace flash_mla::sm100 {
 namespace {
@@ -44,6 +45,15 @@ const char* why_not_dense_few_heads(const DenseDecodeProblem& problem) {
   return why_not_dense_decode<kElement, kHeadDim>(problem);
 }
 
+template <Element kElement, int kHeadDim>
+const char* why_not_dense_paired(const DenseDecodeProblem& problem) {
+  static_assert(kRowTile == 64);
+  if (int64_t{problem.s_q} * problem.h_q <= int64_t{kRowTile} * problem.h_kv) {
+    return "s_q * h_q must be more than 64 for each key head";
+  }
+  return why_not_dense_decode<kElement, kHeadDim>(problem);
+}
+
 constexpr Kernel<DenseDecodeProblem, DenseDecodeParams> kDenseDecode[] = {
     {"sm100_dense_decode_few_heads_bf16_576", why_not_dense_few_heads<Element::kBFloat16, 576>,
      sparse_attention_few_heads::launch_dense_bf16_576},
@@ -53,6 +63,14 @@ constexpr Kernel<DenseDecodeProblem, DenseDecodeParams> kDenseDecode[] = {
      sparse_attention_few_heads::launch_dense_fp16_576},
     {"sm100_dense_decode_few_heads_fp16_512", why_not_dense_few_heads<Element::kFloat16, 512>,
      sparse_attention_few_heads::launch_dense_fp16_512},
+    {"sm100_dense_decode_paired_bf16_576", why_not_dense_paired<Element::kBFloat16, 576>,
+     sparse_attention_paired::launch_dense_bf16_576},
+    {"sm100_dense_decode_paired_bf16_512", why_not_dense_paired<Element::kBFloat16, 512>,
+     sparse_attention_paired::launch_dense_bf16_512},
+    {"sm100_dense_decode_paired_fp16_576", why_not_dense_paired<Element::kFloat16, 576>,
+     sparse_attention_paired::launch_dense_fp16_576},
+    {"sm100_dense_decode_paired_fp16_512", why_not_dense_paired<Element::kFloat16, 512>,
+     sparse_attention_paired::launch_dense_fp16_512},
     {"sm100_dense_decode_bf16_576", why_not_dense_decode<Element::kBFloat16, 576>,
      sparse_attention::launch_dense_bf16_576},
     {"sm100_dense_decode_bf16_512", why_not_dense_decode<Element::kBFloat16, 512>,
@@ -75,6 +93,15 @@ const char* why_not_few_heads(const SparseAttentionProblem& problem) {
   return reason ? reason : why_not_sparse_attention<kFormat, kHeadDim, kExtra>(problem);
 }
 
+template <KVFormat kFormat, int kHeadDim, KVFormat kExtra = kFormat>
+const char* why_not_paired(const SparseAttentionProblem& problem) {
+  static_assert(kRowTile == 64);
+  if (unit_rows(problem) <= kRowTile) {
+    return problem.from_table ? "s_q * h_q must be more than 64" : "h_q must be more than 64";
+  }
+  return why_not_sparse_attention<kFormat, kHeadDim, kExtra>(problem);
+}
+
 constexpr Kernel<SparseAttentionProblem, SparseAttentionParams> kSparseAttention[] = {
     {"sm100_sparse_few_heads_v32", why_not_few_heads<KVFormat::kV32, 576>, sparse_attention_few_heads::launch_v32},
     {"sm100_sparse_few_heads_model1", why_not_few_heads<KVFormat::kModel1, 512>,
@@ -84,10 +111,23 @@ constexpr Kernel<SparseAttentionProblem, SparseAttentionParams> kSparseAttention
      sparse_attention_few_heads::launch_v41_fp4},
     {"sm100_sparse_few_heads_v32_no_rope", why_not_few_heads<KVFormat::kV32NoRope, 512>,
      sparse_attention_few_heads::launch_v32_no_rope},
+    {"sm100_sparse_few_heads_e4m3_576", why_not_few_heads<KVFormat::kE4m3, 576>,
+     sparse_attention_few_heads::launch_e4m3_576},
+    {"sm100_sparse_few_heads_e4m3_512", why_not_few_heads<KVFormat::kE4m3NoRope, 512>,
+     sparse_attention_few_heads::launch_e4m3_512},
     {"sm100_sparse_few_heads_bf16_576", why_not_few_heads<KVFormat::kBf16, 576>,
      sparse_attention_few_heads::launch_bf16_576},
     {"sm100_sparse_few_heads_bf16_512", why_not_few_heads<KVFormat::kBf16, 512>,
      sparse_attention_few_heads::launch_bf16_512},
+    {"sm100_sparse_paired_v32", why_not_paired<KVFormat::kV32, 576>, sparse_attention_paired::launch_v32},
+    {"sm100_sparse_paired_model1", why_not_paired<KVFormat::kModel1, 512>, sparse_attention_paired::launch_model1},
+    {"sm100_sparse_paired_v41", why_not_paired<KVFormat::kV41, 512>, sparse_attention_paired::launch_v41},
+    {"sm100_sparse_paired_v41_fp4", why_not_paired<KVFormat::kV41, 512, KVFormat::kV41Fp4>,
+     sparse_attention_paired::launch_v41_fp4},
+    {"sm100_sparse_paired_v32_no_rope", why_not_paired<KVFormat::kV32NoRope, 512>,
+     sparse_attention_paired::launch_v32_no_rope},
+    {"sm100_sparse_paired_bf16_576", why_not_paired<KVFormat::kBf16, 576>, sparse_attention_paired::launch_bf16_576},
+    {"sm100_sparse_paired_bf16_512", why_not_paired<KVFormat::kBf16, 512>, sparse_attention_paired::launch_bf16_512},
     {"sm100_sparse_attention_v32", why_not_sparse_attention<KVFormat::kV32, 576>, sparse_attention::launch_v32},
     {"sm100_sparse_attention_model1", why_not_sparse_attention<KVFormat::kModel1, 512>,
      sparse_attention::launch_model1},
@@ -96,6 +136,10 @@ constexpr Kernel<SparseAttentionProblem, SparseAttentionParams> kSparseAttention
      sparse_attention::launch_v41_fp4},
     {"sm100_sparse_attention_v32_no_rope", why_not_sparse_attention<KVFormat::kV32NoRope, 512>,
      sparse_attention::launch_v32_no_rope},
+    {"sm100_sparse_attention_e4m3_576", why_not_sparse_attention<KVFormat::kE4m3, 576>,
+     sparse_attention::launch_e4m3_576},
+    {"sm100_sparse_attention_e4m3_512", why_not_sparse_attention<KVFormat::kE4m3NoRope, 512>,
+     sparse_attention::launch_e4m3_512},
     {"sm100_sparse_attention_bf16_576", why_not_sparse_attention<KVFormat::kBf16, 576>,
      sparse_attention::launch_bf16_576},
     {"sm100_sparse_attention_bf16_512", why_not_sparse_attention<KVFormat::kBf16, 512>,

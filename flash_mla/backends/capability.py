@@ -94,7 +94,7 @@ _GRID: dict[str, tuple[Any, ...]] = {
     "d_qk": (576, 512),
     "page_block_size": _PAGES,
     "h_kv": (1, 2, 3, 8),
-    "h_q": (24, 48),  # some kernels are for few query heads
+    "h_q": (24, 48, 528),  # some kernels are for few query heads, some for many
 }
 _FORMATS = (KVFormat.V32, KVFormat.V32_NO_ROPE, KVFormat.MODEL1, KVFormat.V41)
 

@@ -94,6 +94,27 @@ void check_result() {
   }
 }
 
+// A of two CTAs' product in tensor memory: CuTe's fragment has 128 rows, those of the CTA twice.
+template <int kN>
+void check_twice() {
+  using Traits = cute::MMA_Traits<cute::SM100_MMA_F16BF16_2x1SM_TS<cute::bfloat16_t, cute::bfloat16_t, float, 128, kN,
+                                                                   cute::UMMA::Major::K, cute::UMMA::Major::K>>;
+  const auto layout = Traits::FrgTypeA::make(cute::Shape<cute::Shape<Int<64>, Int<16>>, _1, _1>()).layout();
+  for (int m = 0; m < 128; ++m) {
+    for (int n = 0; n < kN; n += 32) {
+      for (int k = 0; k < 16; ++k) {
+        const auto place = emulation::place_of_a(2, 128, kN, m, n, k);
+        const int copy = n / (kN / 2);
+        // In 16-bit values: two to a column.
+        const auto wanted = static_cast<uint32_t>(layout(cute::make_coord(m % 64 + 64 * copy, k), 0, 0));
+        const uint32_t found = 2 * (tmem_lane(place.lane) + place.column) + k % 2;
+        expect(place.cta == m / 64 && wanted == found, "A (%d, %d) for column %d is at %x, found at %x", m, k, n,
+               wanted, found);
+      }
+    }
+  }
+}
+
 // A second result of 64 rows lies in the upper halves of the lanes of the first one.
 void check_upper_lanes() {
   using Fragment = cute::UMMA::tmem_frg<float, float, 1>;
@@ -137,10 +158,15 @@ void check_all() {
   check_descriptor<Major::MN, umma::Layout_MN_SW128_Atom<T>, cute::Step<_2, _1>, 256, 64>("values", 64 * 128);
   check_descriptor<Major::K, umma::Layout_K_SW128_Atom<T>, cute::Step<_1, _2>, 16, 576>("16 query rows", 16);
   check_descriptor<Major::MN, umma::Layout_MN_SW128_Atom<T>, cute::Step<_2, _1>, 64, 64>("64 columns of values", 0);
+  // What a CTA of a pair has: 32 keys, and 128 columns of 64 keys.
+  check_descriptor<Major::K, umma::Layout_K_SW128_Atom<T>, cute::Step<_1, _2>, 32, 576>("32 keys", 16);
+  check_descriptor<Major::MN, umma::Layout_MN_SW128_Atom<T>, cute::Step<_2, _1>, 128, 64>("128 columns", 64 * 128);
 
   check_instruction<cute::bfloat16_t, __nv_bfloat16, 64, 64, Major::K, Major::K>();
   check_instruction<cute::bfloat16_t, __nv_bfloat16, 64, 256, Major::K, Major::MN>();
   check_instruction<cute::bfloat16_t, __nv_bfloat16, 64, 16, Major::MN, Major::K>();
+  check_instruction<cute::bfloat16_t, __nv_bfloat16, 128, 64, Major::K, Major::K>();
+  check_instruction<cute::bfloat16_t, __nv_bfloat16, 128, 256, Major::K, Major::MN>();
   check_instruction<cute::half_t, __half, 64, 32, Major::MN, Major::K>();
   check_instruction<cute::half_t, __half, 128, 256, Major::MN, Major::K>();
 
@@ -151,7 +177,10 @@ void check_all() {
   check_result<1, 64, 256>();
   check_result<1, 128, 256>();
   check_result<2, 128, 256>();
+  check_result<2, 128, 64>();
   check_result<2, 256, 256>();
+  check_twice<64>();
+  check_twice<256>();
 
   namespace load = cute::SM100::TMEM::LOAD;
   using emulation::Shape;

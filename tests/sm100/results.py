@@ -34,10 +34,19 @@ SELECTIONS: list[dict[str, Any]] = [
     {"h_q": 16, "topk": 700, "extra_topk": 130, "sink": True, "spread": 20.0},
     {"h_q": 32, "topk": 700, "extra_topk": 130, "spread": 20.0},
 ]
+# More of those for pairs of CTAs.
+PAIRED: list[dict[str, Any]] = [
+    {"h_q": 66, "topk": 1, "sink": True},
+    {"h_q": 128, "topk": 64},
+    {"h_q": 128, "topk": 700, "extra_topk": 130, "sink": True, "spread": 20.0},
+    {"h_q": 100, "topk": 300, "extra_topk": 700, "spread": 20.0},
+]
 PAGED: list[dict[str, Any]] = [
     {"h_q": 64, "page": 64, "sink": True},
     {"h_q": 22, "s_q": 3, "page": 3, "causal": True, "spread": 20.0},
     {"h_q": 10, "s_q": 3, "page": 3, "causal": True, "spread": 20.0},
+    {"h_q": 128, "page": 64, "sink": True},
+    {"h_q": 46, "s_q": 3, "page": 3, "causal": True, "spread": 20.0},
 ]
 LENGTHS = [0, 1, 700, 130]
 ROWS = ((576, torch.bfloat16), (512, torch.bfloat16), (576, torch.float16), (512, torch.float16))
@@ -52,15 +61,20 @@ def calls() -> Iterator[tuple[str, Any]]:
     for known in formats:
         for case in SELECTIONS:
             yield "decode", make_sparse_decode_inputs(2, 1, **selected, **known, **case)
+    for known in formats:
+        for case in PAIRED:
+            yield "decode", make_sparse_decode_inputs(3, 2, **selected, **known, **case)
     both = {"kv_format": KVFormat.V41, "extra_format": KVFormat.V41_FP4, "extra_topk": 130}
-    for h_q in (64, 16):
+    for h_q in (128, 64, 16):
         yield "decode", make_sparse_decode_inputs(2, 1, **selected, **both, h_q=h_q)
     for known in formats:
-        for h_q in (66, 20):
+        for h_q in (66, 128, 20):
             yield "prefill", make_sparse_prefill_inputs(5, **selected, **known, h_q=h_q, topk=150, sink=True)
     for case in PAGED:
         for fp8 in (KVFormat.V32, KVFormat.MODEL1):
             yield "decode", make_dense_fp8_inputs(LENGTHS, fp8, device="cuda", **case)
+        for d_qk, fp8_q in ((576, True), (512, False)):  # e4m3 with one scale
+            yield "decode", make_dense_fp8_inputs(LENGTHS, None, device="cuda", d_qk=d_qk, fp8_q=fp8_q, **case)
         for d_qk, dtype in ROWS:
             yield "decode", make_dense_decode_inputs(LENGTHS, device="cuda", d_qk=d_qk, dtype=dtype, h_kv=2, **case)
 

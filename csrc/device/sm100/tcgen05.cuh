@@ -1,5 +1,6 @@
 // The fifth-generation tensor cores and their memory. Every function is called by a whole warp, whose threads pass the
-// same values (but for the registers of loads and stores). Tests put a functional emulation in this file's place:
+// same values (but for the registers of loads and stores). `kCtas`: 2 where a cluster's two CTAs multiply together, and
+// then everywhere in a kernel. Tests put a functional emulation in this file's place:
 // tests/sm100/README.md.
 #pragma once
 
@@ -26,19 +27,25 @@ __device__ __forceinline__ void take_registers() {
 // ---- Tensor memory
 
 // Writes the address of `columns` columns (a power of two from 32 on) to `destination` in shared memory, once they are
-// free. Whoever allocates also frees, before the kernel ends.
+// free. Whoever allocates also frees, before the kernel ends. A warp of each CTA of a pair does so, and both get the
+// same address.
+template <int kCtas = 1>
 __device__ __forceinline__ void tmem_allocate(uint32_t destination, uint32_t columns) {
-  asm volatile("tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%0], %1;" ::"r"(destination), "r"(columns)
+  asm volatile("tcgen05.alloc.cta_group::%2.sync.aligned.shared::cta.b32 [%0], %1;" ::"r"(destination), "r"(columns),
+               "n"(kCtas)
                : "memory");
 }
 
+template <int kCtas = 1>
 __device__ __forceinline__ void tmem_free(uint32_t address, uint32_t columns) {
-  asm volatile("tcgen05.dealloc.cta_group::1.sync.aligned.b32 %0, %1;" ::"r"(address), "r"(columns) : "memory");
+  asm volatile("tcgen05.dealloc.cta_group::%2.sync.aligned.b32 %0, %1;" ::"r"(address), "r"(columns), "n"(kCtas)
+               : "memory");
 }
 
 // This CTA will allocate no more.
+template <int kCtas = 1>
 __device__ __forceinline__ void tmem_relinquish() {
-  asm volatile("tcgen05.relinquish_alloc_permit.cta_group::1.sync.aligned;" ::: "memory");
+  asm volatile("tcgen05.relinquish_alloc_permit.cta_group::%0.sync.aligned;" ::"n"(kCtas) : "memory");
 }
 
 template <int kRepeat>
@@ -82,6 +89,21 @@ __device__ __forceinline__ void tmem_store_16x256(uint32_t address, const float 
   }(std::make_integer_sequence<int, kRegisters>());
 }
 
+// 32 lanes x 32 columns: register i of a thread is column i of its lane.
+__device__ __forceinline__ void tmem_load_32x32(uint32_t address, float (&registers)[32]) {
+  [&]<int... kIndex>(std::integer_sequence<int, kIndex...>) {
+    cute::SM100::TMEM::LOAD::SM100_TMEM_LOAD_32dp32b32x::copy(address,
+                                                              reinterpret_cast<uint32_t&>(registers[kIndex])...);
+  }(std::make_integer_sequence<int, 32>());
+}
+
+__device__ __forceinline__ void tmem_store_32x32(uint32_t address, const float (&registers)[32]) {
+  [&]<int... kIndex>(std::integer_sequence<int, kIndex...>) {
+    cute::SM100::TMEM::STORE::SM100_TMEM_STORE_32dp32b32x::copy(reinterpret_cast<const uint32_t&>(registers[kIndex])...,
+                                                                address);
+  }(std::make_integer_sequence<int, 32>());
+}
+
 // The registers of all loads so far; `registers` names them for the compiler, which must not use them earlier.
 template <int kRegisters>
 __device__ __forceinline__ void tmem_wait_load(float (&registers)[kRegisters]) {
@@ -104,21 +126,25 @@ __device__ __forceinline__ void tcgen05_fence_after() {
 
 // ---- Products
 
-// d (+)= A B^T with A and B by descriptor; d is overwritten where `accumulate` is false.
+// d (+)= A B^T with A and B by descriptor; d is overwritten where `accumulate` is false. Of a pair the CTA of even rank
+// issues; the first half of the rows of A and of B are its own, the others lie at the same place in the other CTA.
+template <int kCtas = 1>
 __device__ __forceinline__ void umma_ss(uint32_t d, uint64_t a, uint64_t b, uint32_t instruction, bool accumulate) {
   asm volatile(
       "{\n.reg .pred p, elected;\nelect.sync _|elected, 0xffffffff;\nsetp.ne.u32 p, %4, 0;\n"
-      "@elected tcgen05.mma.cta_group::1.kind::f16 [%0], %1, %2, %3, p;\n}" ::"r"(d),
-      "l"(a), "l"(b), "r"(instruction), "r"(static_cast<uint32_t>(accumulate))
+      "@elected tcgen05.mma.cta_group::%5.kind::f16 [%0], %1, %2, %3, p;\n}" ::"r"(d),
+      "l"(a), "l"(b), "r"(instruction), "r"(static_cast<uint32_t>(accumulate)), "n"(kCtas)
       : "memory");
 }
 
-// The same with A in tensor memory, two values to a column, in the lanes that d has.
+// The same with A in tensor memory, two values to a column, in the lanes that d has. Where a CTA of a pair has 64 rows,
+// of which lanes 64 to 127 hold the second half of d's columns, they hold the rows of A once more.
+template <int kCtas = 1>
 __device__ __forceinline__ void umma_ts(uint32_t d, uint32_t a, uint64_t b, uint32_t instruction, bool accumulate) {
   asm volatile(
       "{\n.reg .pred p, elected;\nelect.sync _|elected, 0xffffffff;\nsetp.ne.u32 p, %4, 0;\n"
-      "@elected tcgen05.mma.cta_group::1.kind::f16 [%0], [%1], %2, %3, p;\n}" ::"r"(d),
-      "r"(a), "l"(b), "r"(instruction), "r"(static_cast<uint32_t>(accumulate))
+      "@elected tcgen05.mma.cta_group::%5.kind::f16 [%0], [%1], %2, %3, p;\n}" ::"r"(d),
+      "r"(a), "l"(b), "r"(instruction), "r"(static_cast<uint32_t>(accumulate)), "n"(kCtas)
       : "memory");
 }
 
@@ -127,6 +153,16 @@ __device__ __forceinline__ void umma_commit(uint32_t barrier) {
   asm volatile(
       "{\n.reg .pred elected;\nelect.sync _|elected, 0xffffffff;\n"
       "@elected tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%0];\n}" ::"r"(barrier)
+      : "memory");
+}
+
+// The same of a pair, in both of its CTAs.
+__device__ __forceinline__ void umma_commit_pair(uint32_t barrier) {
+  asm volatile(
+      "{\n.reg .pred elected;\nelect.sync _|elected, 0xffffffff;\n"
+      "@elected tcgen05.commit.cta_group::2.mbarrier::arrive::one.shared::cluster.multicast::cluster.b64 [%0], "
+      "%1;\n}" ::"r"(barrier),
+      "h"(static_cast<uint16_t>(3))
       : "memory");
 }
 

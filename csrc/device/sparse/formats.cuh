@@ -73,16 +73,20 @@ struct RowFormat {
     }
   }
 
+  // Eight of the sixteen values.
+  static __device__ __forceinline__ uint4 eight_of(const uint4& raw, float scale, bool second) {
+    if constexpr (kLayout.value_bits == 8) {
+      return eight(second ? raw.z : raw.x, second ? raw.w : raw.y, scale);
+    } else {
+      return scale_e2m1x8(second ? raw.y : raw.x, scale);
+    }
+  }
+
   // Sixteen values into the 16-byte units at `first` and `second`; the second eight first where `swapped`.
   static __device__ __forceinline__ void convert(const uint4& raw, float scale, bool swapped, uint32_t first,
                                                  uint32_t second) {
-    if constexpr (kLayout.value_bits == 8) {
-      store_words(first, eight(swapped ? raw.z : raw.x, swapped ? raw.w : raw.y, scale));
-      store_words(second, eight(swapped ? raw.x : raw.z, swapped ? raw.y : raw.w, scale));
-    } else {
-      store_words(first, scale_e2m1x8(swapped ? raw.y : raw.x, scale));
-      store_words(second, scale_e2m1x8(swapped ? raw.x : raw.y, scale));
-    }
+    store_words(first, eight_of(raw, scale, swapped));
+    store_words(second, eight_of(raw, scale, !swapped));
   }
 
  private:

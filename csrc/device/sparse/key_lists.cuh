@@ -21,6 +21,8 @@ class KeyLists {
   static constexpr int kWarpKeys = C::kKeys / C::kProducerWarps;
   static constexpr int kLanes = 32 / kWarpKeys;
   static constexpr int kItemTiles = ceil_div(C::kRows, kRowTile);
+  // Of a pair of CTAs each has half of the columns of all rows of Q, or half of the rows.
+  static constexpr bool kHalfColumns = requires { requires C::kRanks == 2; };
 
   __device__ __forceinline__ KeyLists(const SparseAttentionParams& params, Storage& storage, Walk& walk, int warp,
                                       int lane)
@@ -81,7 +83,7 @@ class KeyLists {
     __syncwarp();
   }
 
-  // Of the CTAs that share the columns of a row.
+  // Of the CTAs that share an item.
   __device__ __forceinline__ int rank() const {
     if constexpr (kItemTiles == 2) {
       return cluster_rank();
@@ -148,7 +150,7 @@ class KeyLists {
       storage_.pieces[piece & 1] = facts;
     }
     if (facts.num_tiles > 0) {
-      if constexpr (kItemTiles == 2) {
+      if constexpr (kHalfColumns) {
         load_half_q(facts);
       } else {
         load_q(facts);
@@ -170,18 +172,27 @@ class KeyLists {
                 (unit_row - of_unit * params_.h_q) * params_.stride_q_h);
   }
 
+  // The first slices of Q, that lie in shared memory.
+  static constexpr int shared_q_slices() {
+    if constexpr (requires { C::kSharedQSlices; }) {
+      return C::kSharedQSlices;
+    } else {
+      return C::kSlices;
+    }
+  }
+
   // A warp loads as many rows of Q as keys, if the tile has so many, eight at a time; zeros where there is no row.
   __device__ __forceinline__ void load_q(const PieceFacts& facts) const {
     const int lane = opaque_lane();
 #pragma unroll 1
     for (int tile_row = warp_ * kWarpKeys + lane / 4; tile_row < min((warp_ + 1) * kWarpKeys, C::kRows);
          tile_row += 8) {
-      const unsigned char* row = row_of_q(facts, tile_row);
+      const unsigned char* row = row_of_q(facts, rank() * kRowTile + tile_row);
       const bool valid = row != nullptr;
       const unsigned char* source = (valid ? row : static_cast<const unsigned char*>(params_.q)) + lane % 4 * 16;
       uint32_t destination = shared_address(storage_.q) + tile_row * kSliceRowBytes + ((lane % 4 ^ tile_row % 8) * 16);
 #pragma unroll 1
-      for (int slice = 0; slice < C::kSlices; ++slice) {
+      for (int slice = 0; slice < shared_q_slices(); ++slice) {
         async_copy16(destination, source, valid);
         async_copy16(destination ^ 64, source + 64, valid);
         destination += C::kQSliceBytes;

@@ -3,22 +3,17 @@
 // while a slot is waited for. Key indices are fetched two tiles ahead.
 #pragma once
 
-#include "device/sparse/formats.cuh"
-#include "device/sparse/key_lists.cuh"
+#include "device/sparse/fetched_rows.cuh"
 
 namespace flash_mla::inline device {
 
-// Of the four lanes that know a key each holds the scales of a quarter of a row; where the CTA has half of the columns,
-// two lanes hold the same.
 template <class C, class Storage>
-class ProducerWarp : KeyLists<C, Storage> {
-  using Base = KeyLists<C, Storage>;
-  using Base::kLanes, Base::kWarpKeys, Base::ahead_, Base::lane_, Base::next_row_in_page_, Base::params_, Base::phases_,
-      Base::storage_, Base::warp_;
-  static constexpr bool kPaired = C::kRanks == 2;
-  static constexpr int kUnits = 32 / C::kRanks;  // of 16 values, that this CTA has of a row
-  static constexpr int kPasses = kWarpKeys / C::kRanks;
-  static constexpr int kQuarters = 4 / C::kRanks;  // of a row's columns, that this CTA has
+class ProducerWarp : FetchedRows<C, Storage> {
+  using Base = FetchedRows<C, Storage>;
+  using Base::ahead_, Base::lane_, Base::next_row_in_page_, Base::phases_, Base::raw_rope_, Base::row_,
+      Base::row_in_page_, Base::scales_, Base::storage_, Base::warp_;
+  using Base::kLanes, Base::kPaired, Base::kPasses, Base::kRopeQuantised, Base::kTwoFormats, Base::kUnits,
+      Base::kWarpKeys;
 
  public:
   __device__ __forceinline__ ProducerWarp(const SparseAttentionParams& params, Storage& storage, int warp, int lane)
@@ -31,7 +26,7 @@ class ProducerWarp : KeyLists<C, Storage> {
       this->find_piece_early();
     }
     if constexpr (kPaired) {
-      run_ahead(early);
+      this->run_ahead(early, [this](const Entry& entry, const uint4(&raw)[kPasses]) { make_tile(entry, raw); });
     } else {
       run_rehearsed(early);
     }
@@ -39,13 +34,8 @@ class ProducerWarp : KeyLists<C, Storage> {
   }
 
  private:
-  static constexpr bool kRopeQuantised = C::kFormat == KVFormat::kE4m3;
-  static_assert(!kPaired || !kRopeQuantised);
-  static constexpr bool kTwoFormats = C::kExtraFormat != KVFormat::kNone && C::kExtraFormat != C::kFormat;
   // With two formats and whole rows the registers do not suffice for it.
   static constexpr bool kStartsEarly = requires { C::kStartsEarly; } && (kPaired || !kTwoFormats);
-  static constexpr KVFormat kSecond = kTwoFormats ? C::kExtraFormat : C::kFormat;
-  static __device__ __forceinline__ bool is_extra_format(const Entry& entry) { return kTwoFormats && entry.source(); }
 
   // Loads share the few counters that the hardware has for them, so that a wait for one would be a wait for any that
   // follow it: in both orders all that has been fetched comes to be known complete at one place in a round. There is
@@ -65,7 +55,7 @@ class ProducerWarp : KeyLists<C, Storage> {
       if (!early) {
         this->fetch_indices();
       }
-      fetch_rows(entry, raw);
+      this->fetch_rows(entry, raw);
       if (entry.begins_piece()) {
         this->begin_piece(entry.piece());
       }
@@ -83,37 +73,6 @@ class ProducerWarp : KeyLists<C, Storage> {
         return;
       }
     }
-  }
-
-  // The next tile's rows are located before the slot of this one is waited for, and so asked for sooner, which counts
-  // where tiles are short: 5 % of a large call of pairs over V32. In the first two rounds there is nothing to convert;
-  // `early`: the first one rehearses it.
-  __device__ __forceinline__ void run_ahead(bool early) {
-    Entry entry{0};
-    uint4 raw[kPasses] = {};
-    int round = 0;
-#pragma unroll 1
-    do {
-      const Entry next = ahead_;
-      const unsigned char* const next_row = this->locate(next);
-      if (entry.begins_piece()) {
-        this->begin_piece(entry.piece());
-      }
-      if (entry.has_tile() || early) {
-        make_tile(entry, raw);
-      }
-      if (round == 0) {
-        wait_for_dependencies();
-        early = false;
-      }
-      this->fetch_indices();
-      row_ = next_row;
-      row_in_page_ = next_row_in_page_;
-      entry = next;
-      if (entry.exists()) {
-        fetch_rows(entry, raw);
-      }
-    } while (++round < 2 || entry.exists());
   }
 
   // The entry's tile, if it has one; else the same steps without a word to anybody.
@@ -139,46 +98,8 @@ class ProducerWarp : KeyLists<C, Storage> {
     }
   }
 
-  // Calls `function` with the format of the entry's source.
-  template <class Function>
-  __device__ __forceinline__ void with_format(const Entry& entry, Function&& function) const {
-    if (is_extra_format(entry)) {
-      function(RowFormat<kSecond>());
-    } else {
-      function(RowFormat<C::kFormat>());
-    }
-  }
-
-  // The bytes of the entry's tile, if it has one, whose rows are known.
-  __device__ __forceinline__ void fetch_rows(const Entry& entry, uint4 (&raw)[kPasses]) {
-    with_format(entry, [&](auto format) {
-      constexpr KVLayout kLayout = decltype(format)::kLayout;
-      const unsigned char* scales = row_ + kLayout.value_bytes();
-      if constexpr (kLayout.scales_behind_page) {
-        const int page = params_.keys[entry.source()].page;
-        const int distance = (page - row_in_page_) * kLayout.row_stride() + row_in_page_ * kLayout.scale_stride();
-        scales = row_ + (row_ == kZeroRow ? 0 : distance);
-      }
-      scales_ = format.load_scales(scales, this->rank() * kQuarters + lane_ % kQuarters);
-      const int lane = this->opaque_lane();
-      const auto bits = reinterpret_cast<uintptr_t>(row_);
-#pragma unroll
-      for (int pass = 0; pass < kPasses; ++pass) {
-        const int key = pass * C::kRanks + lane / kUnits;
-        format.load(reinterpret_cast<const unsigned char*>(__shfl_sync(~0u, bits, kLanes * key)),
-                    this->rank() * kUnits + lane % kUnits, entry.has_tile(), raw[pass]);
-      }
-    });
-    if constexpr (kRopeQuantised) {
-      RowFormat<C::kFormat>::load(row_ + layout_of(C::kFormat).rope_offset(), lane_ % kLanes, entry.has_tile(),
-                                  raw_rope_);
-    } else if (C::kHasRope && entry.has_tile()) {
-      prefetch_l2(row_ + layout_of(C::kFormat).rope_offset());
-    }
-  }
-
   __device__ __forceinline__ void convert(const Entry& entry, int slot, const uint4 (&raw)[kPasses]) const {
-    with_format(entry, [&](auto format) {
+    this->with_format(entry, [&](auto format) {
       const int lane = this->opaque_lane(), odd = lane / kUnits, own = lane % kUnits,
                 unit = this->rank() * kUnits + own;
       float scales[kPasses];
@@ -247,11 +168,7 @@ class ProducerWarp : KeyLists<C, Storage> {
     }
   }
 
-  const unsigned char* row_ = kZeroRow;  // the lane's, of the tile whose bytes have been fetched
-  int row_in_page_;
-  QuarterScales scales_;
-  uint4 raw_rope_;  // where these columns are quantised too
-  Ring<3> ring_;    // of the slots, where they are used in turn
+  Ring<3> ring_;  // of the slots, where they are used in turn
 };
 
 }  // namespace flash_mla::inline device

@@ -21,7 +21,8 @@ class MathWarp {
         tensor_memory_(storage.tensor_memory + tmem_lane(32 * warp)),
         warp_(warp),
         lane_(lane),
-        row_(warp * 16 + lane / 4) {}
+        row_(warp * 16 + lane / 4),
+        scale_log2_(scale_of_scores<C::kFormat>(params)) {}
 
   __device__ __forceinline__ void run() {
     for (uint32_t piece = 0;; piece ^= 1) {
@@ -60,7 +61,7 @@ class MathWarp {
     mask(scores, piece, tile);
     move_reference(scores, tile);
     uint32_t probabilities[16];
-    exponentiate<typename C::Element, 0, 4>(scores, params_.scale_log2, reference_, sum_, probabilities);
+    exponentiate<typename C::Element, 0, 4>(scores, scale_log2(), reference_, sum_, probabilities);
     store_probabilities(probabilities_of<C>(storage_, slot), probabilities);
     fence_async_proxy();
     tcgen05_fence_before();
@@ -95,7 +96,7 @@ class MathWarp {
     bool outgrown = false;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float scaled = largest[r] * params_.scale_log2;
+      const float scaled = largest[r] * scale_log2();
       maximum_[r] = fmaxf(maximum_[r], scaled);
       const bool grows = scaled > reference_[r] + kSlack;
       factor[r] = grows ? exp2_approx(reference_[r] - scaled) : 1.0f;
@@ -168,6 +169,14 @@ class MathWarp {
           output[0][i] = output[1][i] = 0;
         }
       }
+      if constexpr (has_one_scale(C::kFormat)) {
+        const float descale = descale_of_output<C::kFormat>(params_);
+#pragma unroll
+        for (int i = 0; i < 64; ++i) {
+          output[0][i] *= descale;
+          output[1][i] *= descale;
+        }
+      }
       if (facts.partial >= 0) {
         write_partial(params_, facts, side, side == 0, row, lane_, output, reference_, total);
       } else {
@@ -177,10 +186,16 @@ class MathWarp {
     }
   }
 
+  // Where it is the call's it is no register.
+  __device__ __forceinline__ float scale_log2() const {
+    return has_one_scale(C::kFormat) ? scale_log2_ : params_.scale_log2;
+  }
+
   const SparseAttentionParams& params_;
   Storage<C>& storage_;
   const uint32_t tensor_memory_;
   const int warp_, lane_, row_;  // row_: the first of the thread's two rows, the other is 8 further
+  const float scale_log2_;
   SlotPhases phases_;
   float reference_[2], sum_[2], maximum_[2];
 };

@@ -25,8 +25,8 @@ constexpr bool kLazy = false;
 #endif
 
 constexpr int kLanes = 128, kColumns = 512, kSlice = 32;  // columns are allocated in slices
-constexpr uint32_t kGaveUp = 1u << 31;
-constexpr int kMaxSms = 160, kWarpsOfSm = 64, kMaxOperations = 128, kMaxStores = 64, kCtas = 4096;
+constexpr uint32_t kGaveUp = 1u << 31, kOfPair = 1u << 30;
+constexpr int kMaxSms = 144, kWarpsOfSm = 64, kMaxOperations = 128, kMaxStores = 64, kCtas = 4096;
 constexpr long long kPatience = 4'000'000'000;  // cycles that an allocation waits
 
 enum CellState : uint8_t { kNever = 0, kWritten = 1, kBeingStored = 2 };
@@ -34,8 +34,8 @@ enum CellState : uint8_t { kNever = 0, kWritten = 1, kBeingStored = 2 };
 struct TensorMemory {
   uint32_t cells[kLanes][kColumns];
   uint8_t states[kLanes][kColumns];
-  // The CTA that holds them, by its number from 1 on, and kGaveUp once it will allocate no more. Kernels may overlap,
-  // so only an SM's own memory says which CTA is meant.
+  // The CTA that holds them, by its number from 1 on, kOfPair where its pair does, and kGaveUp once it will allocate no
+  // more. Kernels may overlap, so only an SM's own memory says which CTA is meant.
   uint32_t owners[kColumns / kSlice];
   uint32_t lock;
 };
@@ -82,6 +82,14 @@ __device__ inline uint32_t cta_number(bool peer = false) {
   return 1 + (blockIdx.x ^ (peer ? 1 : 0)) + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
 }
 
+// Where a CTA of this kernel runs. Kernels that overlap have CTAs of the same numbers.
+__device__ inline uint32_t& sm_of_cta(uint32_t cta) {
+  constexpr int kGrids = 8, kCtasOfGrid = kCtas / kGrids;
+  uint64_t grid;
+  asm volatile("mov.u64 %0, %%gridid;" : "=l"(grid));
+  return g_sm_of_cta[grid % kGrids * kCtasOfGrid + cta % kCtasOfGrid];
+}
+
 __device__ inline uint32_t cluster_rank() {
   uint32_t rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -99,15 +107,22 @@ __device__ inline WarpQueue& own_queue() {
 class Memory {
  public:
   explicit __device__ Memory(bool peer = false) : cta_(cta_number(peer)) {
-    const int sm = peer ? __ldcg(&g_sm_of_cta[cta_ % kCtas]) : sm_number();
+    const int sm = peer ? __ldcg(&sm_of_cta(cta_)) : sm_number();
     memory_ = &g_memory[sm];
   }
 
   __device__ __noinline__ void check_columns(int first, int count) const {
     EMULATION_CHECK(first >= 0 && count > 0 && first + count <= kColumns, "column out of range");
     for (int slice = first / kSlice; slice <= (first + count - 1) / kSlice; ++slice) {
-      EMULATION_CHECK((__ldcg(&memory_->owners[slice]) & ~kGaveUp) == cta_, "columns that this CTA has not allocated");
+      EMULATION_CHECK((__ldcg(&memory_->owners[slice]) & ~(kGaveUp | kOfPair)) == cta_,
+                      "columns that this CTA has not allocated");
     }
+  }
+
+  // Instructions for one CTA and for a pair are not mixed.
+  __device__ void check_group(int first, int ctas) const {
+    EMULATION_CHECK(((__ldcg(&memory_->owners[first / kSlice]) & kOfPair) != 0) == (ctas == 2),
+                    "columns that were allocated for another number of CTAs");
   }
 
   struct Cell {
@@ -168,6 +183,7 @@ __device__ inline void with_lock(TensorMemory& memory, auto&& function) {
   atomicExch(&memory.lock, 0);
 }
 
+template <int kGroup = 1>
 static __device__ __noinline__ void allocate(uint32_t destination, uint32_t columns) {
   EMULATION_CHECK(columns >= kSlice && columns <= kColumns && (columns & (columns - 1)) == 0,
                   "an allocation must be of 32, 64, 128, 256 or 512 columns");
@@ -176,15 +192,16 @@ static __device__ __noinline__ void allocate(uint32_t destination, uint32_t colu
   int first = -1;
   if (lane_id() == 0) {
     for (const uint32_t& owner : memory.raw().owners) {
-      EMULATION_CHECK(__ldcg(&owner) != (cta_number() | kGaveUp), "an allocation after the permit was given up");
+      EMULATION_CHECK((__ldcg(&owner) & ~kOfPair) != (cta_number() | kGaveUp),
+                      "an allocation after the permit was given up");
     }
-    __stcg(&g_sm_of_cta[cta_number() % kCtas], static_cast<uint32_t>(sm_number()));
+    __stcg(&sm_of_cta(cta_number()), static_cast<uint32_t>(sm_number()));
     const long long begin = clock64();
     while (first < 0) {
       with_lock(memory.raw(), [&] {
         first = columns_found(memory.raw(), columns);
         for (uint32_t slice = 0; first >= 0 && slice < columns / kSlice; ++slice) {
-          __stcg(&memory.raw().owners[first / kSlice + slice], cta_number());
+          __stcg(&memory.raw().owners[first / kSlice + slice], cta_number() | (kGroup == 2 ? kOfPair : 0));
         }
       });
       EMULATION_CHECK(clock64() - begin < kPatience, "an allocation waits for columns that nobody frees");
@@ -203,11 +220,13 @@ static __device__ __noinline__ void allocate(uint32_t destination, uint32_t colu
   __syncwarp();
 }
 
+template <int kGroup = 1>
 static __device__ __noinline__ void free(uint32_t address, uint32_t columns) {
   __syncwarp();
   const Memory memory;
   EMULATION_CHECK(address >> 16 == 0, "freed at another address than it was allocated");
   memory.check_columns(address, columns);
+  memory.check_group(address, kGroup);
   for (int warp = lane_id(); warp < kWarpsOfSm; warp += 32) {
     const WarpQueue& queue = g_queues[sm_number()][warp];
     EMULATION_CHECK(__ldcg(&queue.cta) != cta_number() || __ldcg(&queue.num_operations) == 0,
@@ -229,8 +248,8 @@ __device__ inline void relinquish() {
   if (lane_id() == 0) {
     with_lock(memory.raw(), [&] {
       for (uint32_t& owner : memory.raw().owners) {
-        if (__ldcg(&owner) == cta_number()) {
-          __stcg(&owner, cta_number() | kGaveUp);
+        if ((__ldcg(&owner) & ~kOfPair) == cta_number()) {
+          __stcg(&owner, __ldcg(&owner) | kGaveUp);
         }
       }
     });
@@ -340,14 +359,16 @@ class Product {
     check_matrix(b_);
     if (operation_.a_in_tmem) {
       EMULATION_CHECK(!instruction_.outer_a, "A in tensor memory cannot be transposed");
-      EMULATION_CHECK(ctas == 1 || m == 256, "A of 128 rows for two CTAs in tensor memory is not emulated");
+      EMULATION_CHECK(ctas == 1 || m == 256 || n % 64 == 0, "A in tensor memory with halves of less than 32 columns");
       EMULATION_CHECK(operation_.a >> 16 == static_cast<uint64_t>(d_lane_), "A and D must have the same lanes");
     } else {
       check_matrix(a_);
     }
     EMULATION_CHECK(d_lane_ == 0 || (m == 64 && d_lane_ == 16), "D begins at lane 0, or at 16 with M 64");
+    EMULATION_CHECK(ctas == 1 || cluster_rank() % 2 == 0, "the CTA of even rank issues for a pair");
     for (int cta = 0; cta < ctas; ++cta) {
       const Memory memory(cta != 0);
+      memory.check_group(d_column_, ctas);
       memory.check_columns(d_column_, m == 128 && ctas == 2 ? n / 2 : n);
       if (operation_.a_in_tmem) {
         memory.check_columns(operation_.a & 0xFFFF, 8);
@@ -379,7 +400,7 @@ class Product {
         }
 #pragma unroll
         for (int pair = 0; pair < kAtOnce / 2; ++pair) {
-          a[pair] = value_of_a(own, peer, m + 2 * pair + lane_id() / 16, lane_id() % 16);
+          a[pair] = value_of_a(own, peer, m + 2 * pair + lane_id() / 16, first, lane_id() % 16);
         }
 #pragma unroll
         for (int row = 0; row < kAtOnce; ++row) {
@@ -403,12 +424,12 @@ class Product {
                     "a matrix descriptor that the emulation does not know");
   }
 
-  __device__ float value_of_a(const Memory& own, const Memory& peer, int m, int k) const {
+  __device__ float value_of_a(const Memory& own, const Memory& peer, int m, int n, int k) const {
     float value;
     if (operation_.a_in_tmem) {
-      const Place place = place_of_result(operation_.ctas, instruction_.m, 0, m, 0);
-      const uint32_t pair =
-          (place.cta == 0 ? own : peer).read(d_lane_ + place.lane, static_cast<int>(operation_.a & 0xFFFF) + k / 2);
+      const Place place = place_of_a(operation_.ctas, instruction_.m, instruction_.n, m, n, k);
+      const uint32_t pair = (place.cta == 0 ? own : peer)
+                                .read(d_lane_ + place.lane, static_cast<int>(operation_.a & 0xFFFF) + place.column);
       const auto bits = static_cast<uint16_t>(k % 2 == 0 ? pair : pair >> 16);
       value = instruction_.a_format == 1 ? __bfloat162float(__ushort_as_bfloat16(bits))
                                          : __half2float(__ushort_as_half(bits));

@@ -89,6 +89,13 @@ constexpr Place place_of_result(int ctas, int m_total, int n_total, int m, int n
   return {m / 64, m % 64 + n / half * 64, n % half};
 }
 
+// A in tensor memory, for columns of the result from `n` on: lanes that hold these have the row, too.
+constexpr Place place_of_a(int ctas, int m_total, int n_total, int m, int n, int k) {
+  Place place = place_of_result(ctas, m_total, n_total, m, n);
+  place.column = k / 2;
+  return place;
+}
+
 // Shapes of tcgen05.ld and st: rows of lanes, and what register `r` of thread `t` of the warp is.
 // k16x32x2 has its two halves next to each other, as CuTe's wrappers do.
 enum class Shape { k32x32, k16x32x2, k16x64, k16x128, k16x256 };

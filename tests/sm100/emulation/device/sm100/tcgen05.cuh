@@ -15,13 +15,20 @@ __device__ __forceinline__ void keep_registers() {}
 template <int kRegisters>
 __device__ __forceinline__ void take_registers() {}
 
+template <int kCtas = 1>
 __device__ __forceinline__ void tmem_allocate(uint32_t destination, uint32_t columns) {
-  emulation::allocate(destination, columns);
+  emulation::allocate<kCtas>(destination, columns);
 }
 
-__device__ __forceinline__ void tmem_free(uint32_t address, uint32_t columns) { emulation::free(address, columns); }
+template <int kCtas = 1>
+__device__ __forceinline__ void tmem_free(uint32_t address, uint32_t columns) {
+  emulation::free<kCtas>(address, columns);
+}
 
-__device__ __forceinline__ void tmem_relinquish() { emulation::relinquish(); }
+template <int kCtas = 1>
+__device__ __forceinline__ void tmem_relinquish() {
+  emulation::relinquish();
+}
 
 // Lazy: registers are garbage until they are waited for.
 template <int kRegisters>
@@ -46,6 +53,19 @@ __device__ __forceinline__ void tmem_store_16x256(uint32_t address, const float 
   }(std::make_integer_sequence<int, kRegisters>());
 }
 
+__device__ __forceinline__ void tmem_load_32x32(uint32_t address, float (&registers)[32]) {
+  [&]<int... kIndex>(std::integer_sequence<int, kIndex...>) {
+    emulation::load<emulation::Shape::k32x32>(address, reinterpret_cast<uint32_t&>(registers[kIndex])...);
+  }(std::make_integer_sequence<int, 32>());
+  tmem_scramble(registers);
+}
+
+__device__ __forceinline__ void tmem_store_32x32(uint32_t address, const float (&registers)[32]) {
+  [&]<int... kIndex>(std::integer_sequence<int, kIndex...>) {
+    emulation::store<emulation::Shape::k32x32>(address, reinterpret_cast<const uint32_t&>(registers[kIndex])...);
+  }(std::make_integer_sequence<int, 32>());
+}
+
 template <int kRegisters>
 __device__ __forceinline__ void tmem_wait_load(float (&registers)[kRegisters]) {
   __syncwarp();
@@ -57,14 +77,18 @@ __device__ __forceinline__ void tmem_wait_store() { emulation::wait_store(); }
 __device__ __forceinline__ void tcgen05_fence_before() { __threadfence(); }
 __device__ __forceinline__ void tcgen05_fence_after() { __threadfence(); }
 
+template <int kCtas = 1>
 __device__ __forceinline__ void umma_ss(uint32_t d, uint64_t a, uint64_t b, uint32_t instruction, bool accumulate) {
-  emulation::multiply({a, b, d, instruction, false, accumulate, 1});
+  emulation::multiply({a, b, d, instruction, false, accumulate, kCtas});
 }
 
+template <int kCtas = 1>
 __device__ __forceinline__ void umma_ts(uint32_t d, uint32_t a, uint64_t b, uint32_t instruction, bool accumulate) {
-  emulation::multiply({a, b, d, instruction, true, accumulate, 1});
+  emulation::multiply({a, b, d, instruction, true, accumulate, kCtas});
 }
 
 __device__ __forceinline__ void umma_commit(uint32_t barrier) { emulation::commit(barrier); }
+
+__device__ __forceinline__ void umma_commit_pair(uint32_t barrier) { emulation::commit(barrier, 3); }
 
 }  // namespace flash_mla::inline device

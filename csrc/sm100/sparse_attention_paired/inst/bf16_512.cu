@@ -1,0 +1,14 @@
+#include "sm100/sparse_attention_paired/launch.cuh"
+#include "sm100/sparse_attention_paired/launch.h"
+
+namespace flash_mla::sm100::sparse_attention_paired {
+
+void launch_bf16_512(const SparseAttentionParams& params, void* stream) {
+  launch<KVFormat::kBf16, KVFormat::kNone, 512>("sm100_sparse_paired_bf16_512", params, stream);
+}
+
+void launch_dense_bf16_512(const DenseDecodeParams& params, void* stream) {
+  launch_dense<__nv_bfloat16, 512>("sm100_dense_decode_paired_bf16_512", params, stream);
+}
+
+}  // namespace flash_mla::sm100::sparse_attention_paired
