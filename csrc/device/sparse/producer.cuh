@@ -10,7 +10,7 @@ namespace flash_mla::inline device {
 template <class C, class Storage>
 class ProducerWarp : FetchedRows<C, Storage> {
   using Base = FetchedRows<C, Storage>;
-  using Base::ahead_, Base::lane_, Base::next_row_in_page_, Base::phases_, Base::raw_rope_, Base::row_,
+  using Base::ahead_, Base::lane_, Base::next_row_in_page_, Base::params_, Base::phases_, Base::raw_rope_, Base::row_,
       Base::row_in_page_, Base::scales_, Base::storage_, Base::warp_;
   using Base::kLanes, Base::kPaired, Base::kPasses, Base::kRopeQuantised, Base::kTwoFormats, Base::kUnits,
       Base::kWarpKeys;
