@@ -22,8 +22,8 @@ constexpr int kThreads = kWarps * 32;
 constexpr int kStripBlocks = 4;                              // of 8 columns
 constexpr int kGroupStrips = kPartialBlocks / kStripBlocks;  // strips of a group of 16 rows
 constexpr int kCtasPerSm = 2;
-constexpr int kUnroll = 4;  // partial results in flight per warp
-constexpr int kEarlyBatches = 3;
+constexpr int kUnroll = 4;         // partial results in flight per warp
+constexpr int kEarlyBatches = 3;   // of these, that a CTA which waits reads sooner than one that starts late
 constexpr int kListed = kThreads;  // candidates per round of listing
 
 // The batch-invariant mode sums in an order that depends on the request alone.
