@@ -44,7 +44,7 @@ SLOW_VALUES_OF_PEER: Change = (
     PAIRED_ROW_PRODUCER,
     "mbarrier_wait(shared_address(&storage_.values_empty[slot]), parity);",
     "mbarrier_wait(shared_address(&storage_.values_empty[slot]), parity);\n"
-    "    __nanosleep(this->rank() == 1 ? 500'000 : 0);",
+    "    for (int i = 0; i < 5; ++i) { __nanosleep(this->rank() == 1 ? 1'000'000 : 0); }",
 )
 
 # Of sparse attention.
