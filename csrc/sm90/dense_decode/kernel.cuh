@@ -56,9 +56,9 @@ __global__ void __launch_bounds__(384, 1)
   if (warpgroup == 2) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(C::kProducerRegisters));
     const int warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0), lane = threadIdx.x % 32;
-    // Where CTAs share their keys, products are the limit, and a load must not wait for the other slot's release. Where
-    // they do not, memory is, and the tile that is needed first should have all of it.
-    const bool thread_per_slot = params.num_row_tiles > 1;
+    // Where many CTAs share their keys, products are the limit, and a load must not wait for the other slot's release.
+    // Where they do not, memory is, and the tile that is needed first should have all of it.
+    const bool thread_per_slot = params.num_row_tiles > 2;
     if (warp == kTmaWarp || (warp == kSecondTmaWarp && thread_per_slot)) {
       if (params.box_rows > 0 && elect_one()) {
         const Place place = wait_in_place(params);
