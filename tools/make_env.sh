@@ -26,6 +26,6 @@ pip=("$venv/bin/python" -m pip install --quiet)
 "${pip[@]}" "setuptools>=77" ninja numpy # numpy: torch warns without it
 # CUTLASS's headers alone: the package's dependencies serve its Python tools, which are not used.
 if [ -z "${FLASH_MLA_CUTLASS:-}" ] && [ ! -d "$venv/share/cutlass_library" ]; then
-  cutlass=$("$venv/bin/python" -c 'import sys; sys.path.insert(0, "tools"); import build_native as b; print(b.CUTLASS_REQUIREMENT)')
+  cutlass=$(PYTHONPATH=$(dirname "$0") "$venv/bin/python" -c 'import build_native as b; print(b.CUTLASS_REQUIREMENT)')
   "${pip[@]}" --no-deps --target "$venv/share" "$cutlass"
 fi
