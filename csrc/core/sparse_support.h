@@ -68,4 +68,13 @@ inline const char* why_not_few_rows(const SparseAttentionProblem& problem) {
   return problem.from_table ? "s_q * h_q must be at most 32" : "h_q must be at most 32";
 }
 
+// Null where more query rows share a list than a row tile has: what pairs of CTAs are for.
+inline const char* why_not_many_rows(const SparseAttentionProblem& problem) {
+  static_assert(kRowTile == 64);
+  if (unit_rows(problem) > kRowTile) {
+    return nullptr;
+  }
+  return problem.from_table ? "s_q * h_q must be more than 64" : "h_q must be more than 64";
+}
+
 }  // namespace flash_mla

@@ -95,11 +95,8 @@ const char* why_not_few_heads(const SparseAttentionProblem& problem) {
 
 template <KVFormat kFormat, int kHeadDim, KVFormat kExtra = kFormat>
 const char* why_not_paired(const SparseAttentionProblem& problem) {
-  static_assert(kRowTile == 64);
-  if (unit_rows(problem) <= kRowTile) {
-    return problem.from_table ? "s_q * h_q must be more than 64" : "h_q must be more than 64";
-  }
-  return why_not_sparse_attention<kFormat, kHeadDim, kExtra>(problem);
+  const char* reason = why_not_many_rows(problem);
+  return reason ? reason : why_not_sparse_attention<kFormat, kHeadDim, kExtra>(problem);
 }
 
 constexpr Kernel<SparseAttentionProblem, SparseAttentionParams> kSparseAttention[] = {
