@@ -96,9 +96,9 @@ class SparseCall(DecodeCall):
         b, s_q, h_q, _ = self.q.shape
         extra = (None, None)
         if self.extra_k_cache is not None:
-            extra = (self.extra_k_cache.shape[1], self.extra_indices.shape[2])
+            extra = (self.extra_k_cache.size(1), self.extra_indices.size(2))
         is_fp8 = self.kv_format is not KVFormat.BF16
-        page, topk = self.k_cache.shape[1], self.indices.shape[2]
+        page, topk = self.k_cache.size(1), self.indices.size(2)
         return FlashMLASchedMeta.Config(b, s_q, h_q, page, 1, False, is_fp8, topk, *extra)
 
     def plan(self, operators: backends.Operators) -> tuple[Tensor, Tensor]:

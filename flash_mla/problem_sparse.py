@@ -173,6 +173,8 @@ def formats_of_call(
 def check_extra_arguments(extra_k_cache: Any, extra_indices_in_kvcache: Any, extra_topk_length: Any) -> None:
     """Check that the arguments of a second cache come together."""
     if extra_k_cache is None:
+        if extra_indices_in_kvcache is None and extra_topk_length is None:
+            return
         dependents = {"extra_indices_in_kvcache": extra_indices_in_kvcache, "extra_topk_length": extra_topk_length}
         for name, value in dependents.items():
             if value is not None:
@@ -189,9 +191,9 @@ def check_sparse_call(k_cache: Any, *, causal: Any, is_fp8_kvcache: Any, descale
         raise ValueError(wanted("causal", "False with indices (the indices are the mask)", causal))
     if is_fp8_kvcache and isinstance(k_cache, Tensor) and k_cache.dtype == torch.bfloat16:
         raise ValueError(wanted("is_fp8_kvcache", f"False, since k_cache is {k_cache.dtype}", True))
-    for name, value in {"descale_q": descale_q, "descale_k": descale_k}.items():
-        if value is not None:
-            raise ValueError(wanted(name, "None with indices (the formats hold their scales)", type(value).__name__))
+    if descale_q is not None or descale_k is not None:
+        name, value = ("descale_k", descale_k) if descale_q is None else ("descale_q", descale_q)
+        raise ValueError(wanted(name, "None with indices (the formats hold their scales)", type(value).__name__))
 
 
 # ---- The operators.

@@ -869,11 +869,20 @@ def test_many_requests_give_the_same_bits_again_and_again(cuda: Target, kv_forma
 @pytest.mark.parametrize("lengths", ["none", "request", "token"])
 @pytest.mark.parametrize(
     ("b", "s_q", "topk", "extra_topk"),
-    [(1, 1, 2048, 0), (1, 3, 64, 1), (2, 2, 128, 512), (2, 2, 70, 1024), (3, 1, 1000, 0), (8, 2, 128, 512)],
+    [
+        (1, 1, 2048, 0),
+        (1, 3, 64, 1),
+        (2, 2, 128, 512),
+        (2, 2, 70, 1024),
+        (3, 1, 1000, 0),
+        (8, 2, 128, 512),
+        (45, 1, 600, 0),
+        (130, 2, 190, 60),
+    ],
 )
-@pytest.mark.parametrize("h_q", [40, 64, 100, 128])
+@pytest.mark.parametrize("h_q", [12, 20, 64, 100, 128])
 @pytest.mark.parametrize("kv_format", [KVFormat.V32, KVFormat.MODEL1, KVFormat.V41])
-def test_few_requests(
+def test_lists_cut_without_a_plan(
     cuda: Target,
     kv_format: KVFormat,
     h_q: int,
@@ -883,7 +892,7 @@ def test_few_requests(
     extra_topk: int,
     lengths: Literal["none", "request", "token"],
 ) -> None:
-    """Lists in many pieces, which are cut without a plan where that serves them better."""
+    """Lists in pieces, or whole in several waves, without a plan where that serves them better."""
     inputs = make_sparse_decode_inputs(
         b,
         s_q,

@@ -116,7 +116,7 @@ __device__ int request_blocks(const SparseAttentionParams& params, int request) 
 
 // Fixed cuts that depend on the call, not on the request alone.
 __host__ __device__ bool is_few(const DenseDecodeParams&) { return false; }
-__host__ __device__ bool is_few(const SparseAttentionParams& params) { return params.few_requests; }
+__host__ __device__ bool is_few(const SparseAttentionParams& params) { return params.cut_evenly; }
 
 __device__ int cuts_of_few(const DenseDecodeParams&, int) { return 1; }
 __device__ int cuts_of_few(const SparseAttentionParams& params, int blocks) {

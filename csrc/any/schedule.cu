@@ -17,8 +17,6 @@ namespace {
 
 constexpr int kThreads = kMaxPlannedParts;
 constexpr int kWarps = kThreads / 32;
-constexpr int kPieceOverhead = 3;    // in blocks
-constexpr int kCombineOverhead = 3;  // in blocks: what joining split requests costs the whole call
 constexpr int kMaxTolerance = 4;
 
 // In blocks; where pieces are longer than this, one that is a block longer than another does not matter.

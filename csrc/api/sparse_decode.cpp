@@ -140,26 +140,35 @@ int64_t prepare_fixed_cuts(SparseAttentionParams& params, int device, std::optio
 // The most blocks of a list that an even cut multiplies.
 constexpr int kMostEvenBlocks = 1 << 16;
 
-// A call of few requests needs no plan where all lists are of one length, or so short that a piece has two blocks at
-// the most. Each is cut into as many pieces as make a wave of CTAs; into pieces of one block only where these leave
-// half of the SMs idle, since on those the combine kernel waits. False: a plan serves the call better.
+// Where all lists are of one length the host knows as much as a plan's kernel: each is cut into as many pieces as make
+// a wave of CTAs, or left whole where there are so many, unless waves that are not full would cost more than a plan
+// that cuts anywhere. Lists of various lengths are cut so where they are few, and so short that a piece has two blocks
+// at the most. Pieces of one block only where these leave half of the SMs idle, since on those the combine kernel
+// waits. False: a plan serves the call better.
 bool choose_even_cuts(SparseAttentionParams& params) {
-  constexpr int64_t kFewestCuts = 4;
+  constexpr int64_t kFewestCuts = 4, kMostTiles = 1 << 24;
   const int64_t tiles = static_cast<int64_t>(params.b) * params.s_q * params.unit_tiles, most = params.num_sms / tiles;
   const int blocks = unit_blocks(params.keys[0].topk, params.keys[1].topk);
-  if (most < kFewestCuts || blocks > kMostEvenBlocks) {
+  if (tiles > kMostTiles || blocks > kMostEvenBlocks) {
     return false;
   }
   params.min_cut_blocks = 2 * tiles * blocks <= params.num_sms ? 1 : 2;
-  params.max_cuts = even_cuts(blocks, static_cast<int>(most), params.min_cut_blocks);
-  const bool varied = params.keys[0].lengths != nullptr || params.keys[1].lengths != nullptr;
-  return !varied || ceil_div(blocks, params.max_cuts) <= 2;
+  params.max_cuts = even_cuts(blocks, static_cast<int>(std::max<int64_t>(most, 1)), params.min_cut_blocks);
+  const int longest = ceil_div(blocks, params.max_cuts);
+  if (params.keys[0].lengths != nullptr || params.keys[1].lengths != nullptr) {
+    return most >= kFewestCuts && longest <= 2;
+  }
+  const int64_t waves = ceil_div<int64_t>(tiles * params.max_cuts, params.num_sms);
+  const int64_t even = waves * (longest + kPieceOverhead) + (params.max_cuts > 1 ? kCombineOverhead : 0);
+  const int64_t planned =
+      ceil_div<int64_t>(tiles * (blocks + kPieceOverhead), params.num_sms) + kPieceOverhead + kCombineOverhead;
+  return most >= kFewestCuts || even <= planned;
 }
 
 // Each token is a request of its own.
-void launch_few(const SparseKernel& kernel, SparseAttentionParams& params, int device, void* stream) {
+void launch_evenly_cut(const SparseKernel& kernel, SparseAttentionParams& params, int device, void* stream) {
   const int tokens = params.b * params.s_q;
-  params.few_requests = true;
+  params.cut_evenly = true;
   params.tokens_per_batch = params.s_q;
   params.num_requests_total = tokens;
   params.num_units = params.partial_units = 1;
@@ -268,7 +277,7 @@ struct SparseCall {
     if (common.batch_invariant) {
       launch_by_token(kernel, params, q.device, stream);
     } else if (kernel.starts_early && common.has_schedule() && choose_even_cuts(params)) {
-      launch_few(kernel, params, q.device, stream);
+      launch_evenly_cut(kernel, params, q.device, stream);
     } else {
       launch_scheduled(kernel, params, common.schedule, common.num_splits,
                        static_cast<int64_t>(params.num_units) * params.unit_tiles, q.device, stream);

@@ -15,7 +15,7 @@ struct Kernel {
   // Null when the kernel takes the problem, else the reason in words.
   const char* (*why_not)(const Problem&);
   void (*launch)(const Params&, void* stream);
-  // Starts on calls of few requests, which no plan cuts, before the kernels before it have ended.
+  // Starts on calls that no plan cuts before the kernels before it have ended.
   bool starts_early = false;
 };
 

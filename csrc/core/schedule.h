@@ -22,6 +22,10 @@ struct ScheduleRow {
 };
 static_assert(sizeof(ScheduleRow) == 32);
 
+// What a piece's set-up and epilogue cost, in blocks, and joining split requests the whole call.
+constexpr int kPieceOverhead = 3;
+constexpr int kCombineOverhead = 3;
+
 // A part holds at most two requests that it shares with other parts: its first and its last.
 constexpr int kPartialsPerPart = 2;
 
@@ -43,7 +47,7 @@ constexpr int fixed_cut_blocks(int num_blocks, int max_cuts) {
   return even > kMinCutBlocks ? even : kMinCutBlocks;
 }
 
-// A call of few requests is cut without a plan: each list into so many pieces, as even as whole blocks make them.
+// A call whose lists are cut evenly needs no plan: each has so many pieces, as even as whole blocks make them.
 constexpr int even_cuts(int num_blocks, int max_cuts, int min_blocks) {
   const int useful = ceil_div(num_blocks, min_blocks);
   return useful < max_cuts ? useful : max_cuts;

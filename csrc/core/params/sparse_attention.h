@@ -75,8 +75,8 @@ struct SparseAttentionParams {
   int max_cuts;       // fixed cuts: pieces per request at the most
   int first_request;  // fixed cuts: the launch serves requests from here on
   int num_requests;   // fixed cuts: and so many of them
-  // Fixed cuts of a call of few requests, which depend on the call: even_cuts(blocks, max_cuts, min_cut_blocks).
-  bool few_requests;
+  // Fixed cuts that depend on the call: even_cuts(blocks, max_cuts, min_cut_blocks) pieces of each list.
+  bool cut_evenly;
   int min_cut_blocks;
   float scale_log2;  // softmax_scale * log2(e)
   bool from_table;

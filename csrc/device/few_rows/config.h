@@ -23,6 +23,7 @@ struct FewRowsConfig {
   static constexpr bool kRopeBehindValues = kHeadDim > kHeadDimV;
   static constexpr bool kRopeInValues = kFormat == KVFormat::kModel1;
 
+  static constexpr int kRanks = 1;  // CTAs that share a tile
   static constexpr int kRows = kRows_;
   static constexpr int kKeys = kScheduleBlock;
   static constexpr int kSlices = kHeadDim / kSliceColumns;

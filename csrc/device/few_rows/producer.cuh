@@ -73,6 +73,7 @@ class ConvertingWarp : KeyLists<C, Storage> {
       : Base(params, storage, storage.walks[warp], warp, lane) {}
 
   __device__ __forceinline__ void run() {
+    this->wait_if_early();
     // In the first two rounds there is nothing to convert: the indices, then the bytes of the first tile are sent for.
     Entry entry{0};
     uint32_t valid = 0;
@@ -214,6 +215,7 @@ class CopyingWarp : KeyLists<C, Storage> {
       : Base(params, storage, storage.walks[warp], warp, lane) {}
 
   __device__ __forceinline__ void run() {
+    this->wait_if_early();
     this->copy_tiles([this](const Entry& entry, const unsigned char* row) { copy_tile(entry.slot(), row); });
   }
 

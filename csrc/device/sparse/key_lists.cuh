@@ -83,6 +83,16 @@ class KeyLists {
     __syncwarp();
   }
 
+  // Kernels whose roles wait for the kernels before by themselves.
+  __device__ __forceinline__ void wait_if_early() {
+    if constexpr (requires { C::kStartsEarly; }) {
+      if (params_.cut_evenly) {
+        find_piece_early();
+      }
+      wait_for_dependencies();
+    }
+  }
+
   // Of the CTAs that share an item.
   __device__ __forceinline__ int rank() const {
     if constexpr (kItemTiles == 2) {

@@ -83,8 +83,8 @@ struct Entry {
   __device__ __forceinline__ int piece() const { return bits >> kPieceShift & 3; }
 };
 
-// Asks L2 for the lists and Q of what a CTA has of a call of few requests: where they are is known before the kernels
-// before this one have ended. What these still write goes through L2 as well.
+// Asks L2 for the lists and Q of a CTA's first piece, where lists are cut evenly: where they are is known before the
+// kernels before this one have ended. What these still write goes through L2 as well.
 template <class C>
 __device__ __forceinline__ void prefetch_inputs(const SparseAttentionParams& params) {
   constexpr int kLineBytes = 128, kRowLines = C::kHeadDim * 2 / kLineBytes;
@@ -150,7 +150,7 @@ __device__ __forceinline__ bool next_piece(const SparseAttentionParams& params, 
     const int blocks0 = max(ceil_div(length0, kScheduleBlock), 1);
     const int blocks = blocks0 + ceil_div(length1, kScheduleBlock);
     int begin, end, partial;
-    if (params.few_requests) {
+    if (params.cut_evenly) {
       const int cuts = even_cuts(blocks, params.max_cuts, params.min_cut_blocks), cut = part % params.max_cuts;
       if (cut >= cuts) {
         continue;

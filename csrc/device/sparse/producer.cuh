@@ -21,7 +21,7 @@ class ProducerWarp : FetchedRows<C, Storage> {
 
   // Waits for the kernels before this one.
   __device__ __forceinline__ void run() {
-    const bool early = kStartsEarly && params_.few_requests;
+    const bool early = kStartsEarly && params_.cut_evenly;
     if (early) {
       this->find_piece_early();
     }

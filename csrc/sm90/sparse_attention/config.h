@@ -16,7 +16,7 @@ struct Config {
   static constexpr bool kRopeInValues = kFormat == KVFormat::kModel1;
   static constexpr bool kHasRope = kRopeBehindValues || kRopeInValues;
 
-  static constexpr bool kStartsEarly = true;  // before the kernels before it have ended, in calls of few requests
+  static constexpr bool kStartsEarly = true;  // before the kernels before it have ended, where lists are cut evenly
   static constexpr int kRanks = 1;
   static constexpr int kRows = kRowTile;
   static constexpr int kKeys = kScheduleBlock;

@@ -8,6 +8,7 @@ namespace flash_mla::sm90::sparse_attention_few_heads {
 
 template <KVFormat kFormat, KVFormat kExtraFormat, int kHeadDim, int kRows>
 struct Config : FewRowsConfig<kFormat, kExtraFormat, kHeadDim, kRows, 8> {
+  static constexpr bool kStartsEarly = true;  // before the kernels before it have ended, where lists are cut evenly
   static constexpr int kThreads = Config::kMathThreads + Config::kProducerThreads;
   // Registers per thread after the roles part: 128 * 232 + 256 * 96 <= 64 K.
   static constexpr int kMathRegisters = 232;

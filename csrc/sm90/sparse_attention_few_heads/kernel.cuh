@@ -27,11 +27,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     init_barriers(storage);
   }
   __syncthreads();
-  // Nothing that this kernel reads may still be written by the kernels before it in the stream, the schedule included.
-  wait_for_dependencies();
-  // Not before the wait: the combine kernel reads the schedule as soon as it starts.
-  launch_dependents();
-
+  // Nothing that this kernel reads may still be written by the kernels before it in the stream, the schedule included:
+  // each role waits for them.
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
   if (warpgroup > 0) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(C::kProducerRegisters));
@@ -39,6 +36,12 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     FewRowsProducerWarp<C, Storage<C>>(params, storage, warp, lane).run();
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C::kMathRegisters));
+    if (params.cut_evenly) {
+      prefetch_inputs<C>(params);
+    }
+    wait_for_dependencies();
+    // Not before the wait: the combine kernel reads schedule and lengths as soon as it starts.
+    launch_dependents();
     MathWarpgroup<C>(params, storage).run();
   }
 #endif

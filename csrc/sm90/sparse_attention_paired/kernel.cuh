@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     ProducerWarp<C, Storage<C>>(params, storage, warp, lane).run();
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C::kMathRegisters));
-    if (params.few_requests) {
+    if (params.cut_evenly) {
       prefetch_inputs<C>(params);
     }
     wait_for_dependencies();
