@@ -181,10 +181,10 @@ def test_the_adapter_knows_halves_that_lie_next_to_each_other(distance: int) -> 
 # ---- Our kernels. All other tests of the op run on them too: tests/sm100/README.md says how.
 
 
-def results_of(library: Path, file: Path, script: str = "results.py") -> tuple[int, str]:
+def results_of(library: Path, file: Path, script: str = "results.py", *arguments: str) -> tuple[int, str]:
     """Runs a script of tests/sm100 on a library; a kernel that never ends fails too."""
     environment = {**os.environ, "FLASH_MLA_LIBRARY": str(on_hopper(library)), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, SM100 / script, file]
+    command = [sys.executable, SM100 / script, file, *arguments]
     try:
         answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
     except subprocess.TimeoutExpired:
@@ -205,17 +205,24 @@ def test_both_schedules_give_the_same_bits(script: str, tmp_path: Path) -> None:
             assert torch.equal(bits(one), bits(other))
 
 
+def results_of_mutant(name: str, file: Path) -> tuple[int, str]:
+    """Of the calls that the mutated kernel serves."""
+    source = Path(sm100_mutations.mutated_kernel(name))
+    kernel = f"{source.parts[-3]}/{source.stem}"
+    return results_of(BUILT / "mutants" / name / build_native.LIBRARY, file, "results.py", kernel)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", sm100_mutations.MISTAKES)
 def test_mistakes_in_the_kernel_are_found(name: str, tmp_path: Path) -> None:
-    code, _ = results_of(BUILT / "mutants" / name / build_native.LIBRARY, tmp_path / name)
+    code, _ = results_of_mutant(name, tmp_path / name)
     assert code != 0
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", sm100_mutations.HARMLESS)
 def test_harmless_changes_of_the_kernel_pass(name: str, tmp_path: Path) -> None:
-    code, text = results_of(BUILT / "mutants" / name / build_native.LIBRARY, tmp_path / name)
+    code, text = results_of_mutant(name, tmp_path / name)
     assert code == 0, text
 
 
