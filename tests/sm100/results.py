@@ -52,6 +52,9 @@ PAGED: list[dict[str, Any]] = [
     {"h_q": 46, "s_q": 3, "page": 3, "causal": True, "spread": 20.0},
 ]
 LENGTHS = [0, 1, 700, 130]
+# Query rows, of as many requests that a CTA has several lists of several tiles.
+MANY_ROWS = (16, 40, 100)
+MANY_LENGTHS = [700, 65] * 20
 ROWS = ((576, torch.bfloat16), (512, torch.bfloat16), (576, torch.float16), (512, torch.float16))
 
 
@@ -94,7 +97,7 @@ def calls() -> Iterator[Call]:
     for h_q in (128, 64, 16):
         yield decode(h_q, "v41_fp4", make_sparse_decode_inputs, 2, 1, **selected, **both, h_q=h_q)
     for keys, known in formats:
-        for h_q in (66, 128, 20):
+        for h_q in (66, 128, 20, 40):
             options = {**selected, **known, "h_q": h_q, "topk": 150, "sink": True}
             yield prefill(h_q, keys, make_sparse_prefill_inputs, 5, **options)
     for case in PAGED:
@@ -108,6 +111,15 @@ def calls() -> Iterator[Call]:
             keys = f"{'bf16' if dtype == torch.bfloat16 else 'fp16'}_{d_qk}"
             options = {"d_qk": d_qk, "dtype": dtype, "h_kv": 2, **case}
             yield decode(rows // 2, keys, make_dense_decode_inputs, LENGTHS, **options)
+    for rows in MANY_ROWS:
+        case = {"h_q": rows, "sink": True, "spread": 20.0}
+        for keys, known in [*formats, ("v41_fp4", both)]:
+            options = {"extra_topk": 130, **selected, **known, **case, "topk": 700}
+            yield decode(rows, keys, make_sparse_decode_inputs, 20, 2, **options)
+        for d_qk in (576, 512):
+            yield decode(rows, f"e4m3_{d_qk}", make_dense_fp8_inputs, MANY_LENGTHS, None, d_qk=d_qk, page=64, **case)
+            options = {"d_qk": d_qk, "dtype": torch.float16, "page": 64, **case}
+            yield decode(rows, f"fp16_{d_qk}", make_dense_decode_inputs, MANY_LENGTHS, **options)
 
 
 def main(path: str, kernel: str | None = None) -> None:
