@@ -437,6 +437,7 @@ def test_a_graph_is_right_for_other_lengths(gpu: Target, plan_inside: bool) -> N
 @pytest.mark.gpu
 @pytest.mark.parametrize("b", [11_673, 11_674, 200_000])
 def test_huge_batches(gpu: Target, b: int) -> None:
+    b = min(b, 20_000) if gpu.emulated else b
     generator = torch.Generator("cuda").manual_seed(0)
     inputs = make_dense_decode_inputs([64 * 100], h_q=1, device="cuda")
     pages = inputs.block_table[0, :100]
@@ -489,6 +490,8 @@ def scratch_bytes(call: object) -> int:
 )
 def test_memory_is_bounded(gpu: Target, b: int, s_q: int, h_q: int) -> None:
     lengths = [700] * b if b < 1000 else [70] * b
+    if gpu.emulated:  # still more row tiles than SMs
+        b, s_q, lengths = min(b, 300), min(s_q, 65), lengths[:300]
     inputs = make_dense_decode_inputs(lengths, s_q=s_q, h_q=h_q, device="cuda", causal=True)
     out = torch.empty((b, s_q, h_q, 512), dtype=torch.bfloat16, device="cuda")
     lse = torch.empty((b, h_q, s_q), device="cuda")

@@ -238,7 +238,7 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_calls(backend: Target, case: str) -> None:
     changes, error, text = WRONG[case]
-    inputs = make_dense_fp8_inputs([65, 0], None, h_q=4, h_kv=2, device=backend.device)
+    inputs = make_dense_fp8_inputs([65, 0], None, h_q=4, h_kv=2 if case == "q heads" else 1, device=backend.device)
     call = {**inputs.call(), "tile_scheduler_metadata": FlashMLASchedMeta()}
     spoiled = {name: change(call.get(name)) for name, change in changes.items()}
     with pytest.raises(error, match=text):

@@ -181,12 +181,14 @@ def test_the_adapter_knows_halves_that_lie_next_to_each_other(distance: int) -> 
 # ---- Our kernels. All other tests of the op run on them too: tests/sm100/README.md says how.
 
 
-def results_of(library: Path, file: Path, script: str = "results.py") -> tuple[int, str]:
+def results_of(
+    library: Path, file: Path, script: str = "results.py", *arguments: str, seconds: float = 60
+) -> tuple[int, str]:
     """Runs a script of tests/sm100 on a library; a kernel that never ends fails too."""
     environment = {**os.environ, "FLASH_MLA_LIBRARY": str(on_hopper(library)), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, SM100 / script, file]
+    command = [sys.executable, SM100 / script, file, *arguments]
     try:
-        answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+        answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=seconds)
     except subprocess.TimeoutExpired:
         return 1, "does not end"
     return answer.returncode, answer.stdout + answer.stderr
@@ -197,7 +199,7 @@ def results_of(library: Path, file: Path, script: str = "results.py") -> tuple[i
 def test_both_schedules_give_the_same_bits(script: str, tmp_path: Path) -> None:
     results = []
     for schedule in ("eager", "lazy"):
-        code, text = results_of(BUILT / schedule / build_native.LIBRARY, tmp_path / schedule, script)
+        code, text = results_of(BUILT / schedule / build_native.LIBRARY, tmp_path / schedule, script, seconds=180)
         assert code == 0, text
         results.append(torch.load(tmp_path / schedule))
     for tensors in zip(*results, strict=True):
@@ -205,17 +207,24 @@ def test_both_schedules_give_the_same_bits(script: str, tmp_path: Path) -> None:
             assert torch.equal(bits(one), bits(other))
 
 
+def results_of_mutant(name: str, file: Path) -> tuple[int, str]:
+    """Of the calls that the mutated kernel serves."""
+    source = Path(sm100_mutations.mutated_kernel(name))
+    kernel = f"{source.parts[-3]}/{source.stem}"
+    return results_of(BUILT / "mutants" / name / build_native.LIBRARY, file, "results.py", kernel)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", sm100_mutations.MISTAKES)
 def test_mistakes_in_the_kernel_are_found(name: str, tmp_path: Path) -> None:
-    code, _ = results_of(BUILT / "mutants" / name / build_native.LIBRARY, tmp_path / name)
+    code, _ = results_of_mutant(name, tmp_path / name)
     assert code != 0
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", sm100_mutations.HARMLESS)
 def test_harmless_changes_of_the_kernel_pass(name: str, tmp_path: Path) -> None:
-    code, text = results_of(BUILT / "mutants" / name / build_native.LIBRARY, tmp_path / name)
+    code, text = results_of_mutant(name, tmp_path / name)
     assert code == 0, text
 
 
@@ -227,6 +236,7 @@ def test_the_text_of_mutations_is_there(name: str) -> None:
         assert sm100_mutations.mutated(text, file, changes) != text
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", sm100_mutations.GRADIENT_MISTAKES)
 def test_mistakes_in_gradients_are_found(name: str, tmp_path: Path) -> None:
     code, _ = results_of(BUILT / "mutants" / name / build_native.LIBRARY, tmp_path / name, "gradients.py")

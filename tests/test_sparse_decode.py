@@ -856,12 +856,13 @@ def test_an_empty_batch(backend: Target) -> None:
 def test_many_requests_give_the_same_bits_again_and_again(cuda: Target, kv_format: KVFormat, h_q: int) -> None:
     """All multiprocessors at work, several lists each: an error of hand-overs within a kernel shows as other bits."""
     options: dict[str, int] = {"num_blocks": 64} if kv_format is not KVFormat.BF16 else {}
+    requests, times = (40, 3) if cuda.emulated else (150, 30)
     inputs = make_sparse_decode_inputs(
-        150, h_q=h_q, topk=700, kv_format=kv_format, lengths="token", spread=3.0, device=cuda.device, **options
+        requests, h_q=h_q, topk=700, kv_format=kv_format, lengths="token", spread=3.0, device=cuda.device, **options
     )
     check_decode(inputs)
     wanted = run_decode(inputs)
-    for _ in range(30):
+    for _ in range(times):
         assert_same_bits(run_decode(inputs), wanted)
 
 
@@ -908,7 +909,7 @@ def test_lists_cut_without_a_plan(
     )
     wanted = run_decode(inputs)
     check_decode(inputs, result=wanted)
-    for _ in range(5):
+    for _ in range(1 if cuda.emulated else 5):
         assert_same_bits(run_decode(inputs), wanted)
 
 

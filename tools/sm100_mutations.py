@@ -38,13 +38,15 @@ SLOW_PEER: Change = (
     PAIRED_ROW_PRODUCER,
     "mbarrier_wait(shared_address(&storage_.scores_full[slot]), parity);",
     "mbarrier_wait(shared_address(&storage_.scores_full[slot]), parity);\n"
-    "    __nanosleep(this->rank() == 1 ? 100'000 : 0);",
+    "    for (int i = 0; i < 10; ++i) { __nanosleep(this->rank() == 1 ? 1'000'000 : 0); }",
 )
+# A wait for the keys of the next tile is one for these values too, so only the last tile of a list shows the mistake:
+# where its values come later than its scores and probabilities.
 SLOW_VALUES_OF_PEER: Change = (
     PAIRED_ROW_PRODUCER,
     "mbarrier_wait(shared_address(&storage_.values_empty[slot]), parity);",
     "mbarrier_wait(shared_address(&storage_.values_empty[slot]), parity);\n"
-    "    for (int i = 0; i < 5; ++i) { __nanosleep(this->rank() == 1 ? 1'000'000 : 0); }",
+    "    for (int i = 0; i < 60; ++i) { __nanosleep(this->rank() == 1 ? 1'000'000 : 0); }",
 )
 
 # Of sparse attention.
