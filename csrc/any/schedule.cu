@@ -19,7 +19,6 @@ constexpr int kThreads = kMaxPlannedParts;
 constexpr int kWarps = kThreads / 32;
 constexpr int kPieceOverhead = 3;    // in blocks
 constexpr int kCombineOverhead = 3;  // in blocks: what joining split requests costs the whole call
-constexpr int kMaxTolerance = 4;
 
 // In blocks; where pieces are longer than this, one that is a block longer than another does not matter.
 constexpr int kLongPiece = 16;
@@ -149,7 +148,7 @@ __device__ int64_t place_cuts(const PlanParams& params, Shared& shared, int begi
   const int64_t blocks = length - static_cast<int64_t>(params.b) * kPieceOverhead;
   const int64_t useful = max(blocks / params.min_piece_blocks, static_cast<int64_t>(params.b));
   num_parts = static_cast<int>(min(useful, static_cast<int64_t>(params.num_parts)));
-  const int tolerance = static_cast<int>(min(length / num_parts / 16, static_cast<int64_t>(kMaxTolerance)));
+  const int tolerance = static_cast<int>(min(length / num_parts / 16, static_cast<int64_t>(params.snap_blocks)));
   auto cut_at = [&](int64_t part) { return length * part / num_parts; };
   for (int r = begin; r < end; ++r) {
     const int blocks = request_blocks(params, shared, r), extent = blocks + kPieceOverhead;
