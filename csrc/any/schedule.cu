@@ -2,11 +2,11 @@
 //
 // The requests lie one after another on a line; a request is as long as its blocks plus a fixed overhead for a piece's
 // set-up and epilogue. Part p begins at p / num_parts of the line. Two plans are weighed. The even plan cuts there, but
-// moves a cut near a request's edge to that edge, since a piece of a few blocks does not pay for itself. The whole plan
-// moves every cut to the nearest edge: nothing is split, nothing needs combining. The whole plan is taken when its
-// longest part is no longer than the even plan's parts with what their cuts cost. Where requests are few and short a
-// third one is weighed, since a block more or less in the longest part then is much of the call: each request in pieces
-// of its own, as short as the parts suffice for.
+// moves a cut near a request's edge to that edge where a piece of a few blocks does not pay for itself (`snap_blocks`),
+// and one within a piece's overhead in any case. The whole plan moves every cut to the nearest edge: nothing is split,
+// nothing needs combining. The whole plan is taken when its longest part is no longer than the even plan's parts with
+// what their cuts cost. Where requests are few and short a third one is weighed, since a block more or less in the
+// longest part then is much of the call: each request in pieces of its own, as short as the parts suffice for.
 #include <cuda_runtime.h>
 
 #include "any/kernels.h"
