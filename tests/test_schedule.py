@@ -202,6 +202,20 @@ def test_few_short_requests_are_cut_as_finely_as_there_are_parts(
     assert max(piece.end_block - piece.begin_block for piece in seen) == longest
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("b", "h_q", "longest"), [(64, 16, 12_000), (128, 16, 6_000), (32, 64, 12_000)])
+def test_parts_of_few_rows_are_even(cuda: Target, b: int, h_q: int, longest: int) -> None:
+    """But for what a cut costs: a piece takes as long as three blocks more than it has."""
+    piece_blocks = 3
+    lengths = torch.randint(longest // 3, longest, (b,), generator=torch.Generator().manual_seed(b)).tolist()
+    rows, num_splits = get_mla_decoding_metadata(torch.tensor(lengths, dtype=torch.int32, device=cuda.device), h_q, 1)
+    check_schedule(rows, num_splits, lengths)
+    cost = [0] * len(rows)
+    for piece in pieces(rows, num_splits, torch.tensor(lengths, dtype=torch.int32)):
+        cost[piece.part] += piece.end_block - piece.begin_block + piece_blocks
+    assert max(cost) <= sum(count + piece_blocks for count in blocks(lengths)) // len(rows) + piece_blocks + 2
+
+
 # ---- The metadata object.
 
 

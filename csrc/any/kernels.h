@@ -21,6 +21,8 @@ struct PlannedLengths {
   int most;    // longer ones are cut to it
 };
 
+constexpr int kSnapBlocks = 4;
+
 struct PlanParams {
   PlannedLengths lengths[2];  // a request has unit_blocks(first, second) blocks
   ScheduleRow* schedule;      // [num_parts]
@@ -29,6 +31,8 @@ struct PlanParams {
   int num_parts;  // rows of the schedule
   // Shorter pieces cost more in partial results, written and read again, than their parallel work saves.
   int min_piece_blocks;
+  // A cut this near to a request's edge, in blocks, moves to it: parts less even for a piece less to be joined.
+  int snap_blocks;
 };
 
 void launch_plan(const PlanParams& params, void* stream);

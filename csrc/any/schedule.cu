@@ -2,11 +2,11 @@
 //
 // The requests lie one after another on a line; a request is as long as its blocks plus a fixed overhead for a piece's
 // set-up and epilogue. Part p begins at p / num_parts of the line. Two plans are weighed. The even plan cuts there, but
-// moves a cut near a request's edge to that edge, since a piece of a few blocks does not pay for itself. The whole plan
-// moves every cut to the nearest edge: nothing is split, nothing needs combining. The whole plan is taken when its
-// longest part is no longer than the even plan's parts with what their cuts cost. Where requests are few and short a
-// third one is weighed, since a block more or less in the longest part then is much of the call: each request in pieces
-// of its own, as short as the parts suffice for.
+// moves a cut near a request's edge to that edge where a piece of a few blocks does not pay for itself (`snap_blocks`),
+// and one within a piece's overhead in any case. The whole plan moves every cut to the nearest edge: nothing is split,
+// nothing needs combining. The whole plan is taken when its longest part is no longer than the even plan's parts with
+// what their cuts cost. Where requests are few and short a third one is weighed, since a block more or less in the
+// longest part then is much of the call: each request in pieces of its own, as short as the parts suffice for.
 #include <cuda_runtime.h>
 
 #include "any/kernels.h"
@@ -17,7 +17,6 @@ namespace {
 
 constexpr int kThreads = kMaxPlannedParts;
 constexpr int kWarps = kThreads / 32;
-constexpr int kMaxTolerance = 4;
 
 // In blocks; where pieces are longer than this, one that is a block longer than another does not matter.
 constexpr int kLongPiece = 16;
@@ -147,7 +146,7 @@ __device__ int64_t place_cuts(const PlanParams& params, Shared& shared, int begi
   const int64_t blocks = length - static_cast<int64_t>(params.b) * kPieceOverhead;
   const int64_t useful = max(blocks / params.min_piece_blocks, static_cast<int64_t>(params.b));
   num_parts = static_cast<int>(min(useful, static_cast<int64_t>(params.num_parts)));
-  const int tolerance = static_cast<int>(min(length / num_parts / 16, static_cast<int64_t>(kMaxTolerance)));
+  const int tolerance = static_cast<int>(min(length / num_parts / 16, static_cast<int64_t>(params.snap_blocks)));
   auto cut_at = [&](int64_t part) { return length * part / num_parts; };
   for (int r = begin; r < end; ++r) {
     const int blocks = request_blocks(params, shared, r), extent = blocks + kPieceOverhead;

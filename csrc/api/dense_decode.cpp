@@ -193,6 +193,8 @@ std::tuple<Tensor, Tensor> plan_dense_decode(const Tensor& cache_seqlens, int64_
   params.num_splits = static_cast<int32_t*>(num_splits.data_ptr());
   params.b = static_cast<int>(b), params.num_parts = static_cast<int>(parts);
   params.min_piece_blocks = rows > 16 ? 2 : 1;  // few rows make small partial results
+  // Where they are small, or most requests are split anyway, even parts are worth more than a piece less.
+  params.snap_blocks = rows <= 16 || (rows <= kRowTile && 2 * b <= parts) ? 0 : kSnapBlocks;
   launch_plan(params, current_stream(seqlens.device));
   return {schedule, num_splits};
 }

@@ -484,6 +484,7 @@ std::tuple<Tensor, Tensor> plan_sparse_decode(const Tensor& requests, const std:
   params.num_splits = static_cast<int32_t*>(num_splits.data_ptr());
   params.b = static_cast<int>(b);
   params.min_piece_blocks = 1;
+  params.snap_blocks = kSnapBlocks;
   launch_plan(params, current_stream(view.device));
   return {schedule, num_splits};
 }

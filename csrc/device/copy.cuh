@@ -24,6 +24,13 @@ __device__ __forceinline__ void tma_load(uint32_t destination, const CUtensorMap
       : "memory");
 }
 
+// Asks L2 for the tile.
+__device__ __forceinline__ void tma_prefetch(const CUtensorMap* map, const TmaCoordinates& at) {
+  asm volatile("cp.async.bulk.prefetch.tensor.5d.L2.global [%0, {%1, %2, %3, %4, %5}];" ::"l"(map), "r"(at.column),
+               "r"(at.row), "r"(at.slice), "r"(at.head), "r"(at.page)
+               : "memory");
+}
+
 // Adds a tile in shared memory to one in global memory; part of the thread's group of bulk copies.
 __device__ __forceinline__ void tma_add(const CUtensorMap* map, const TmaCoordinates& at, uint32_t source) {
   asm volatile(

@@ -1,6 +1,7 @@
 // Set-up, the switch between the warp roles, tear-down. Roles, registers, barriers and the schedule: design.md.
 #pragma once
 
+#include "sm90/dense_decode/hints.cuh"
 #include "sm90/dense_decode/math.cuh"
 
 namespace flash_mla::sm90::dense_decode {
@@ -46,11 +47,12 @@ __global__ void __launch_bounds__(384, 1)
   extern __shared__ __align__(1024) unsigned char shared[];
   auto& storage = *reinterpret_cast<Storage<C>*>(shared);
   if (threadIdx.x == 0) {
+    init_barriers(storage);
+  } else if (threadIdx.x == 32) {
     tma_prefetch_descriptor(&maps.two_slices);
     tma_prefetch_descriptor(&maps.one_slice);
-    init_barriers(storage);
   }
-  __syncthreads();
+  meet_and_ask_ahead<C>(params, maps);
 
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
   if (warpgroup == 2) {
