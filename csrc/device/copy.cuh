@@ -71,6 +71,20 @@ __device__ __forceinline__ void async_copy16(uint32_t destination, const void* s
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(destination), "l"(source) : "memory");
 }
 
+// Of what is read once: L2 need not keep it.
+__device__ __forceinline__ uint64_t evict_first_policy() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+// 16 bytes under an L2 policy.
+__device__ __forceinline__ void async_copy16_hinted(uint32_t destination, const void* source, uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(destination), "l"(source),
+               "l"(policy)
+               : "memory");
+}
+
 __device__ __forceinline__ void async_copy8(uint32_t destination, const void* source) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(destination), "l"(source) : "memory");
 }

@@ -67,4 +67,32 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&w)[4], int lane) {
   }
 }
 
+// The same of several, whose shuffles come one behind the other, so that they do not wait for each other.
+template <int kMatrices>
+__device__ __forceinline__ void transpose_quads(uint32_t (&w)[kMatrices][4], int lane) {
+  const bool odd = lane & 1, high = lane & 2;
+  uint32_t got[kMatrices][2];
+#pragma unroll
+  for (int i = 0; i < kMatrices; ++i) {
+    got[i][0] = __shfl_xor_sync(~0u, odd ? w[i][0] : w[i][1], 1);
+    got[i][1] = __shfl_xor_sync(~0u, odd ? w[i][2] : w[i][3], 1);
+  }
+#pragma unroll
+  for (int i = 0; i < kMatrices; ++i) {
+    w[i][0] = odd ? got[i][0] : w[i][0];
+    w[i][1] = odd ? w[i][1] : got[i][0];
+    w[i][2] = odd ? got[i][1] : w[i][2];
+    w[i][3] = odd ? w[i][3] : got[i][1];
+    got[i][0] = __shfl_xor_sync(~0u, high ? w[i][0] : w[i][2], 2);
+    got[i][1] = __shfl_xor_sync(~0u, high ? w[i][1] : w[i][3], 2);
+  }
+#pragma unroll
+  for (int i = 0; i < kMatrices; ++i) {
+    w[i][0] = high ? got[i][0] : w[i][0];
+    w[i][1] = high ? got[i][1] : w[i][1];
+    w[i][2] = high ? w[i][2] : got[i][0];
+    w[i][3] = high ? w[i][3] : got[i][1];
+  }
+}
+
 }  // namespace flash_mla::inline device

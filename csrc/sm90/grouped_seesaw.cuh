@@ -10,9 +10,13 @@ namespace flash_mla::sm90 {
 
 // `C` has: Element, kHasRope, kKeys, kMathThreads, kSliceBytes, and is KeyGroups. `Storage` has besides: q, k_full,
 // k_empty, probabilities, probabilities_full. `Derived` has:
-//   kCopiedKeys                 the slices come by copies of threads and not by TMA: every reader has to order them
-//                               before its products, by one fence for all slices (a fence for each costs 6 %)
-//   mask(scores, facts, tile)   keys that do not count become -inf; `facts` are what `run_steps` was given
+//   kCopiedKeys                 the slices come by copies of threads and not by TMA: a tile has one barrier, and the
+//                               warpgroup that scores it orders all of it before products by one fence (a fence for
+//                               each group costs 6 %)
+//   load_mask()                 what `mask` reads from shared memory, which is asked for before the scores are there
+//   mask(scores, facts, tile, loaded)  keys that do not count become -inf; `facts` are what the run was given
+//   sums_are_final()            called between two products, as soon as no tile adds to the sums any more; can be left
+//                               out
 template <class Derived, class C, class Storage, bool kKeepsMaximum = false>
 class GroupedSeesaw : protected SeesawWarpgroup<typename C::Element, Storage, kKeepsMaximum> {
  protected:
@@ -28,37 +32,43 @@ class GroupedSeesaw : protected SeesawWarpgroup<typename C::Element, Storage, kK
   template <class Facts>
   __device__ __forceinline__ void run_steps(int num_tiles, const Facts& facts) {
     if (side_ == 0) {
-      run_left(num_tiles, facts);
+      float none[32];
+      run_left<false>(num_tiles, facts, none, false);
     } else {
       run_right(num_tiles, facts);
     }
   }
 
- private:
   // A step takes the tiles in both slots, or, at the end of a piece of odd length, the one in slot 0. No product is in
   // flight at a loop's back edge, where the compiler would have to merge accumulators: it serialises all products then.
   // There is one copy of each step in the code, since small calls spend much of their time fetching instructions.
 
   // ---- warpgroup 0: scores of slot 0; both products into columns 0 to 255
-  template <class Facts>
-  __device__ __forceinline__ void run_left(int num_tiles, const Facts& facts) {
+  // `kAhead`: the scores of the first tile may have been issued before, to `ahead`. Without, no scores occupy registers
+  // from step to step.
+  template <bool kAhead, class Facts>
+  __device__ __forceinline__ void run_left(int num_tiles, const Facts& facts, float (&ahead)[32], bool issued) {
 #pragma unroll 1
     for (int tile = 0; tile < num_tiles; tile += 2) {
       const bool pair = tile + 1 < num_tiles;
-      float scores[32];
-      issue_scores<0>(scores);
-      if (pair) {
-        named_barrier_arrive(kScores0Issued, C::kMathThreads);
+      float own[32];
+      float (&scores)[32] = kAhead ? ahead : own;
+      if (!(kAhead && issued)) {
+        begin_scores(scores, pair);
       }
+      issued = false;
+      const auto loaded_mask = derived().load_mask();
       wgmma_wait<0>();
       if (tile + 2 >= num_tiles) {
         this->release_q();
       }
       uint32_t probabilities[16];
-      softmax(scores, probabilities, facts, tile, [] {});
-      this->template store_probabilities<0, 4>(probabilities0(), probabilities);
+      softmax(scores, probabilities, facts, tile, loaded_mask, probabilities0(), [] {});
       fence_async_proxy();
       this->hand_over(storage_.probabilities_full[0]);
+      if (tile + 1 == num_tiles) {
+        derived().sums_are_final();
+      }
 
       wgmma_fence();
       this->template multiply_registers<0>(0, probabilities);
@@ -70,7 +80,10 @@ class GroupedSeesaw : protected SeesawWarpgroup<typename C::Element, Storage, kK
 
       if (pair) {
         mbarrier_wait(shared_address(&storage_.probabilities_full[1]), phases_.parity(1));
-        this->adopt_reference();
+        follow_reference(false);
+        if (tile + 2 == num_tiles) {
+          derived().sums_are_final();
+        }
         wait_for_values(1, kCols0);
         wgmma_fence();
         this->template multiply_shared<0>(1, shared_address(storage_.probabilities[0]));
@@ -83,6 +96,14 @@ class GroupedSeesaw : protected SeesawWarpgroup<typename C::Element, Storage, kK
     }
   }
 
+  // The other warpgroup may issue its scores behind these.
+  __device__ __forceinline__ void begin_scores(float (&scores)[32], bool pair) {
+    issue_scores<0>(scores);
+    if (pair) {
+      named_barrier_arrive(kScores0Issued, C::kMathThreads);
+    }
+  }
+
   // ---- warpgroup 1: scores of slot 1; both products into columns 256 to 511
   template <class Facts>
   __device__ __forceinline__ void run_right(int num_tiles, const Facts& facts) {
@@ -90,9 +111,11 @@ class GroupedSeesaw : protected SeesawWarpgroup<typename C::Element, Storage, kK
     for (int tile = 0; tile < num_tiles; tile += 2) {
       const bool pair = tile + 1 < num_tiles;
       float scores[32];
+      decltype(derived().load_mask()) loaded_mask;
       if (pair) {
         named_barrier_sync(kScores0Issued, C::kMathThreads);
         issue_scores<1>(scores);
+        loaded_mask = derived().load_mask();
         wgmma_wait<0>();
         release(1, kRope);
       }
@@ -100,7 +123,10 @@ class GroupedSeesaw : protected SeesawWarpgroup<typename C::Element, Storage, kK
         this->release_q();
       }
       mbarrier_wait(shared_address(&storage_.probabilities_full[0]), phases_.parity(0));
-      this->adopt_reference();
+      follow_reference(tile == 0);
+      if (!pair) {
+        derived().sums_are_final();
+      }
       wait_for_values(0, kCols256);
       wgmma_fence();
       this->template multiply_shared<1>(0, probabilities0());
@@ -118,10 +144,13 @@ class GroupedSeesaw : protected SeesawWarpgroup<typename C::Element, Storage, kK
       };
       if (pair) {
         uint32_t probabilities[16];
-        softmax(scores, probabilities, facts, tile + 1, finish_slot0);
-        this->template store_probabilities<0, 4>(shared_address(storage_.probabilities[0]), probabilities);
+        softmax(scores, probabilities, facts, tile + 1, loaded_mask, shared_address(storage_.probabilities[0]),
+                finish_slot0);
         fence_async_proxy();
         this->hand_over(storage_.probabilities_full[1]);
+        if (tile + 2 == num_tiles) {
+          derived().sums_are_final();
+        }
         wgmma_fence();
         this->template multiply_registers<1>(1, probabilities);
         wgmma_wait<1>();
@@ -137,18 +166,30 @@ class GroupedSeesaw : protected SeesawWarpgroup<typename C::Element, Storage, kK
   }
 
   // ---- the parts of a step
+  // Adopts a reference that the other warpgroup has moved. `first`: nothing depends on the old one yet.
+  __device__ __forceinline__ void follow_reference(bool first) {
+    const float next[2] = {storage_.row_max[this->row_], storage_.row_max[this->row_ + 8]};
+    if (this->has_moved(next)) {
+      move_reference_to(next, first);
+    }
+  }
+
+  __device__ __forceinline__ void move_reference_to(const float (&next)[2], bool first) {
+    if (Derived::kCopiedKeys && first) {  // dense decode has no registers left for the difference
+      reference_[0] = next[0];
+      reference_[1] = next[1];
+    } else {
+      this->rescale(next);
+    }
+  }
+
   // Scores of a slot, groups of slices in the order in which they arrive.
   template <int kSlot>
   __device__ __forceinline__ void issue_scores(float (&scores)[32]) {
     const Descriptor q(shared_address(storage_.q), 16), k(shared_address(storage_.k[kSlot]), 16);
     bool accumulate = false;
     if constexpr (Derived::kCopiedKeys) {
-#pragma unroll
-      for (int order = 0; order < kNumGroups; ++order) {
-        if (C::num_slices(C::load_order(kSlot, order)) > 0) {
-          wait_for_keys(kSlot, C::load_order(kSlot, order));
-        }
-      }
+      mbarrier_wait(shared_address(&storage_.k_full[kSlot]), phases_.parity(kSlot));
       fence_async_proxy();
     }
 #pragma unroll
@@ -174,24 +215,33 @@ class GroupedSeesaw : protected SeesawWarpgroup<typename C::Element, Storage, kK
     wgmma_commit();
   }
 
-  // Scores -> probabilities of one tile. `finish_products` ends those that still write the output: they run under the
-  // first half of the exponentials, and their slot is handed back before the second.
-  template <class Facts, class FinishProducts>
+  // Scores -> probabilities of one tile, in registers and at `place`. `finish_products` ends those that still write the
+  // output: they run under the first half of the exponentials, and their slot is handed back before the second.
+  template <class Facts, class Mask, class FinishProducts>
   __device__ __forceinline__ void softmax(float (&scores)[32], uint32_t (&probabilities)[16], const Facts& facts,
-                                          int tile, FinishProducts&& finish_products) {
+                                          int tile, const Mask& loaded_mask, uint32_t place,
+                                          FinishProducts&& finish_products) {
     using Half = uint32_t (&)[8];
-    derived().mask(scores, facts, tile);
+    derived().mask(scores, facts, tile, loaded_mask);
     float next[2], sum[2] = {};
     const bool outgrown = this->next_reference(scores, scale_log2_, next);
     exponentiate<T, 0, 2>(scores, scale_log2_, next, sum, reinterpret_cast<Half>(probabilities[0]));
+    if constexpr (Derived::kCopiedKeys) {  // the first half on its way beside the second's exponentials
+      this->template store_probabilities<0, 2>(place, reinterpret_cast<Half>(probabilities[0]));
+    }
     finish_products();
     if (outgrown) {
-      this->rescale(next);
+      move_reference_to(next, tile == 0);
     }
     this->publish_reference();
     exponentiate<T, 2, 2>(scores, scale_log2_, next, sum, reinterpret_cast<Half>(probabilities[8]));
     sum_[0] += sum[0];
     sum_[1] += sum[1];
+    if constexpr (Derived::kCopiedKeys) {
+      this->template store_probabilities<2, 2>(place, reinterpret_cast<Half>(probabilities[8]));
+    } else {
+      this->template store_probabilities<0, 4>(place, probabilities);
+    }
   }
 
   // d_qk 576: the probabilities of slot 0 lie in its RoPE slice, which is dead once it is scored. Else in two tiles by
@@ -204,12 +254,12 @@ class GroupedSeesaw : protected SeesawWarpgroup<typename C::Element, Storage, kK
     }
   }
 
-  // The other warpgroup has seen these tiles arrive; the async proxy wants every reader to.
+  // The other warpgroup has seen these tiles arrive before it handed its probabilities over, and where keys are copied
+  // its fence lies between the copies and these products. What TMA has written every reader waits for.
   __device__ __forceinline__ void wait_for_values(int slot, int first_group) {
-    wait_for_keys(slot, first_group);
-    wait_for_keys(slot, first_group + 1);
-    if constexpr (Derived::kCopiedKeys) {
-      fence_async_proxy();
+    if constexpr (!Derived::kCopiedKeys) {
+      wait_for_keys(slot, first_group);
+      wait_for_keys(slot, first_group + 1);
     }
   }
 
@@ -222,6 +272,8 @@ class GroupedSeesaw : protected SeesawWarpgroup<typename C::Element, Storage, kK
       mbarrier_arrive(shared_address(&storage_.k_empty[slot][group]));
     }
   }
+
+  __device__ __forceinline__ void sums_are_final() {}
 
   __device__ __forceinline__ Derived& derived() { return static_cast<Derived&>(*this); }
 

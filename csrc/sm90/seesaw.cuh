@@ -122,9 +122,14 @@ class SeesawWarpgroup {
   }
 
   __device__ __forceinline__ void adopt_reference(const float (&next)[2]) {
-    if (__any_sync(~0u, next[0] != reference_[0] || next[1] != reference_[1])) {
+    if (has_moved(next)) {
       rescale(next);
     }
+  }
+
+  // For any row of the warp.
+  __device__ __forceinline__ bool has_moved(const float (&next)[2]) const {
+    return __any_sync(~0u, next[0] != reference_[0] || next[1] != reference_[1]);
   }
 
   // Probabilities of 16 kFirst columns on, stored as the A operand of the other warpgroup's products.
@@ -195,17 +200,27 @@ class SeesawWarpgroup {
 
   // The rows' sums over both warpgroups' tiles.
   __device__ __forceinline__ void join_sums(int piece_parity, float (&total)[2]) {
+    publish_sums(piece_parity);
+    gather_sums(piece_parity, total);
+  }
+
+  // The same in two steps, of which the first can be made as soon as the last tile's probabilities are known.
+  __device__ __forceinline__ void publish_sums(int piece_parity) {
     float* sums = storage_.row_sum[piece_parity][side_];
-    const float own[2] = {quad_sum(sum_[0]), quad_sum(sum_[1])};
+    sum_[0] = quad_sum(sum_[0]);
+    sum_[1] = quad_sum(sum_[1]);
     if (lane_ % 4 == 0) {
-      sums[row_] = own[0];
-      sums[row_ + 8] = own[1];
+      sums[row_] = sum_[0];
+      sums[row_ + 8] = sum_[1];
     }
     hand_over(storage_.row_sums_full);
+  }
+
+  __device__ __forceinline__ void gather_sums(int piece_parity, float (&total)[2]) {
     mbarrier_wait(shared_address(&storage_.row_sums_full), piece_parity);
     const float* others = storage_.row_sum[piece_parity][1 - side_];
-    total[0] = own[0] + others[row_];
-    total[1] = own[1] + others[row_ + 8];
+    total[0] = sum_[0] + others[row_];
+    total[1] = sum_[1] + others[row_ + 8];
   }
 
   Storage& storage_;

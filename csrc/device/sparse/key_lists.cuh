@@ -154,17 +154,24 @@ class KeyLists {
 
   // Hands the facts and Q of a piece over, once the math warps have done with those of the piece before.
   __device__ __forceinline__ void begin_piece(int piece) {
+    begin_piece(piece, [this](const PieceFacts& facts) {
+      if constexpr (kHalfColumns) {
+        load_half_q(facts);
+      } else {
+        load_q(facts);
+      }
+    });
+  }
+
+  template <class LoadQ>
+  __device__ __forceinline__ void begin_piece(int piece, LoadQ&& load) {
     const PieceFacts& facts = walk_.pending[piece];
     mbarrier_wait(shared_address(&storage_.q_empty), (piece & 1) ^ 1);
     if (warp_ == 0 && lane_ == 0) {
       storage_.pieces[piece & 1] = facts;
     }
     if (facts.num_tiles > 0) {
-      if constexpr (kHalfColumns) {
-        load_half_q(facts);
-      } else {
-        load_q(facts);
-      }
+      load(facts);
     }
     async_copy_arrive(shared_address(&storage_.q_full));
   }

@@ -38,7 +38,10 @@ class MathWarpgroup : GroupedSeesaw<MathWarpgroup<C>, C, Storage<C>> {
  private:
   static constexpr bool kCopiedKeys = false;
 
-  __device__ __forceinline__ void mask(float (&scores)[32], const Piece& piece, int tile) const {
+  struct Nothing {};
+  __device__ __forceinline__ Nothing load_mask() const { return {}; }
+
+  __device__ __forceinline__ void mask(float (&scores)[32], const Piece& piece, int tile, Nothing) const {
     if (tile >= unmasked_tiles_) {
       int limit[2];
 #pragma unroll

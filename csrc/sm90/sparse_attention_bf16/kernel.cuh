@@ -9,9 +9,8 @@ template <class C>
 __device__ __forceinline__ void init_barriers(Storage<C>& storage) {
   constexpr int kWarpsOfAWarpgroup = 4;
   for (int slot = 0; slot < 2; ++slot) {
+    mbarrier_init(shared_address(&storage.k_full[slot]), C::kProducerThreads + C::kProducerWarps);
     for (int group = 0; group < kNumGroups; ++group) {
-      mbarrier_init(shared_address(&storage.k_full[slot][group]),
-                    C::kProducerThreads + (group == valid_group(slot) ? C::kProducerWarps : 0));
       mbarrier_init(shared_address(&storage.k_empty[slot][group]), kWarpsOfAWarpgroup);
     }
   }

@@ -14,12 +14,13 @@ struct Storage {
   alignas(1024) unsigned char q[C::kTileBytes];
   alignas(1024) unsigned char k[2][C::kTileBytes];
   alignas(1024) unsigned char probabilities[kProbabilityTiles][C::kSliceBytes];
-  float row_max[C::kRows];                          // the reference maximum that both math warpgroups scale by, base 2
-  float row_sum[2][2][C::kRows];                    // by parity of the piece, by warpgroup
+  float row_max[C::kRows];         // the reference maximum that both math warpgroups scale by, base 2
+  float row_maximum[2][C::kRows];  // by parity of the piece: the largest score of warpgroup 1's tiles, base 2
+  float row_sum[2][2][C::kRows];   // by parity of the piece, by warpgroup
   alignas(8) uint16_t valid[2][C::kProducerWarps];  // of a slot: a bit for each key that counts
   PieceFacts pieces[2];                             // by parity of the piece
   Walk walks[C::kProducerWarps];
-  uint64_t k_full[2][kNumGroups];
+  uint64_t k_full[2];
   uint64_t k_empty[2][kNumGroups];
   uint64_t q_full, q_empty;
   uint64_t probabilities_full[2];  // of a slot, and the reference maximum they are relative to
