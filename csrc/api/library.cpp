@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "api/dense_decode.h"
+#include "api/dense_decode_fp8.h"
 #include "api/dense_prefill.h"
 #include "api/kv_cache.h"
 #include "api/merge.h"

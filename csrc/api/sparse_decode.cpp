@@ -1,26 +1,13 @@
-// Sparse MLA decode, and dense decode over FP8 caches: checks, problem and parameters, choice of a kernel, launch.
+// Sparse MLA decode: checks, problem and parameters, choice of a kernel, how lists are cut, launch.
 #include "api/sparse_decode.h"
 
 #include <algorithm>
 
 #include "any/kernels.h"
-#include "api/decode.h"
-#include "api/device.h"
-#include "api/kv_format.h"
-#include "api/sparse_keys.h"
-#include "api/tables.h"
+#include "api/sparse_call.h"
 
 namespace flash_mla::api {
 namespace {
-
-void check_query(const View& q) {
-  check(q.device >= 0, ErrorKind::kValue, "q must be on CUDA");
-  check_dim(q, 4, "[b, s_q, h_q, d_qk]");
-  check(q.size(3) == 576 || q.size(3) == 512, ErrorKind::kValue, "q must have d_qk 576 or 512, got ", ShapeText{q});
-  check(q.size(1) > 0 && q.size(2) > 0, ErrorKind::kValue, "q must have at least one query token and head, got ",
-        ShapeText{q});
-  check_contiguous_last(q);
-}
 
 // int32 [b] or [b, s_q].
 void check_lengths(const View& lengths, int64_t b, int64_t s_q, int device) {
@@ -64,77 +51,6 @@ KeySource source_of(const Selection& selection) {
     source.stride_lengths_s = selection.lengths->dim == 2 ? selection.lengths->stride(1) : 0;
   }
   return source;
-}
-
-// A call's tensors beside its keys.
-struct Common {
-  View q;
-  std::optional<View> schedule, num_splits, sink;
-  double softmax_scale;
-  bool batch_invariant;
-
-  Common(const Tensor& q_, const std::optional<Tensor>& schedule_, const std::optional<Tensor>& num_splits_,
-         const std::optional<Tensor>& sink_, int64_t head_dim_v, double softmax_scale_, bool batch_invariant_)
-      : q("q", q_),
-        schedule(optional_view("tile_scheduler_metadata", schedule_)),
-        num_splits(optional_view("num_splits", num_splits_)),
-        sink(optional_view("attn_sink", sink_)),
-        softmax_scale(softmax_scale_),
-        batch_invariant(batch_invariant_) {
-    check_query(q);
-    check_options(q, head_dim_v, softmax_scale);
-    if (schedule && num_splits) {
-      check_schedule(*schedule, *num_splits, q.size(0), q.device);
-    }
-    if (sink) {
-      check_sink(*sink, q.size(2), q.device);
-    }
-  }
-
-  bool has_schedule() const { return schedule && num_splits; }
-
-  SparseAttentionProblem problem(const DeviceFacts& facts, KVFormat format) const {
-    SparseAttentionProblem problem{};
-    problem.compute_capability = facts.compute_capability;
-    problem.element = q.dtype == ScalarType::BFloat16 ? Element::kBFloat16 : Element::kOther;
-    problem.format = format, problem.extra_format = KVFormat::kNone;
-    problem.b = static_cast<int>(q.size(0)), problem.s_q = static_cast<int>(q.size(1));
-    problem.h_q = static_cast<int>(q.size(2)), problem.d_qk = static_cast<int>(q.size(3));
-    problem.d_v = kHeadDimV;
-    problem.softmax_scale = static_cast<float>(softmax_scale);
-    return problem;
-  }
-
-  SparseAttentionParams params(const DeviceFacts& facts, const View& out, const View& lse) const {
-    SparseAttentionParams params{};
-    params.q = q.data;
-    params.attn_sink = sink ? static_cast<const float*>(sink->data) : nullptr;
-    params.out = out.data;
-    params.lse = static_cast<float*>(lse.data);
-    params.stride_q_b = q.stride(0), params.stride_q_s = q.stride(1), params.stride_q_h = q.stride(2);
-    params.stride_out_b = out.stride(0), params.stride_out_s = out.stride(1), params.stride_out_h = out.stride(2);
-    params.stride_lse_b = lse.stride(0), params.stride_lse_h = lse.stride(1), params.stride_lse_s = lse.stride(2);
-    params.b = static_cast<int>(q.size(0)), params.s_q = static_cast<int>(q.size(1));
-    params.h_q = static_cast<int>(q.size(2));
-    params.tokens_per_batch = 1;
-    params.num_requests_total = params.b;
-    params.num_sms = facts.num_sms;
-    params.scale_log2 = scale_log2_of(softmax_scale);
-    return params;
-  }
-};
-
-// Tells the kernel to cut every request by itself, allocates what that needs, and says how many requests a launch
-// takes.
-int64_t prepare_fixed_cuts(SparseAttentionParams& params, int device, std::optional<Tensor>& partials) {
-  const int64_t tiles = static_cast<int64_t>(params.num_units) * params.unit_tiles;
-  params.max_cuts = choose_max_cuts(tiles, unit_blocks(params.keys[0].topk, params.keys[1].topk), params.num_sms);
-  const int64_t at_once =
-      std::min<int64_t>(choose_requests_at_once(tiles, params.max_cuts, params.num_sms), params.num_requests_total);
-  if (params.max_cuts > 1) {
-    partials = allocate_partials(device, at_once * params.max_cuts * tiles, params);
-  }
-  return at_once;
 }
 
 // The most blocks of a list that an even cut multiplies.
@@ -222,10 +138,8 @@ void launch_by_token(const SparseKernel& kernel, SparseAttentionParams& params, 
   }
 }
 
-// ---- Keys by indices.
-
 struct SparseCall {
-  Common common;
+  SparseCommon common;
   Selection keys;
   std::optional<Selection> extra;
 
@@ -284,140 +198,6 @@ struct SparseCall {
     }
   }
 };
-
-// ---- Keys by block table.
-
-struct TableCall {
-  Common common;
-  View cache, table, seqlens;
-  std::optional<View> descale_q, descale_k;
-  KVFormat format;
-  bool causal;
-
-  TableCall(const Tensor& q, const Tensor& k_cache, const Tensor& block_table, const Tensor& cache_seqlens,
-            const std::optional<Tensor>& schedule, const std::optional<Tensor>& num_splits,
-            const std::optional<Tensor>& sink, int64_t head_dim_v, double softmax_scale, bool causal_,
-            bool batch_invariant, const std::optional<Tensor>& descale_q_, const std::optional<Tensor>& descale_k_,
-            const std::optional<Name>& kv_format)
-      : common(q, schedule, num_splits, sink, head_dim_v, softmax_scale, batch_invariant),
-        cache("k_cache", k_cache),
-        table("block_table", block_table),
-        seqlens("cache_seqlens", cache_seqlens),
-        descale_q(optional_view("descale_q", descale_q_)),
-        descale_k(optional_view("descale_k", descale_k_)),
-        format(kv_format                ? format_of("kv_format", *kv_format)
-               : q.size(3) == kHeadDimV ? KVFormat::kE4m3NoRope
-                                        : KVFormat::kE4m3),
-        causal(causal_) {
-    const View& view = common.q;
-    const bool fp8_query = view.dtype == ScalarType::Float8_e4m3fn;
-    check(fp8_query || view.dtype == ScalarType::BFloat16, ErrorKind::kType,
-          "q must have dtype BFloat16 or Float8_e4m3fn, got ", dtype_text(view.dtype));
-    check(fp8_query == descale_q.has_value(), ErrorKind::kValue,
-          "descale_q must be given with an FP8 q, and only then");
-    check(kv_format.has_value() != descale_k.has_value(), ErrorKind::kValue,
-          "descale_k must be given without a kv_format, and only then");
-    check(format != KVFormat::kBf16 && format != KVFormat::kV41Fp4, ErrorKind::kValue,
-          "kv_format must be an FP8 format in a dense call");
-    check_dim(cache, 4, "[num_blocks, page, h_kv, d_qk or bytes per token]");
-    check_paging(table, seqlens, view.size(0), cache.size(1), view.device);
-    for (const auto& descale : {descale_q, descale_k}) {
-      if (descale) {
-        check_dtype(*descale, ScalarType::Float);
-        check_device(*descale, view.device);
-        int64_t numbers = 1;
-        for (int d = 0; d < descale->dim; ++d) {
-          numbers *= descale->size(d);
-        }
-        check(numbers == 1, ErrorKind::kValue, descale->name, " must be one number, got ", ShapeText{*descale});
-      }
-    }
-  }
-
-  void run(const View& out, const View& lse) const {
-    const View& q = common.q;
-    const DeviceFacts& facts = device_facts(q.device);
-    SparseAttentionProblem problem = common.problem(facts, format);
-    problem.from_table = true;
-    const bool fp8_query = q.dtype == ScalarType::Float8_e4m3fn;
-    if (fp8_query && has_one_scale(format)) {
-      problem.element = Element::kBFloat16;  // as which kernels get it
-    }
-    problem.h_kv = static_cast<int>(cache.size(2));
-    problem.page = static_cast<int>(cache.size(1));
-    problem.topk = static_cast<int>(table.size(1) * cache.size(1));
-    // Before the checks of the cache: those are for the formats that kernels know.
-    const SparseKernel& kernel = select("dense_decode_fp8", sparse_attention_kernels(), problem);
-    check_aligned(q, fp8_query ? 1 : 2);
-    check_rows(cache, format, q);
-    if (problem.b == 0) {
-      return;
-    }
-    void* stream = current_stream(q.device);
-    SparseAttentionParams params = common.params(facts, out, lse);
-    params.descale_q = descale_q ? static_cast<const float*>(descale_q->data) : nullptr;
-    params.descale_k = descale_k ? static_cast<const float*>(descale_k->data) : nullptr;
-    std::optional<Tensor> wide;
-    if (fp8_query) {
-      wide = widen_query(params, stream);
-    }
-    KeySource& keys = params.keys[0];
-    keys = source_of_cache(cache);
-    keys.indices = static_cast<const int32_t*>(table.data);
-    keys.lengths = static_cast<const int32_t*>(seqlens.data);
-    keys.stride_indices_b = table.stride(0), keys.stride_lengths_b = seqlens.stride(0);
-    keys.topk = problem.topk;
-    params.num_units = params.partial_units = 1;
-    params.unit_rows = params.s_q * params.h_q;
-    params.unit_tiles = ceil_div(params.unit_rows, kRowTile);
-    params.from_table = true;
-    params.causal = causal;
-    if (!common.batch_invariant) {
-      launch_scheduled(kernel, params, common.schedule, common.num_splits, params.unit_tiles, q.device, stream);
-      return;
-    }
-    std::optional<Tensor> partials;
-    const int64_t at_once = prepare_fixed_cuts(params, q.device, partials);
-    launch_fixed_cuts(kernel, params, 0, params.b, at_once, stream);
-  }
-
-  // The memory of a copy of q in bfloat16, which `params` get.
-  Tensor widen_query(SparseAttentionParams& params, void* stream) const {
-    const View& q = common.q;
-    Tensor wide = empty(q.device, ScalarType::BFloat16, {q.size(0), q.size(1), q.size(2), q.size(3)});
-    WidenQueryParams widen{};
-    widen.q = q.data, widen.wide = wide.data_ptr();
-    widen.s_q = params.s_q, widen.h_q = params.h_q, widen.d_qk = static_cast<int>(q.size(3));
-    widen.num_rows = static_cast<int64_t>(params.b) * params.s_q * params.h_q;
-    widen.stride_b = params.stride_q_b, widen.stride_s = params.stride_q_s, widen.stride_h = params.stride_q_h;
-    widen.num_sms = params.num_sms;
-    launch_widen_query(widen, stream);
-    params.q = widen.wide;
-    params.stride_q_h = q.size(3);
-    params.stride_q_s = params.stride_q_h * params.h_q;
-    params.stride_q_b = params.stride_q_s * params.s_q;
-    return wide;
-  }
-};
-
-template <class Call>
-std::tuple<Tensor, Tensor> run_into_new(const Call& call) {
-  const View& q = call.common.q;
-  const torch::stable::accelerator::DeviceGuard guard(q.device);
-  Tensor out = empty(q.device, ScalarType::BFloat16, {q.size(0), q.size(1), q.size(2), kHeadDimV});
-  Tensor lse = empty(q.device, ScalarType::Float, {q.size(0), q.size(2), q.size(1)});
-  call.run(View("out", out), View("lse", lse));
-  return {out, lse};
-}
-
-template <class Call>
-void run_into(const Call& call, const Tensor& out, const Tensor& lse) {
-  const View& q = call.common.q;
-  const torch::stable::accelerator::DeviceGuard guard(q.device);
-  const View out_view("out", out), lse_view("lse", lse);
-  check_outputs(out_view, lse_view, q, ScalarType::BFloat16);
-  call.run(out_view, lse_view);
-}
 
 PlannedLengths planned(const char* name, const std::optional<Tensor>& tensor, int64_t b, int64_t s_q, int64_t most,
                        int device) {
@@ -487,27 +267,6 @@ std::tuple<Tensor, Tensor> plan_sparse_decode(const Tensor& requests, const std:
   params.snap_blocks = kSnapBlocks;
   launch_plan(params, current_stream(view.device));
   return {schedule, num_splits};
-}
-
-std::tuple<Tensor, Tensor> dense_decode_fp8(
-    const Tensor& q, const Tensor& k_cache, const Tensor& block_table, const Tensor& cache_seqlens,
-    const std::optional<Tensor>& tile_scheduler_metadata, const std::optional<Tensor>& num_splits,
-    const std::optional<Tensor>& attn_sink, int64_t head_dim_v, double softmax_scale, bool causal, bool batch_invariant,
-    const std::optional<Tensor>& descale_q, const std::optional<Tensor>& descale_k,
-    const std::optional<Name>& kv_format) {
-  return run_into_new(TableCall(q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits, attn_sink,
-                                head_dim_v, softmax_scale, causal, batch_invariant, descale_q, descale_k, kv_format));
-}
-
-void dense_decode_fp8_out(const Tensor& q, const Tensor& k_cache, const Tensor& block_table,
-                          const Tensor& cache_seqlens, const std::optional<Tensor>& tile_scheduler_metadata,
-                          const std::optional<Tensor>& num_splits, const std::optional<Tensor>& attn_sink,
-                          int64_t head_dim_v, double softmax_scale, bool causal, bool batch_invariant,
-                          const std::optional<Tensor>& descale_q, const std::optional<Tensor>& descale_k,
-                          const std::optional<Name>& kv_format, const Tensor& out, const Tensor& lse) {
-  run_into(TableCall(q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits, attn_sink, head_dim_v,
-                     softmax_scale, causal, batch_invariant, descale_q, descale_k, kv_format),
-           out, lse);
 }
 
 std::string sparse_decode_why_not(int64_t compute_capability, int64_t scalar_type, int64_t kv_format,

@@ -1,5 +1,4 @@
-// The ops of sparse decode, and of dense decode over FP8 caches, which the same kernels serve; their schemas are in
-// library.cpp.
+// The ops of sparse decode, and what its kernels take; schemas are in library.cpp.
 #pragma once
 
 #include <optional>
@@ -29,20 +28,6 @@ void sparse_decode_out(const Tensor& q, const Tensor& k_cache, const Tensor& ind
 std::tuple<Tensor, Tensor> plan_sparse_decode(const Tensor& requests, const std::optional<Tensor>& topk_length,
                                               const std::optional<Tensor>& extra_topk_length, int64_t s_q, int64_t h_q,
                                               int64_t topk, int64_t extra_topk);
-
-std::tuple<Tensor, Tensor> dense_decode_fp8(
-    const Tensor& q, const Tensor& k_cache, const Tensor& block_table, const Tensor& cache_seqlens,
-    const std::optional<Tensor>& tile_scheduler_metadata, const std::optional<Tensor>& num_splits,
-    const std::optional<Tensor>& attn_sink, int64_t head_dim_v, double softmax_scale, bool causal, bool batch_invariant,
-    const std::optional<Tensor>& descale_q, const std::optional<Tensor>& descale_k,
-    const std::optional<Name>& kv_format);
-
-void dense_decode_fp8_out(const Tensor& q, const Tensor& k_cache, const Tensor& block_table,
-                          const Tensor& cache_seqlens, const std::optional<Tensor>& tile_scheduler_metadata,
-                          const std::optional<Tensor>& num_splits, const std::optional<Tensor>& attn_sink,
-                          int64_t head_dim_v, double softmax_scale, bool causal, bool batch_invariant,
-                          const std::optional<Tensor>& descale_q, const std::optional<Tensor>& descale_k,
-                          const std::optional<Name>& kv_format, const Tensor& out, const Tensor& lse);
 
 // `scalar_type` of q: 0 bfloat16, 1 float16, 2 another. Formats: values of KVFormat.
 std::string sparse_decode_why_not(int64_t compute_capability, int64_t scalar_type, int64_t kv_format,
