@@ -881,7 +881,7 @@ def test_many_requests_give_the_same_bits_again_and_again(cuda: Target, kv_forma
         (130, 2, 190, 60),
     ],
 )
-@pytest.mark.parametrize("h_q", [12, 20, 64, 100, 128])
+@pytest.mark.parametrize("h_q", [12, 20, 40, 64, 100, 128])
 @pytest.mark.parametrize("kv_format", [KVFormat.V32, KVFormat.MODEL1, KVFormat.V41])
 def test_lists_cut_without_a_plan(
     cuda: Target,

@@ -115,11 +115,11 @@ __device__ int request_blocks(const SparseAttentionParams& params, int request) 
 }
 
 // Fixed cuts that depend on the call, not on the request alone.
-__host__ __device__ bool is_few(const DenseDecodeParams&) { return false; }
-__host__ __device__ bool is_few(const SparseAttentionParams& params) { return params.cut_evenly; }
+__host__ __device__ bool is_evenly_cut(const DenseDecodeParams&) { return false; }
+__host__ __device__ bool is_evenly_cut(const SparseAttentionParams& params) { return params.cut_evenly; }
 
-__device__ int cuts_of_few(const DenseDecodeParams&, int) { return 1; }
-__device__ int cuts_of_few(const SparseAttentionParams& params, int blocks) {
+__device__ int even_cuts_of(const DenseDecodeParams&, int) { return 1; }
+__device__ int even_cuts_of(const SparseAttentionParams& params, int blocks) {
   return even_cuts(blocks, params.max_cuts, params.min_cut_blocks);
 }
 
@@ -149,8 +149,8 @@ __device__ bool split_request(const Params& params, int index, SplitRequest& fou
   if (params.schedule == nullptr) {
     const int request = params.first_request + index;
     const int blocks = request_blocks(params, request);
-    if (is_few(params)) {
-      const int cuts = cuts_of_few(params, blocks);
+    if (is_evenly_cut(params)) {
+      const int cuts = even_cuts_of(params, blocks);
       found = {request, cuts, index * params.max_cuts, index * params.max_cuts + 1, 1};
       return cuts > 1;
     }
@@ -363,11 +363,11 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) combine_kernel(const __g
     }
     // CTAs on SMs that the kernel before this one has left idle wait for it, others start when it ends. So it pays to
     // have no more CTAs than those, if their warps need one batch of loads each.
-    const int busy = is_few(params) ? params.num_parts : working;
+    const int busy = is_evenly_cut(params) ? params.num_parts : working;
     const int grid = static_cast<int>(gridDim.x), early = kCtasPerSm * (params.num_sms - busy * partial_tiles);
     const int strips = count * groups * kGroupStrips;
     int sharing_log2 = kFixedSharingLog2;
-    if (params.schedule != nullptr || is_few(params)) {
+    if (params.schedule != nullptr || is_evenly_cut(params)) {
       sharing_log2 = choose_sharing(strips, most_splits, min(early, grid));
       if (strips / kWarps > early || most_splits > kEarlyBatches * kUnroll << sharing_log2) {
         sharing_log2 = choose_sharing(strips, most_splits, grid);
