@@ -10,7 +10,10 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "any/kernels.h"
+#include "device/copy.cuh"
 #include "device/launch.h"
 #include "device/numeric.cuh"
 
@@ -218,13 +221,15 @@ __device__ int choose_sharing(int num_strips, int most_splits, int most_ctas) {
   return sharing;
 }
 
+__device__ __forceinline__ int partial_of(const SplitRequest& split, int at) {
+  return at == 0 ? split.first_partial : split.second_partial + (at - 1) * split.stride_partial;
+}
+
 // What splits first, first + step, ... make. `values` and `lses` are where the lane's share lies in partial result 0.
 __device__ __forceinline__ Sum accumulate(const SplitRequest& split, const float* values, const float* lses,
                                           int partial_tiles, int first, int step) {
   Sum sum;
-  auto tile_of = [&](int at) {
-    return (at == 0 ? split.first_partial : split.second_partial + (at - 1) * split.stride_partial) * partial_tiles;
-  };
+  auto tile_of = [&](int at) { return partial_of(split, at) * partial_tiles; };
 #pragma unroll 1
   for (int i = first; i == first || i < split.num_splits; i += kUnroll * step) {
     float lse[kUnroll][2];
@@ -267,6 +272,20 @@ __device__ __forceinline__ Sum accumulate(const SplitRequest& split, const float
     }
   }
   return sum;
+}
+
+// What `accumulate` has read for this warp, which nobody reads again. `strip`: where it lies in partial result 0. L2
+// would else write it to memory while the next call reads its keys.
+__device__ __forceinline__ void discard(const SplitRequest& split, const float* strip, int partial_tiles, int first,
+                                        int step, int lane) {
+  constexpr int kLine = 128 / sizeof(float), kLines = kStripBlocks * kPartialBlock / kLine;
+  static_assert(32 % kLines == 0);
+  __syncwarp();  // all lanes have read
+#pragma unroll 1
+  for (int at = first + lane / kLines * step; at < split.num_splits; at += 32 / kLines * step) {
+    const int64_t tile = partial_of(split, at) * partial_tiles;
+    device::discard_line(strip + tile * kPartialTile + lane % kLines * kLine);
+  }
 }
 
 // A lane's share of a row of a strip.
@@ -418,6 +437,9 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) combine_kernel(const __g
           store_row<T>(params, shared.rows[warp][lane / 4 + 8 * r], rehearses, column, lane,
                        sharing > 1 ? join(shared, warp - member, sharing, lane, r) : row_of(sum, r));
         }
+        if (!rehearses) {
+          discard(listed, values - lane * 4, partial_tiles, member, sharing, lane);
+        }
         again = rehearses;
         rehearses = false;
       } while (again);
@@ -437,7 +459,11 @@ void launch(const Params& params, void* stream) {
   const int64_t requests = params.schedule == nullptr                ? params.num_requests
                            : num_requests(params) < params.num_parts ? num_requests(params)
                                                                      : params.num_parts;
-  const int64_t full = static_cast<int64_t>(kCtasPerSm) * params.num_sms, items = requests * groups * kGroupStrips;
+  const int64_t items = requests * groups * kGroupStrips;
+  // Where a group is all there is of a request, half of the SMs take a strip for each warp about as fast, and the next
+  // decode kernel begins on the others meanwhile.
+  const bool leaves_sms = std::is_same_v<Params, DenseDecodeParams> && groups == 1 && items <= kWarps * params.num_sms;
+  const int64_t full = static_cast<int64_t>(leaves_sms ? 1 : kCtasPerSm) * params.num_sms;
   device::launch_dependent("combine", combine_kernel<T, Params>, static_cast<unsigned>(items < full ? items : full),
                            kThreads, 0, stream, params);
 }

@@ -24,6 +24,16 @@ __device__ __forceinline__ void tma_load(uint32_t destination, const CUtensorMap
       : "memory");
 }
 
+// The same under an L2 policy.
+__device__ __forceinline__ void tma_load_hinted(uint32_t destination, const CUtensorMap* map, const TmaCoordinates& at,
+                                                uint32_t barrier, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3, "
+      "%4, %5, %6}], [%7], %8;" ::"r"(destination),
+      "l"(map), "r"(at.column), "r"(at.row), "r"(at.slice), "r"(at.head), "r"(at.page), "r"(barrier), "l"(policy)
+      : "memory");
+}
+
 // Asks L2 for the tile.
 __device__ __forceinline__ void tma_prefetch(const CUtensorMap* map, const TmaCoordinates& at) {
   asm volatile("cp.async.bulk.prefetch.tensor.5d.L2.global [%0, {%1, %2, %3, %4, %5}];" ::"l"(map), "r"(at.column),
@@ -76,6 +86,30 @@ __device__ __forceinline__ uint64_t evict_first_policy() {
   uint64_t policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
+}
+
+__device__ __forceinline__ uint64_t evict_normal_policy() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+// Of what is soon read again.
+__device__ __forceinline__ uint64_t evict_last_policy() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+__device__ __forceinline__ void store_hinted(float* address, const float4& values, uint64_t policy) {
+  asm volatile("st.global.L2::cache_hint.v4.f32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(address), "f"(values.x),
+               "f"(values.y), "f"(values.z), "f"(values.w), "l"(policy)
+               : "memory");
+}
+
+// The 128 bytes at this address are not read before they are written again: L2 need not write them to memory.
+__device__ __forceinline__ void discard_line(const void* address) {
+  asm volatile("discard.global.L2 [%0], 128;" ::"l"(address) : "memory");
 }
 
 // 16 bytes under an L2 policy.

@@ -31,7 +31,8 @@ class TmaThread {
         storage_(storage),
         place_(place),
         boxes_(C::kKeys / params.box_rows),
-        slots_(slots) {}
+        slots_(slots),
+        policy_(params.num_row_tiles == 1 ? evict_first_policy() : evict_normal_policy()) {}
 
   __device__ __forceinline__ void run() {
     Pieces<true> pieces(params_, place_.part, place_.causal_cut);
@@ -104,7 +105,7 @@ class TmaThread {
         const uint32_t destination = tile + first_slice * C::kSliceBytes;
         if (boxes_ == 1) {
           const CUtensorMap* map = group == kRope ? &maps_.one_slice : &maps_.two_slices;
-          tma_load(destination, map, {0, at.row, first_slice, place_.kv_head, at.page}, full);
+          tma_load_hinted(destination, map, {0, at.row, first_slice, place_.kv_head, at.page}, full, policy_);
         } else {
           load_small_pages(destination, first_slice, group == kRope ? 1 : 2, table + at.index, full);
         }
@@ -132,6 +133,7 @@ class TmaThread {
   Storage<C>& storage_;
   const Place place_;
   const int boxes_, slots_;
+  const uint64_t policy_;  // keys that one CTA alone reads are not to drive partial results out of L2
   SlotPhases phases_;
 };
 
