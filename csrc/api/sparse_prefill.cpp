@@ -19,6 +19,19 @@ namespace {
 // What copies of a call's rows may take.
 constexpr int64_t kMostCopiedBytes = int64_t{256} << 20;
 
+// Rows [s_kv, h_kv, d_qk] as a cache of pages of one row; a cache as it is.
+Tensor as_cache(const Tensor& rows) {
+  if (rows.dim() != 3) {
+    return rows;
+  }
+  const int64_t sizes[4] = {rows.size(0), 1, rows.size(1), rows.size(2)},
+                strides[4] = {rows.stride(0), rows.stride(0), rows.stride(1), rows.stride(2)};
+  AtenTensorHandle handle = nullptr;
+  check(aoti_torch__reinterpret_tensor(rows.get(), 4, sizes, strides, 0, &handle) == 0, ErrorKind::kCuda,
+        "torch could not make a view");
+  return Tensor(handle);
+}
+
 // Rows of 16-bit values whose address or strides are no multiples of 16 bytes, which is how kernels move them, as a
 // copy, if it is not too large; other rows as they are.
 Tensor with_aligned_rows(const Tensor& rows) {
@@ -47,7 +60,7 @@ struct Selection {
 
   Selection(const char* name, const Tensor& kv, const char* indices_name, const Tensor& indices_,
             const char* lengths_name, const std::optional<Tensor>& lengths_, KVFormat format_, const View& q)
-      : rows(with_aligned_rows(kv)),
+      : rows(with_aligned_rows(as_cache(kv))),
         cache(name, rows),
         indices(indices_name, indices_),
         lengths(optional_view(lengths_name, lengths_)),
@@ -355,8 +368,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_prefill_backward(
   const int64_t s_q = q.size(0), h_q = q.size(1), d_qk = q.size(2), slots = selection.slots();
   check(slots <= INT32_MAX, ErrorKind::kUnsupported, kBackwardOp, " takes fewer than 2^31 rows of kv, got ", slots);
   Tensor dq = empty(q.device, ScalarType::BFloat16, {s_q, h_q, d_qk});
-  Tensor dkv = empty(q.device, ScalarType::BFloat16,
-                     {selection.cache.size(0), selection.cache.size(1), selection.cache.size(2), d_qk});
+  Tensor dkv =
+      kv.dim() == 3
+          ? empty(q.device, ScalarType::BFloat16, {slots, 1, d_qk})
+          : empty(q.device, ScalarType::BFloat16, {selection.cache.size(0), selection.cache.size(1), 1, d_qk});
   Tensor d_extra = empty(q.device, ScalarType::BFloat16, {0});
   Tensor d_sink = empty(q.device, ScalarType::Float, {sink ? h_q : 0});
 
