@@ -98,7 +98,32 @@ def flash_mla_with_kvcache(
     options: decode_calls.Arguments
     if indices is not None:
         extra = (extra_k_cache, extra_indices_in_kvcache, extra_topk_length)
-        names = _sparse_formats(q, k_cache, extra, kv_format, causal, is_fp8_kvcache, descale_q, descale_k)
+        flags = (
+            # Bools by identity: 0 and 1 are equal to them, and no flags.
+            causal is False,
+            is_fp8_kvcache is True,
+            is_fp8_kvcache is False,
+            descale_q is None,
+            descale_k is None,
+            extra_indices_in_kvcache is None,
+            extra_topk_length is None,
+        )
+        names = problem_sparse.format_names(
+            q_shape,
+            k_cache,
+            extra_k_cache,
+            kv_format,
+            flags,
+            _sparse_formats,
+            q,
+            k_cache,
+            extra,
+            kv_format,
+            causal,
+            is_fp8_kvcache,
+            descale_q,
+            descale_k,
+        )
         operation, keys = decode_calls.SPARSE, (q, k_cache, indices, topk_length, *extra)
         options = (attn_sink, *names, head_dim_v, softmax_scale, enable_batch_invariant)
     else:
@@ -151,30 +176,14 @@ def _sparse_formats(
     is_fp8_kvcache: Any,
     descale_q: Any,
     descale_k: Any,
-) -> tuple[str, str | None]:
-    """The names of the formats of a sparse call, after the checks of it that the operator does not make.
+) -> tuple[KVFormat, KVFormat | None]:
+    """The formats of a sparse call, after the checks of it that the operator does not make.
 
     `extra`: the second cache, the indices into it, and their length.
     """
-
-    def resolve() -> tuple[KVFormat, KVFormat | None]:
-        problem_sparse.check_sparse_call(
-            k_cache, causal=causal, is_fp8_kvcache=is_fp8_kvcache, descale_q=descale_q, descale_k=descale_k
-        )
-        problem_sparse.check_extra_arguments(*extra)
-        arguments.check_tensor("q", q, 4, "[b, s_q, h_q, d_qk]")
-        return problem_sparse.resolve_formats("k_cache", k_cache, extra[0], q.shape[-1], kv_format)
-
-    extra_k_cache, extra_indices, extra_topk_length = extra
-    has_extra = extra_k_cache is not None
-    # Bools by identity: 0 and 1 are equal to them, and no flags.
-    is_usual = (
-        causal is False
-        and (is_fp8_kvcache is True or is_fp8_kvcache is False)
-        and descale_q is None
-        and descale_k is None
-        and (extra_indices is not None if has_extra else extra_indices is None and extra_topk_length is None)
+    problem_sparse.check_sparse_call(
+        k_cache, causal=causal, is_fp8_kvcache=is_fp8_kvcache, descale_q=descale_q, descale_k=descale_k
     )
-    if not is_usual:
-        resolve()  # says what is wrong
-    return problem_sparse.format_names(q, k_cache, extra[0], kv_format, is_fp8_kvcache, resolve)
+    problem_sparse.check_extra_arguments(*extra)
+    arguments.check_tensor("q", q, 4, "[b, s_q, h_q, d_qk]")
+    return problem_sparse.resolve_formats("k_cache", k_cache, extra[0], q.shape[-1], kv_format)

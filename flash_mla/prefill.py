@@ -69,19 +69,14 @@ def flash_mla_sparse_fwd(
         UnsupportedError: valid, but not served by this device or build; lists each candidate and its reason.
     """
 
-    def resolve() -> tuple[KVFormat, KVFormat | None]:
-        arguments.check_tensor("q", q, 3, "[s_q, h_q, d_qk]")
-        _check_rows("kv", kv)
-        if extra_k_cache is not None:
-            _check_rows("extra_k_cache", extra_k_cache)
-        caches = (problem_sparse.as_cache(kv), problem_sparse.as_cache(extra_k_cache))
-        return problem_sparse.resolve_formats("kv", *caches, q.shape[-1], kv_format)
-
     def problem_of(*_: Any) -> SparsePrefillProblem:
         formats = (KVFormat(names[0]), sm_scale)
         return SparsePrefillProblem.of(q, kv, indices, d_v, extra_k_cache, extra_indices_in_kvcache, *formats)
 
-    names = problem_sparse.format_names(q, kv, extra_k_cache, kv_format, None, resolve)
+    q_shape = q.shape if isinstance(q, Tensor) else ()
+    names = problem_sparse.format_names(
+        q_shape, kv, extra_k_cache, kv_format, (), _sparse_formats, q, kv, extra_k_cache, kv_format
+    )
     selected = (q, kv, indices, topk_length, extra_k_cache, extra_indices_in_kvcache, extra_topk_length, attn_sink)
     inputs = (*selected, *names, d_v, sm_scale, return_lse_base, deterministic)
     needs_gradient = _needs_gradient(q, kv, extra_k_cache, attn_sink)
@@ -93,11 +88,20 @@ def flash_mla_sparse_fwd(
         return result, max_logits, lse
     if needs_gradient:
         raise ValueError(wanted("out", "None where an input requires a gradient", "a tensor"))
-    s_q, h_q, _ = q.shape
+    s_q, h_q, _ = q_shape
     max_logits, lse = (torch.empty((s_q, h_q), dtype=torch.float32, device=q.device) for _ in range(2))
     outputs = (out, max_logits, lse)
     backends.serve("sparse_prefill_out", problem_sparse.check_sparse_prefill, problem_of, *inputs, *outputs)
     return outputs
+
+
+def _sparse_formats(q: Any, kv: Any, extra: Any, kv_format: Any) -> tuple[KVFormat, KVFormat | None]:
+    arguments.check_tensor("q", q, 3, "[s_q, h_q, d_qk]")
+    _check_rows("kv", kv)
+    if extra is not None:
+        _check_rows("extra_k_cache", extra)
+    caches = (problem_sparse.as_cache(kv), problem_sparse.as_cache(extra))
+    return problem_sparse.resolve_formats("kv", *caches, q.shape[-1], kv_format)
 
 
 def _check_rows(name: str, kv: Any) -> None:

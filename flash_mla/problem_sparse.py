@@ -1,6 +1,6 @@
 """Sparse attention, decode and prefill: what the choice of a kernel depends on, and the checks of the operators."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -154,22 +154,30 @@ _names: dict[Any, tuple[str, str | None]] = {}
 
 
 def format_names(
-    q: Any, cache: Any, extra: Any, named: Any, flag: Any, resolve: Callable[[], tuple[KVFormat, KVFormat | None]]
+    q_shape: Sequence[int],
+    cache: Any,
+    extra: Any,
+    named: Any,
+    flags: tuple[bool, ...],
+    resolve: Callable[..., tuple[KVFormat, KVFormat | None]],
+    *arguments: Any,
 ) -> tuple[str, str | None]:
-    """The names of what `resolve` says of these arguments, remembered: each time it would take longer than all else.
+    """The names of what `resolve(*arguments)` says, remembered: each time it would take longer than all else.
 
-    Tensors count by dtype, number of dimensions and last dimension, all others by value.
+    Shapes and caches count by number of dimensions, last dimension and dtype. `flags`: whatever else may make `resolve`
+    raise an error.
     """
     facts = known = None
     if not torch.compiler.is_compiling():
         try:
+            shape = cache.shape
             second = None if extra is None else (extra.dtype, extra.dim(), extra.shape[-1])
-            facts = (cache.dtype, cache.dim(), cache.shape[-1], q.dim(), q.shape[-1], named, flag, second)
+            facts = (cache.dtype, len(shape), shape[-1], len(q_shape), q_shape[-1], named, flags, second)
             known = _names.get(facts)
         except (AttributeError, IndexError, TypeError):  # whatever is wrong, `resolve` says it in words
             facts = None
     if known is None:
-        first, other = resolve()
+        first, other = resolve(*arguments)
         known = (first.value, None if other is None else other.value)
         if facts is not None:
             _names[facts] = known
