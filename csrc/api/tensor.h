@@ -127,20 +127,6 @@ inline void check_aligned(const View& view, int element_bytes) {
         " must have an address and strides that are multiples of 16 bytes");
 }
 
-// Makes a device torch's current one. A guard of torch's costs more than the question whether one is needed.
-class OnDevice {
- public:
-  explicit OnDevice(int device) {
-    int32_t current = -1;
-    if (aoti_torch_get_current_device_index(&current) != 0 || current != device) {
-      guard_.emplace(device);
-    }
-  }
-
- private:
-  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
-};
-
 // The stream on which torch queues work for this device. Its getter lives in libtorch_cuda.so, which a CPU build of
 // torch lacks: it is looked up in the process when the first CUDA op runs.
 inline void* current_stream(int device) {
