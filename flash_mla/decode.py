@@ -2,11 +2,9 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from flash_mla import arguments, backends, decode_calls, errors, problem, problem_sparse
-from flash_mla.decode_calls import DenseFP8Call, SparseCall
+from flash_mla import arguments, backends, decode_calls, problem, problem_sparse
 from flash_mla.kv_format import BYTE_DTYPES, KVFormat
 from flash_mla.schedule import FlashMLASchedMeta
 
@@ -88,208 +86,104 @@ def flash_mla_with_kvcache(
             shape that the metadata was planned for.
         UnsupportedError: valid, but not served by this device or build; lists each candidate and its reason.
     """
-    call = (
-        q,
-        k_cache,
-        block_table,
-        cache_seqlens,
-        head_dim_v,
-        tile_scheduler_metadata,
-        num_splits,
-        softmax_scale,
-        causal,
-        attn_sink,
-        enable_batch_invariant,
-        out,
-        lse,
-    )
-    if (
-        indices is not None
-        or is_fp8_kvcache
-        or extra_k_cache is not None
-        or extra_indices_in_kvcache is not None
-        or topk_length is not None
-        or extra_topk_length is not None
-        or kv_format is not None
-        or descale_q is not None
-        or descale_k is not None
-    ):
-        result = _decode_unusual(
-            call,
-            is_fp8_kvcache,
-            indices,
-            (extra_k_cache, extra_indices_in_kvcache, extra_topk_length),
-            topk_length,
+    try:
+        q_shape = q.shape
+        if softmax_scale is None:
+            softmax_scale = q_shape[-1] ** -0.5
+    except (AttributeError, IndexError):
+        arguments.check_tensor("q", q, 4, "[b, s_q, h_q, d_qk]")
+        raise
+    operation: decode_calls.Operation
+    keys: decode_calls.Arguments
+    options: decode_calls.Arguments
+    if indices is not None:
+        extra = (extra_k_cache, extra_indices_in_kvcache, extra_topk_length)
+        flags = (
+            # Bools by identity: 0 and 1 are equal to them, and no flags.
+            causal is False,
+            is_fp8_kvcache is True,
+            is_fp8_kvcache is False,
+            descale_q is None,
+            descale_k is None,
+            extra_indices_in_kvcache is None,
+            extra_topk_length is None,
+        )
+        names = problem_sparse.format_names(
+            q_shape,
+            k_cache,
+            extra_k_cache,
             kv_format,
+            flags,
+            _sparse_formats,
+            q,
+            k_cache,
+            extra,
+            kv_format,
+            causal,
+            is_fp8_kvcache,
             descale_q,
             descale_k,
         )
-        if result is not None:
-            return result
+        operation, keys = decode_calls.SPARSE, (q, k_cache, indices, topk_length, *extra)
+        options = (attn_sink, *names, head_dim_v, softmax_scale, enable_batch_invariant)
+    else:
+        operation, keys = decode_calls.DENSE, (q, k_cache, block_table, cache_seqlens)
+        options = (attn_sink, head_dim_v, softmax_scale, causal, enable_batch_invariant)
+        if (
+            is_fp8_kvcache
+            or extra_k_cache is not None
+            or extra_indices_in_kvcache is not None
+            or topk_length is not None
+            or extra_topk_length is not None
+            or kv_format is not None
+            or descale_q is not None
+            or descale_k is not None
+        ):
+            problem.check_dense_call(
+                k_cache,
+                is_fp8_kvcache=is_fp8_kvcache,
+                kv_format=kv_format,
+                descale_q=descale_q,
+                descale_k=descale_k,
+                sparse_only={
+                    "extra_k_cache": extra_k_cache,
+                    "extra_indices_in_kvcache": extra_indices_in_kvcache,
+                    "topk_length": topk_length,
+                    "extra_topk_length": extra_topk_length,
+                },
+            )
+            if isinstance(k_cache, Tensor) and k_cache.dtype in BYTE_DTYPES:
+                operation = decode_calls.DENSE_FP8
+                options = (*options, descale_q, descale_k, decode_calls.dense_fp8_name(q, k_cache, kv_format))
+    metadata, batch_invariant = tile_scheduler_metadata, enable_batch_invariant
     # No check stands before the operator: it makes its own, in C++. Only when it refuses do Python's find the words.
     try:
-        return _dense_decode(backends.active, *call)
+        return decode_calls.run(
+            backends.active, operation, q_shape, keys, options, metadata, num_splits, batch_invariant, out, lse
+        )
     except Exception as error:
-        return _explain_or_reroute(error, *call)
+        return decode_calls.explain_or_reroute(
+            error, operation, q_shape, keys, options, metadata, num_splits, batch_invariant, out, lse
+        )
 
 
-def _dense_decode(
-    operators: backends.Operators,
+def _sparse_formats(
     q: Any,
     k_cache: Any,
-    block_table: Any,
-    cache_seqlens: Any,
-    head_dim_v: Any,
-    schedule: Any,
-    num_splits: Any,
-    softmax_scale: Any,
-    causal: Any,
-    attn_sink: Any,
-    batch_invariant: Any,
-    out: Any,
-    lse: Any,
-) -> tuple[Tensor, Tensor]:
-    """Plan if there is no plan, then decode. Host time counts here: it runs on every call."""
-    rows, splits = schedule, num_splits
-    first_call = False
-    q_shape = q.shape
-    if softmax_scale is None:
-        softmax_scale = q_shape[-1] ** -0.5
-    if batch_invariant:
-        rows = splits = None
-    elif isinstance(schedule, FlashMLASchedMeta):
-        rows, splits = schedule.tile_scheduler_metadata, schedule.num_splits
-        if rows is None or splits is None:
-            first_call = True
-            rows, splits = operators.plan_dense_decode(cache_seqlens, q_shape[1], q_shape[2], k_cache.shape[2])
-        elif schedule.have_initialized:
-            schedule.check_dense(q_shape, k_cache.shape, causal)
-        else:  # the caller wrote the rows
-            first_call = True
-    inputs = (
-        q,
-        k_cache,
-        block_table,
-        cache_seqlens,
-        rows,
-        splits,
-        attn_sink,
-        head_dim_v,
-        softmax_scale,
-        causal,
-        batch_invariant,
-    )
-    if out is None and lse is None:
-        out, lse = operators.dense_decode(*inputs)
-    else:
-        b, s_q, h_q, _ = q_shape
-        if out is None:
-            out = q.new_empty((b, s_q, h_q, head_dim_v))
-        if lse is None:
-            lse = q.new_empty((b, h_q, s_q), dtype=torch.float32)
-        operators.dense_decode_out(*inputs, out, lse)
-    if first_call:
-        # Kept only now, when the operator has accepted the arguments that the plan was made from.
-        schedule.tile_scheduler_metadata, schedule.num_splits = rows, splits
-        schedule.adopt_dense(q_shape, k_cache.shape, causal)
-    return out, lse
-
-
-def _explain_or_reroute(error: Exception, *call: Any) -> tuple[Tensor, Tensor]:
-    """After a refused call: raise the error that names the argument; or let the next backend serve what was declined.
-
-    Only an operator that declined before any launch gets here with `UnsupportedError`. Every other failure is raised.
-    """
-    q, k_cache, block_table, cache_seqlens, head_dim_v, schedule, num_splits, scale, causal, sink, *rest = call
-    batch_invariant, out, lse = rest
-    if isinstance(k_cache, Tensor) and k_cache.dtype in BYTE_DTYPES:  # nothing else told that the cache is FP8
-        arguments.check_tensor("q", q, 4, "[b, s_q, h_q, d_qk]")
-        known = problem.dense_fp8_format(k_cache, q.shape[-1], None)
-        scale = problem.default_softmax_scale(q.shape[-1]) if scale is None else scale
-        common = (q, k_cache, schedule, num_splits, sink, head_dim_v, scale, batch_invariant, out, lse)
-        return decode_calls.run(DenseFP8Call(*common, block_table, cache_seqlens, causal, None, None, known))
-    if scale is None and isinstance(q, Tensor) and q.dim() > 0:
-        scale = problem.default_softmax_scale(q.shape[-1])
-    arguments.check_flag("enable_batch_invariant", batch_invariant)
-    problem.check_dense_decode(
-        q,
-        k_cache,
-        block_table,
-        cache_seqlens,
-        None,
-        None,
-        sink,
-        head_dim_v,
-        scale,
-        causal,
-        True,
-        out,
-        lse,
-    )
-    if not batch_invariant:
-        _check_schedule(q, k_cache, causal, schedule, num_splits)
-    failure = errors.from_native(error)
-    if not isinstance(failure, errors.UnsupportedError):
-        raise failure from None
-    wanted = problem.DenseDecodeProblem.of(q, k_cache, head_dim_v, scale)
-    return _dense_decode(backends.after(failure, wanted).operators, *call)
-
-
-def _check_schedule(q: Tensor, k_cache: Tensor, causal: bool, schedule: Any, num_splits: Any) -> None:
-    """Check a schedule, in either form, beside arguments that are right. An object without a plan is right."""
-    if isinstance(schedule, FlashMLASchedMeta):
-        meta = schedule
-        if meta.tile_scheduler_metadata is None or meta.num_splits is None:
-            return
-        if meta.have_initialized:
-            meta.check_dense(q.shape, k_cache.shape, causal)
-        problem.check_schedule(q, meta.tile_scheduler_metadata, meta.num_splits)
-    else:
-        problem.check_schedule(q, schedule, num_splits)
-
-
-def _decode_unusual(
-    call: tuple[Any, ...],
-    is_fp8_kvcache: Any,
-    indices: Any,
     extra: tuple[Any, Any, Any],
-    topk_length: Any,
     kv_format: Any,
+    causal: Any,
+    is_fp8_kvcache: Any,
     descale_q: Any,
     descale_k: Any,
-) -> tuple[Tensor, Tensor] | None:
-    """A call with arguments that a plain dense call leaves out; None when it is a plain one all the same.
+) -> tuple[KVFormat, KVFormat | None]:
+    """The formats of a sparse call, after the checks of it that the operator does not make.
 
     `extra`: the second cache, the indices into it, and their length.
     """
-    q, k_cache, block_table, cache_seqlens, head_dim_v, schedule, num_splits, softmax_scale, *rest = call
-    causal, attn_sink, batch_invariant, out, lse = rest
-    if softmax_scale is None and isinstance(q, Tensor) and q.dim() > 0:
-        softmax_scale = problem.default_softmax_scale(q.shape[-1])
-    common = (q, k_cache, schedule, num_splits, attn_sink, head_dim_v, softmax_scale, batch_invariant, out, lse)
-    if indices is not None:
-        problem_sparse.check_sparse_call(
-            k_cache, causal=causal, is_fp8_kvcache=is_fp8_kvcache, descale_q=descale_q, descale_k=descale_k
-        )
-        problem_sparse.check_extra_arguments(*extra)
-        arguments.check_tensor("q", q, 4, "[b, s_q, h_q, d_qk]")
-        formats = problem_sparse.formats_of_call("k_cache", k_cache, extra[0], q.shape[-1], kv_format)
-        return decode_calls.run(SparseCall(*common, indices, topk_length, *extra, *formats))
-    problem.check_dense_call(
-        k_cache,
-        is_fp8_kvcache=is_fp8_kvcache,
-        kv_format=kv_format,
-        descale_q=descale_q,
-        descale_k=descale_k,
-        sparse_only={
-            "extra_k_cache": extra[0],
-            "extra_indices_in_kvcache": extra[1],
-            "topk_length": topk_length,
-            "extra_topk_length": extra[2],
-        },
+    problem_sparse.check_sparse_call(
+        k_cache, causal=causal, is_fp8_kvcache=is_fp8_kvcache, descale_q=descale_q, descale_k=descale_k
     )
-    if not isinstance(k_cache, Tensor) or k_cache.dtype not in BYTE_DTYPES:
-        return None
+    problem_sparse.check_extra_arguments(*extra)
     arguments.check_tensor("q", q, 4, "[b, s_q, h_q, d_qk]")
-    known = problem.dense_fp8_format(k_cache, q.shape[-1], kv_format)
-    return decode_calls.run(DenseFP8Call(*common, block_table, cache_seqlens, causal, descale_q, descale_k, known))
+    return problem_sparse.resolve_formats("k_cache", k_cache, extra[0], q.shape[-1], kv_format)

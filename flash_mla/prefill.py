@@ -68,32 +68,40 @@ def flash_mla_sparse_fwd(
         ValueError, TypeError: naming the argument, what was wanted and what came.
         UnsupportedError: valid, but not served by this device or build; lists each candidate and its reason.
     """
-    arguments.check_tensor("q", q, 3, "[s_q, h_q, d_qk]")
-    _check_rows("kv", kv)
-    if extra_k_cache is not None:
-        _check_rows("extra_k_cache", extra_k_cache)
-    cache, extra = problem_sparse.as_cache(kv), problem_sparse.as_cache(extra_k_cache)
-    known, extra_known = problem_sparse.formats_of_call("kv", cache, extra, q.shape[-1], kv_format)
-    selected = (q, cache, indices, topk_length, extra, extra_indices_in_kvcache, extra_topk_length, attn_sink)
-    formats = (known.value, None if extra_known is None else extra_known.value)
-    inputs = (*selected, *formats, d_v, sm_scale, return_lse_base, deterministic)
 
     def problem_of(*_: Any) -> SparsePrefillProblem:
-        return SparsePrefillProblem.of(q, cache, indices, d_v, extra, extra_indices_in_kvcache, known, sm_scale)
+        formats = (KVFormat(names[0]), sm_scale)
+        return SparsePrefillProblem.of(q, kv, indices, d_v, extra_k_cache, extra_indices_in_kvcache, *formats)
 
+    q_shape = q.shape if isinstance(q, Tensor) else ()
+    names = problem_sparse.format_names(
+        q_shape, kv, extra_k_cache, kv_format, (), _sparse_formats, q, kv, extra_k_cache, kv_format
+    )
+    selected = (q, kv, indices, topk_length, extra_k_cache, extra_indices_in_kvcache, extra_topk_length, attn_sink)
+    inputs = (*selected, *names, d_v, sm_scale, return_lse_base, deterministic)
+    needs_gradient = _needs_gradient(q, kv, extra_k_cache, attn_sink)
     if out is None:
-        with _gradient_if_needed(q, cache, extra, attn_sink):
+        with _below_autograd(needs_gradient):
             result, max_logits, lse = backends.serve(
                 "sparse_prefill", problem_sparse.check_sparse_prefill, problem_of, *inputs
             )
         return result, max_logits, lse
-    if _needs_gradient(q, cache, extra, attn_sink):
+    if needs_gradient:
         raise ValueError(wanted("out", "None where an input requires a gradient", "a tensor"))
-    s_q, h_q, _ = q.shape
+    s_q, h_q, _ = q_shape
     max_logits, lse = (torch.empty((s_q, h_q), dtype=torch.float32, device=q.device) for _ in range(2))
     outputs = (out, max_logits, lse)
     backends.serve("sparse_prefill_out", problem_sparse.check_sparse_prefill, problem_of, *inputs, *outputs)
     return outputs
+
+
+def _sparse_formats(q: Any, kv: Any, extra: Any, kv_format: Any) -> tuple[KVFormat, KVFormat | None]:
+    arguments.check_tensor("q", q, 3, "[s_q, h_q, d_qk]")
+    _check_rows("kv", kv)
+    if extra is not None:
+        _check_rows("extra_k_cache", extra)
+    caches = (problem_sparse.as_cache(kv), problem_sparse.as_cache(extra))
+    return problem_sparse.resolve_formats("kv", *caches, q.shape[-1], kv_format)
 
 
 def _check_rows(name: str, kv: Any) -> None:
@@ -104,12 +112,16 @@ def _check_rows(name: str, kv: Any) -> None:
 
 
 def _needs_gradient(*tensors: Any) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                return True
+    return False
 
 
-def _gradient_if_needed(*tensors: Any) -> AbstractContextManager[Any]:
-    """For a call over these tensors: without autograd where nothing requires a gradient, which halves the host time."""
-    if torch.compiler.is_compiling() or _needs_gradient(*tensors):
+def _below_autograd(needs_gradient: bool) -> AbstractContextManager[Any]:
+    """For a call: without autograd where nothing requires a gradient, which halves the host time."""
+    if needs_gradient or torch.compiler.is_compiling():
         return nullcontext()
     below_autograd: AbstractContextManager[Any] = torch._C._AutoDispatchBelowAutograd()
     return below_autograd
@@ -170,7 +182,7 @@ def flash_attn_varlen_func(
     def problem_of(*_: Any) -> DensePrefillProblem:
         return DensePrefillProblem.of(q, k, v, cu_seqlens_qo, causal, deterministic, softmax_scale)
 
-    with _gradient_if_needed(q, k, v):
+    with _below_autograd(_needs_gradient(q, k, v)):
         out, lse = backends.serve("dense_prefill", problem_prefill.check_dense_prefill, problem_of, *inputs)
     return out, lse
 

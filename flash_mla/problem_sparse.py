@@ -1,5 +1,6 @@
 """Sparse attention, decode and prefill: what the choice of a kernel depends on, and the checks of the operators."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -149,24 +150,37 @@ def resolve_formats(
     return known, kv_format.resolve("extra_k_cache", extra, d_qk, known)
 
 
-_resolved: dict[Any, tuple[KVFormat, KVFormat | None]] = {}
+_names: dict[Any, tuple[str, str | None]] = {}
 
 
-def formats_of_call(
-    name: str, cache: Any, extra: Any, d_qk: int, named: KVFormat | str | None
-) -> tuple[KVFormat, KVFormat | None]:
-    """`resolve_formats` for a call, remembered: on every call it would take longer than all the rest.
+def format_names(
+    q_shape: Sequence[int],
+    cache: Any,
+    extra: Any,
+    named: Any,
+    flags: tuple[bool, ...],
+    resolve: Callable[..., tuple[KVFormat, KVFormat | None]],
+    *arguments: Any,
+) -> tuple[str, str | None]:
+    """The names of what `resolve(*arguments)` says, remembered: each time it would take longer than all else.
 
-    Whether the caches have four dimensions is then left to the operator's checks.
+    Shapes and caches count by number of dimensions, last dimension and dtype. `flags`: whatever else may make `resolve`
+    raise an error.
     """
-    if torch.compiler.is_compiling() or not isinstance(cache, Tensor) or not isinstance(named, str | None):
-        return resolve_formats(name, cache, extra, d_qk, named)
-    second = (extra.dtype, extra.shape[-1:]) if isinstance(extra, Tensor) else extra is None
-    facts = (cache.dtype, cache.shape[-1:], d_qk, named, second)
-    known = _resolved.get(facts)
+    facts = known = None
+    if not torch.compiler.is_compiling():
+        try:
+            shape = cache.shape
+            second = None if extra is None else (extra.dtype, extra.dim(), extra.shape[-1])
+            facts = (cache.dtype, len(shape), shape[-1], len(q_shape), q_shape[-1], named, flags, second)
+            known = _names.get(facts)
+        except (AttributeError, IndexError, TypeError):  # whatever is wrong, `resolve` says it in words
+            facts = None
     if known is None:
-        known = resolve_formats(name, cache, extra, d_qk, named)
-        _resolved[facts] = known
+        first, other = resolve(*arguments)
+        known = (first.value, None if other is None else other.value)
+        if facts is not None:
+            _names[facts] = known
     return known
 
 
@@ -263,7 +277,7 @@ def check_sparse_prefill(
     max_logits: Any = None,
     lse: Any = None,
 ) -> None:
-    """Check the arguments of `torch.ops.flash_mla.sparse_prefill` (and of its `_out` form). kv is a cache of pages.
+    """Check the arguments of `torch.ops.flash_mla.sparse_prefill` (and of its `_out` form). kv is rows or a cache.
 
     Raises:
         ValueError, TypeError: naming the wrong argument.
@@ -272,11 +286,11 @@ def check_sparse_prefill(
     s_q, h_q, d_qk = q.shape
     tokens = ("[s_q, h_kv = 1, topk]", (s_q, 1))
     check_extra_arguments(extra_k_cache, extra_indices, extra_topk_length)
-    _check_selection("kv", q, kv, kv_format)
+    _check_selection("kv", q, as_cache(kv), kv_format)
     _check_indices("indices", q, indices, *tokens)
     _check_prefill_length("topk_length", q, topk_length)
     if extra_k_cache is not None:
-        _check_selection("extra_k_cache", q, extra_k_cache, extra_kv_format)
+        _check_selection("extra_k_cache", q, as_cache(extra_k_cache), extra_kv_format)
         _check_indices("extra_indices_in_kvcache", q, extra_indices, *tokens)
         _check_prefill_length("extra_topk_length", q, extra_topk_length)
     arguments.check_int("d_v", d_v, least=1)

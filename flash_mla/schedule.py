@@ -9,7 +9,6 @@ tile the requests in order; a part without work begins at request b. `num_splits
 splits before each request.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -52,51 +51,36 @@ class FlashMLASchedMeta:
     num_splits: Tensor | None = None
     """int32 `[b + 1]`, cumulative."""
 
-    def check(self, call: Config) -> None:
-        """Raise `ValueError` when the schedule was made for other shapes than these."""
-        if self.config is not None and self.config != call:
-            self._raise_mismatch(call)
+    def check(self, call: tuple[Any, ...]) -> None:
+        """Raise `ValueError` when the schedule was made for other shapes than these, the fields of a `Config`.
 
-    def adopt(self, call: Config) -> None:
-        """Record the shapes that this schedule is for."""
-        self.config = call
-        self.have_initialized = True
-
-    def check_dense(self, q_shape: Sequence[int], k_cache_shape: Sequence[int], causal: bool) -> None:
-        """`check` for a dense call over a bf16 or fp16 cache.
-
-        Takes `q.shape` and `k_cache.shape`. Runs on every call.
+        Runs on every call.
         """
         config = self.config
-        if config is None:
-            return
-        b, s_q, h_q, _ = q_shape
-        _, page, h_kv, _ = k_cache_shape
-        if (
-            config.b != b
-            or config.s_q != s_q
-            or config.h_q != h_q
-            or config.h_k != h_kv
-            or config.page_block_size != page
-            or config.causal != causal
-            or config.is_fp8_kvcache
-            or config.topk is not None
+        if config is None or call == (
+            config.b,
+            config.s_q,
+            config.h_q,
+            config.page_block_size,
+            config.h_k,
+            config.causal,
+            config.is_fp8_kvcache,
+            config.topk,
+            config.extra_page_block_size,
+            config.extra_topk,
         ):
-            self._raise_mismatch(FlashMLASchedMeta.Config(b, s_q, h_q, page, h_kv, causal, False))
-
-    def adopt_dense(self, q_shape: Sequence[int], k_cache_shape: Sequence[int], causal: bool) -> None:
-        """Record the shape of the dense call that this schedule is for."""
-        b, s_q, h_q, _ = q_shape
-        _, page, h_kv, _ = k_cache_shape
-        self.config = FlashMLASchedMeta.Config(b, s_q, h_q, page, h_kv, causal, False)
-        self.have_initialized = True
-
-    def _raise_mismatch(self, call: Config) -> None:
-        for field, given in vars(call).items():
-            planned = getattr(self.config, field)
+            return
+        for field, given in vars(FlashMLASchedMeta.Config(*call)).items():
+            planned = getattr(config, field)
             if planned != given:
                 text = errors.wanted(f"tile_scheduler_metadata.config.{field}", f"{planned} (as planned)", given)
                 raise ValueError(f"{text}; use a new FlashMLASchedMeta for each shape")
+
+    def adopt(self, rows: Tensor, num_splits: Tensor, call: tuple[Any, ...]) -> None:
+        """Keep a schedule, for calls of these shapes."""
+        self.tile_scheduler_metadata, self.num_splits = rows, num_splits
+        self.config = FlashMLASchedMeta.Config(*call)
+        self.have_initialized = True
 
 
 def get_mla_metadata(*_args: Any, **_kwargs: Any) -> tuple[FlashMLASchedMeta, None]:

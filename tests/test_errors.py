@@ -412,6 +412,62 @@ def test_unaligned_strides_are_not_supported(cuda: Target, name: str) -> None:
         flash_mla_with_kvcache(**{**call, name: room[..., :576]})
 
 
+WRONG_AFTER_A_GOOD_SPARSE_CALL: dict[str, tuple[Callable[[Call], Call], type[Exception], str]] = {
+    "causal 0": (given(causal=0), TypeError, "causal: wanted a bool, got int"),
+    "causal": (given(causal=True), ValueError, "causal: wanted False with indices"),
+    "fp8 flag 1": (given(is_fp8_kvcache=1), TypeError, "is_fp8_kvcache: wanted a bool, got int"),
+    "descale_k": (built("descale_k", like_q(1)), ValueError, "descale_k: wanted None with indices"),
+    "extra length": (built("extra_topk_length", like_q(2)), ValueError, "extra_topk_length: wanted None without extra"),
+    "extra cache": (
+        lambda call: {**call, "extra_k_cache": call["k_cache"]},
+        ValueError,
+        "extra_indices_in_kvcache: wanted int32",
+    ),
+    "format list": (given(kv_format=["V32"]), TypeError, "kv_format: wanted a KVFormat or its name, got list"),
+    "other format": (given(kv_format="V41"), ValueError, "kv_format: wanted a format of d_qk = 576, like q, got V41"),
+    "q 3d": (changed("q", lambda q: q[0]), ValueError, r"q: wanted 4 dimensions \[b, s_q, h_q, d_qk\], got shape"),
+    "q None": (given(q=None), TypeError, r"q: wanted a tensor \[b, s_q, h_q, d_qk\], got None"),
+    "k_cache 3d": (changed("k_cache", lambda k: k[0]), ValueError, "k_cache: wanted 4 dimensions .*, got shape"),
+    "k_cache dtype": (changed("k_cache", lambda k: k.view(torch.bool)), TypeError, "k_cache: wanted torch.bfloat16 or"),
+    "k_cache width": (changed("k_cache", lambda k: k[..., :640]), ValueError, r"k_cache: wanted 656 \(V32\) bytes"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_AFTER_A_GOOD_SPARSE_CALL)
+def test_a_good_sparse_call_hides_no_wrong_one(backend: Target, case: str) -> None:
+    """What is remembered of the formats of one call must not answer for another."""
+    spoil, error, text = WRONG_AFTER_A_GOOD_SPARSE_CALL[case]
+    inputs = make_sparse_decode_inputs(2, h_q=16, device=backend.device)
+    call = {**inputs.call(), "kv_format": None, "tile_scheduler_metadata": FlashMLASchedMeta()}
+    flash_mla_with_kvcache(**call)
+    with pytest.raises(error, match=text):
+        flash_mla_with_kvcache(**spoil(call))
+    flash_mla_with_kvcache(**call)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"q": lambda q: q[None]}, ValueError, r"q: wanted 3 dimensions \[s_q, h_q, d_qk\], got shape"),
+        ({"q": lambda q: None}, TypeError, r"q: wanted a tensor \[s_q, h_q, d_qk\], got None"),
+        ({"kv": lambda kv: kv[:, 0]}, ValueError, r"kv: wanted a tensor \[s_kv, h_kv = 1, d_qk\] or .*, got shape"),
+        ({"kv": lambda kv: kv.float()}, TypeError, "kv: wanted torch.bfloat16 or"),
+        ({"kv": lambda kv: kv.repeat(1, 2, 1)}, ValueError, r"kv: wanted one KV head \(h_kv = 1\), got 2"),
+    ],
+)
+def test_a_good_prefill_hides_no_wrong_one(
+    backend: Target, change: dict[str, Callable[[torch.Tensor], object]], error: type[Exception], text: str
+) -> None:
+    inputs = make_sparse_prefill_inputs(2, h_q=2, device=backend.device)
+    call = {**inputs.call(), "kv_format": None}
+    assert call["kv"].dim() == 3
+    good = flash_mla.flash_mla_sparse_fwd(**call)
+    ((name, spoil),) = change.items()
+    for out in (None, good[0]):
+        with pytest.raises(error, match=text):
+            flash_mla.flash_mla_sparse_fwd(**{**call, name: spoil(call[name]), "out": out})
+
+
 def test_wrong_arguments_of_the_operator_itself(backend: Target) -> None:
     """The operators check before they touch memory, whoever calls them."""
     inputs = make_dense_decode_inputs([70, 3], h_q=16, device=backend.device)

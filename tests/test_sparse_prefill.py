@@ -401,12 +401,14 @@ def test_given_out_and_gradients_do_not_go_together(backend: Target) -> None:
         assert run(inputs, out=out)[0] is out
 
 
-def test_opcheck(backend: Target) -> None:
+@pytest.mark.parametrize("rows", [False, True])
+def test_opcheck(backend: Target, rows: bool) -> None:
     inputs = make_sparse_prefill_inputs(3, h_q=2, topk=9, page=4, extra_topk=3, sink=True, rows=False, invalid=0.2)
     one, two = inputs.primary, inputs.extra
-    for cache in (one.cache, two.cache):
-        cache.nan_to_num_(nan=0.0)
-    arguments = [inputs.q, one.cache, one.indices, None, two.cache, two.indices, None, inputs.attn_sink]
+    caches = [cache.nan_to_num_(nan=0.0) for cache in (one.cache, two.cache)]
+    if rows:
+        caches = [cache.flatten(0, 1) for cache in caches]
+    arguments = [inputs.q, caches[0], one.indices, None, caches[1], two.indices, None, inputs.attn_sink]
     moved = [
         value.to(backend.device).requires_grad_(value.is_floating_point()) if value is not None else None
         for value in arguments

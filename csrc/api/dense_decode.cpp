@@ -145,7 +145,7 @@ std::tuple<Tensor, Tensor> dense_decode(const Tensor& q, const Tensor& k_cache, 
                                         int64_t head_dim_v, double softmax_scale, bool causal, bool batch_invariant) {
   const Call call(q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits, attn_sink, head_dim_v,
                   softmax_scale);
-  const torch::stable::accelerator::DeviceGuard guard(call.q.device);
+  const OnDevice on_device(call.q.device);
   const Shapes& s = call.shapes;
   Tensor out = empty(call.q.device, call.q.dtype, {s.b, s.s_q, s.h_q, kHeadDimV});
   Tensor lse = empty(call.q.device, ScalarType::Float, {s.b, s.h_q, s.s_q});
@@ -160,7 +160,7 @@ void dense_decode_out(const Tensor& q, const Tensor& k_cache, const Tensor& bloc
                       bool batch_invariant, const Tensor& out, const Tensor& lse) {
   const Call call(q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits, attn_sink, head_dim_v,
                   softmax_scale);
-  const torch::stable::accelerator::DeviceGuard guard(call.q.device);
+  const OnDevice on_device(call.q.device);
   const View out_view("out", out), lse_view("lse", lse);
   check_outputs(out_view, lse_view, call.q, call.q.dtype);
   run(call.q, call.k, call.table, call.seqlens, call.schedule, call.num_splits, call.sink, head_dim_v, softmax_scale,
@@ -180,7 +180,7 @@ std::tuple<Tensor, Tensor> plan_dense_decode(const Tensor& cache_seqlens, int64_
   check_dtype(seqlens, ScalarType::Int);
   check(seqlens.device >= 0, ErrorKind::kValue, "cache_seqlens must be on CUDA");
   check(seqlens.size(0) <= 1 || seqlens.stride(0) == 1, ErrorKind::kValue, "cache_seqlens must be contiguous");
-  const torch::stable::accelerator::DeviceGuard guard(seqlens.device);
+  const OnDevice on_device(seqlens.device);
   check_built_for("plan_dense_decode", seqlens.device);
   const int64_t b = seqlens.size(0), parts = num_sm_parts(seqlens.device, s_q, h_q, h_kv);
   Tensor schedule = empty(seqlens.device, ScalarType::Int, {parts, 8});

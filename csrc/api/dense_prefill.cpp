@@ -193,7 +193,7 @@ std::tuple<Tensor, Tensor> dense_prefill(const Tensor& q_, const Tensor& k_, con
   const View q("q", q_), k("k", k_), v("v", v_), cu_q("cu_seqlens_qo", cu_seqlens_qo),
       cu_kv("cu_seqlens_kv", cu_seqlens_kv);
   const Shapes s = check_inputs(q, k, v, cu_q, cu_kv, max_seqlen_qo, max_seqlen_kv, softmax_scale);
-  const torch::stable::accelerator::DeviceGuard guard(q.device);
+  const OnDevice on_device(q.device);
   const DeviceFacts& facts = device_facts(q.device);
   const auto& kernel = select(kOp, dense_prefill_kernels(), problem_of(q, s, facts, softmax_scale));
   Tensor out = empty(q.device, q.dtype, {s.tokens_q, s.h_q, kPrefillHeadDimV});
@@ -222,7 +222,7 @@ std::tuple<Tensor, Tensor, Tensor> dense_prefill_backward(const Tensor& d_out_, 
       lse("lse", lse_), cu_q("cu_seqlens_qo", cu_seqlens_qo), cu_kv("cu_seqlens_kv", cu_seqlens_kv);
   const Shapes s = check_inputs(q, k, v, cu_q, cu_kv, max_seqlen_qo, max_seqlen_kv, softmax_scale);
   check_results(d_out, d_lse, out, lse, q, s);
-  const torch::stable::accelerator::DeviceGuard guard(q.device);
+  const OnDevice on_device(q.device);
   const DeviceFacts& facts = device_facts(q.device);
   const auto& kernel = select(kBackwardOp, dense_prefill_backward_kernels(), problem_of(q, s, facts, softmax_scale));
   Tensor dq = empty(q.device, q.dtype, {s.tokens_q, s.h_q, s.d_qk});

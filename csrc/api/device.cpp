@@ -57,6 +57,13 @@ const DeviceFacts& device_facts(int device) {
   return facts[device];
 }
 
+OnDevice::OnDevice(int device) {
+  int current = -1;
+  if (cudaGetDevice(&current) != cudaSuccess || current != device) {
+    guard_.emplace(device);
+  }
+}
+
 std::string why_not_built_for(int compute_capability) {
   return is_built_for(compute_capability) ? "" : cat(NoCode{compute_capability});
 }

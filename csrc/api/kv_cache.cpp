@@ -101,7 +101,7 @@ void append_kv_cache(const Tensor& kv, const Tensor& cache, const Tensor& slot_m
   params.stride_slot = slots.stride(0);
   params.slots_are_int64 = slots.dtype == ScalarType::Long;
   params.exact_scale = exact_scale;
-  const torch::stable::accelerator::DeviceGuard guard(rows.device);
+  const OnDevice on_device(rows.device);
   launch_append_kv_cache(params, current_stream(rows.device));
 }
 
@@ -112,7 +112,7 @@ Tensor dequantize_kv_cache(const Tensor& cache, const Name& kv_format) {
 Tensor dequantized(const View& view, KVFormat format) {
   KVCacheParams params = params_of(view, format);
   check_built_for("dequantize_kv_cache", view.device);
-  const torch::stable::accelerator::DeviceGuard guard(view.device);
+  const OnDevice on_device(view.device);
   Tensor values = empty(view.device, ScalarType::BFloat16, {view.size(0), params.page, 1, params.d_qk});
   params.rows = static_cast<uint16_t*>(values.data_ptr());
   params.num_rows = params.num_slots;

@@ -54,7 +54,7 @@ std::tuple<Tensor, Tensor> merge_attention_states(const std::vector<Tensor>& out
   check(params.element >= 0, ErrorKind::kType, "outs must have dtype BFloat16, Half or Float, got ",
         dtype_text(first.dtype));
   check_built_for("merge_attention_states", first.device);
-  const torch::stable::accelerator::DeviceGuard guard(first.device);
+  const OnDevice on_device(first.device);
   Tensor out = batched ? empty(first.device, first.dtype, {b, tokens, heads, d})
                        : empty(first.device, first.dtype, {tokens, heads, d});
   Tensor lse = batched ? empty(first.device, ScalarType::Float, {b, heads, tokens})

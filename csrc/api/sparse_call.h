@@ -97,7 +97,7 @@ inline int64_t prepare_fixed_cuts(SparseAttentionParams& params, int device, std
 template <class Call>
 std::tuple<Tensor, Tensor> run_into_new(const Call& call) {
   const View& q = call.common.q;
-  const torch::stable::accelerator::DeviceGuard guard(q.device);
+  const OnDevice on_device(q.device);
   Tensor out = empty(q.device, ScalarType::BFloat16, {q.size(0), q.size(1), q.size(2), kHeadDimV});
   Tensor lse = empty(q.device, ScalarType::Float, {q.size(0), q.size(2), q.size(1)});
   call.run(View("out", out), View("lse", lse));
@@ -107,7 +107,7 @@ std::tuple<Tensor, Tensor> run_into_new(const Call& call) {
 template <class Call>
 void run_into(const Call& call, const Tensor& out, const Tensor& lse) {
   const View& q = call.common.q;
-  const torch::stable::accelerator::DeviceGuard guard(q.device);
+  const OnDevice on_device(q.device);
   const View out_view("out", out), lse_view("lse", lse);
   check_outputs(out_view, lse_view, q, ScalarType::BFloat16);
   call.run(out_view, lse_view);

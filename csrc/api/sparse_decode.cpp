@@ -252,7 +252,7 @@ std::tuple<Tensor, Tensor> plan_sparse_decode(const Tensor& requests, const std:
         ErrorKind::kValue, "s_q, h_q and topk must be positive, extra_topk not negative, all less than 2^31, got ", s_q,
         ", ", h_q, ", ", topk, ", ", extra_topk);
   const int64_t b = view.size(0);
-  const torch::stable::accelerator::DeviceGuard guard(view.device);
+  const OnDevice on_device(view.device);
   check_built_for("plan_sparse_decode", view.device);
   PlanParams params{};
   params.lengths[0] = planned("topk_length", topk_length, b, s_q, topk, view.device);

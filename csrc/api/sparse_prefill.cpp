@@ -19,10 +19,23 @@ namespace {
 // What copies of a call's rows may take.
 constexpr int64_t kMostCopiedBytes = int64_t{256} << 20;
 
+// Rows [s_kv, h_kv, d_qk] as a cache of pages of one row; a cache as it is.
+Tensor as_cache(const Tensor& rows) {
+  if (rows.dim() != 3) {
+    return rows;
+  }
+  const int64_t sizes[4] = {rows.size(0), 1, rows.size(1), rows.size(2)},
+                strides[4] = {rows.stride(0), rows.stride(0), rows.stride(1), rows.stride(2)};
+  AtenTensorHandle handle = nullptr;
+  check(aoti_torch__reinterpret_tensor(rows.get(), 4, sizes, strides, 0, &handle) == 0, ErrorKind::kCuda,
+        "torch could not make a view");
+  return Tensor(handle);
+}
+
 // Rows of 16-bit values whose address or strides are no multiples of 16 bytes, which is how kernels move them, as a
 // copy, if it is not too large; other rows as they are.
 Tensor with_aligned_rows(const Tensor& rows) {
-  if (rows.scalar_type() != ScalarType::BFloat16 || rows.dim() != 4 || !rows.is_cuda()) {
+  if (scalar_type(rows) != ScalarType::BFloat16 || rows.dim() != 4 || !rows.is_cuda()) {
     return rows;
   }
   bool aligned = reinterpret_cast<uintptr_t>(rows.data_ptr()) % 16 == 0;
@@ -32,7 +45,7 @@ Tensor with_aligned_rows(const Tensor& rows) {
   if (aligned || 2 * rows.numel() > kMostCopiedBytes) {
     return rows;
   }
-  const torch::stable::accelerator::DeviceGuard guard(rows.get_device_index());
+  const OnDevice on_device(static_cast<int>(rows.get_device_index()));
   Tensor copy = empty(static_cast<int>(rows.get_device_index()), ScalarType::BFloat16,
                       {rows.size(0), rows.size(1), rows.size(2), rows.size(3)});
   return torch::stable::copy_(copy, rows);
@@ -47,7 +60,7 @@ struct Selection {
 
   Selection(const char* name, const Tensor& kv, const char* indices_name, const Tensor& indices_,
             const char* lengths_name, const std::optional<Tensor>& lengths_, KVFormat format_, const View& q)
-      : rows(with_aligned_rows(kv)),
+      : rows(with_aligned_rows(as_cache(kv))),
         cache(name, rows),
         indices(indices_name, indices_),
         lengths(optional_view(lengths_name, lengths_)),
@@ -282,7 +295,7 @@ std::tuple<Tensor, Tensor, Tensor> sparse_prefill(const Tensor& q, const Tensor&
                                                   double sm_scale, const Name& lse_base, bool /*deterministic*/) {
   Call call(q, kv, indices, topk_length, extra_k_cache, extra_indices, extra_topk_length, attn_sink, kv_format,
             extra_kv_format, d_v, sm_scale, lse_base);
-  const torch::stable::accelerator::DeviceGuard guard(call.q.device);
+  const OnDevice on_device(call.q.device);
   call.dequantize_if_cheaper();
   const int64_t s_q = call.q.size(0), h_q = call.q.size(1);
   Tensor out = empty(call.q.device, ScalarType::BFloat16, {s_q, h_q, d_v});
@@ -300,7 +313,7 @@ void sparse_prefill_out(const Tensor& q, const Tensor& kv, const Tensor& indices
                         bool /*deterministic*/, const Tensor& out, const Tensor& max_logits, const Tensor& lse) {
   Call call(q, kv, indices, topk_length, extra_k_cache, extra_indices, extra_topk_length, attn_sink, kv_format,
             extra_kv_format, d_v, sm_scale, lse_base);
-  const torch::stable::accelerator::DeviceGuard guard(call.q.device);
+  const OnDevice on_device(call.q.device);
   call.dequantize_if_cheaper();
   const View out_view("out", out), maximum_view("max_logits", max_logits), lse_view("lse", lse);
   const int64_t s_q = call.q.size(0), h_q = call.q.size(1);
@@ -343,7 +356,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_prefill_backward(
                  extra_format = extra_kv_format ? format_of("extra_kv_format", *extra_kv_format) : KVFormat::kNone;
   check(extra_k_cache.has_value() == extra_kv_format.has_value(), ErrorKind::kValue,
         "extra_k_cache and extra_kv_format must come together");
-  const torch::stable::accelerator::DeviceGuard guard(given.device);
+  const OnDevice on_device(given.device);
   const DeviceFacts& facts = device_facts(given.device);
   const auto& kernel = select(kBackwardOp, sparse_prefill_backward_kernels(),
                               backward_problem(facts.compute_capability, format, extra_format, given.size(1),
@@ -355,8 +368,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_prefill_backward(
   const int64_t s_q = q.size(0), h_q = q.size(1), d_qk = q.size(2), slots = selection.slots();
   check(slots <= INT32_MAX, ErrorKind::kUnsupported, kBackwardOp, " takes fewer than 2^31 rows of kv, got ", slots);
   Tensor dq = empty(q.device, ScalarType::BFloat16, {s_q, h_q, d_qk});
-  Tensor dkv = empty(q.device, ScalarType::BFloat16,
-                     {selection.cache.size(0), selection.cache.size(1), selection.cache.size(2), d_qk});
+  Tensor dkv = kv.dim() == 3
+                   ? empty(q.device, ScalarType::BFloat16, {slots, 1, d_qk})
+                   : empty(q.device, ScalarType::BFloat16, {selection.cache.size(0), selection.cache.size(1), 1, d_qk});
   Tensor d_extra = empty(q.device, ScalarType::BFloat16, {0});
   Tensor d_sink = empty(q.device, ScalarType::Float, {sink ? h_q : 0});
 

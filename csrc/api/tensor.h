@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <utility>
 
 #include "core/error.h"
 
@@ -21,7 +22,26 @@ namespace flash_mla::api {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// A tensor's facts, read once.
+// torch's function asks for every dtype that it knows in turn, each time by a call.
+inline ScalarType scalar_type(const Tensor& tensor) {
+  static const std::pair<int32_t, ScalarType> kUsual[] = {
+      {aoti_torch_dtype_bfloat16(), ScalarType::BFloat16},
+      {aoti_torch_dtype_int32(), ScalarType::Int},
+      {aoti_torch_dtype_float32(), ScalarType::Float},
+      {aoti_torch_dtype_float8_e4m3fn(), ScalarType::Float8_e4m3fn},
+  };
+  int32_t code = 0;
+  check(aoti_torch_get_dtype(tensor.get(), &code) == 0, ErrorKind::kCuda, "torch could not tell a tensor's dtype");
+  for (const auto& [usual, dtype] : kUsual) {
+    if (usual == code) {
+      return dtype;
+    }
+  }
+  return tensor.scalar_type();
+}
+
+// A tensor's facts, read once, through the C interface: the methods of torch::stable::Tensor ask for some of them
+// twice.
 struct View {
   const char* name;
   void* data;
@@ -31,14 +51,18 @@ struct View {
   ScalarType dtype;
   int device;  // index, -1: not a CUDA tensor
 
-  View(const char* name_, const Tensor& tensor)
-      : name(name_),
-        data(tensor.data_ptr()),
-        dim(static_cast<int>(tensor.dim())),
-        sizes(tensor.sizes().data()),
-        strides(tensor.strides().data()),
-        dtype(tensor.scalar_type()),
-        device(tensor.is_cuda() ? static_cast<int>(tensor.get_device_index()) : -1) {}
+  View(const char* name_, const Tensor& tensor) : name(name_), dtype(scalar_type(tensor)) {
+    static const int32_t cuda = aoti_torch_device_type_cuda();
+    const AtenTensorHandle handle = tensor.get();
+    int64_t dims = 0, *sizes_ = nullptr, *strides_ = nullptr;
+    int32_t device_type = 0, index = 0;
+    check(aoti_torch_get_data_ptr(handle, &data) == 0 && aoti_torch_get_dim(handle, &dims) == 0 &&
+              aoti_torch_get_sizes(handle, &sizes_) == 0 && aoti_torch_get_strides(handle, &strides_) == 0 &&
+              aoti_torch_get_device_type(handle, &device_type) == 0 && aoti_torch_get_device_index(handle, &index) == 0,
+          ErrorKind::kValue, name, " must be a tensor with memory and strides");
+    dim = static_cast<int>(dims), sizes = sizes_, strides = strides_;
+    device = device_type == cuda ? index : -1;
+  }
 
   int64_t size(int d) const { return sizes[d]; }
   int64_t stride(int d) const { return strides[d]; }

@@ -40,6 +40,7 @@ class Selection:
     def of(cache: Tensor, kv_format: str, indices: Tensor, lengths: Tensor | None) -> "Selection":
         """From an operator's arguments: indices `[.., .., topk]`, lengths `[b]`, `[b, s_q]` or None for all."""
         topk = indices.shape[-1]
+        cache = problem_sparse.as_cache(cache)
         return Selection(cache, KVFormat(kv_format), indices.flatten(0, 1), token_lengths(lengths, indices, topk))
 
     @property
@@ -468,7 +469,7 @@ def sparse_prefill_backward(
     d_kv, d_extra = (*gradients.caches, None)[:2]
     return (
         gradients.q.to(q.dtype),
-        none if d_kv is None else d_kv.to(kv.dtype),
-        none if d_extra is None else d_extra.to(q.dtype),
+        none if d_kv is None else d_kv.to(kv.dtype).view(kv.shape),
+        none if d_extra is None or extra_k_cache is None else d_extra.to(q.dtype).view(extra_k_cache.shape),
         q.new_empty(0, dtype=torch.float32) if gradients.attn_sink is None else gradients.attn_sink,
     )

@@ -13,7 +13,6 @@ from flash_mla.backends.reference_kv_cache import append_kv_cache
 from flash_mla.backends.reference_sparse import Attention, Selection
 from flash_mla.kv_format import KVFormat
 from flash_mla.problem import HEAD_DIM_V, default_softmax_scale
-from flash_mla.problem_sparse import as_cache
 from flash_mla.testing.inputs import Answer
 
 POISON = 0xFF
@@ -58,7 +57,7 @@ class Selected:
 
     def selection(self) -> Selection:
         """What the reference takes."""
-        return Selection.of(as_cache(self.cache), self.kv_format.value, self.indices, self.lengths)
+        return Selection.of(self.cache, self.kv_format.value, self.indices, self.lengths)
 
     def rows(self, requests: slice) -> "Selected":
         """What some of the requests select from the same cache."""

@@ -40,6 +40,7 @@ from flash_mla.backends.triton.language import (
 )
 from flash_mla.backends.triton.launch import MAX_GRID_Y, OPTIONS, device_of
 from flash_mla.problem import HEAD_DIM_V
+from flash_mla.problem_sparse import as_cache
 
 
 @jit
@@ -380,6 +381,7 @@ class Keys:
     @staticmethod
     def of(cache: Tensor, kv_format: str, indices: Tensor, length: Tensor | None) -> "Keys":
         """From an operator's arguments; `kv_format` is the name of a `KVFormat`."""
+        cache = as_cache(cache)
         return Keys(cache, Format.of(kv_format, cache.shape[-1]), indices, length)
 
     def arguments(self) -> tuple[tuple[Any, ...], tuple[int, int]]:
