@@ -92,6 +92,8 @@ constexpr Kernel<SparseAttentionProblem, SparseAttentionParams> kSparseAttention
      sparse_attention::launch_v32_no_rope, true},
     {"sm90_sparse_attention_e4m3_576", why_not_sparse_attention<KVFormat::kE4m3, 576>,
      sparse_attention::launch_e4m3_576},
+    {"sm90_sparse_attention_e4m3_512", why_not_sparse_attention<KVFormat::kE4m3NoRope, 512>,
+     sparse_attention::launch_e4m3_512},
     {"sm90_sparse_attention_bf16_576", why_not_sparse_attention<KVFormat::kBf16, 576>,
      sparse_attention_bf16::launch_576},
     {"sm90_sparse_attention_bf16_512", why_not_sparse_attention<KVFormat::kBf16, 512>,

@@ -73,6 +73,20 @@ struct RowFormat {
     }
   }
 
+  // The same where the row's scales lie in shared memory.
+  static __device__ __forceinline__ float scale(const unsigned char* scales, int unit) {
+    const int index = unit / (kLayout.group / 16);
+    if constexpr (kLayout.scale == ScaleType::kNone) {
+      return 1;
+    } else if constexpr (kLayout.scale == ScaleType::kFloat32) {
+      return reinterpret_cast<const float*>(scales)[index];
+    } else if constexpr (kLayout.scale == ScaleType::kE4m3) {
+      return e4m3_to_float(scales[index]);
+    } else {
+      return ue8m0_to_float(scales[index]);
+    }
+  }
+
   // Eight of the sixteen values.
   static __device__ __forceinline__ uint4 eight_of(const uint4& raw, float scale, bool second) {
     if constexpr (kLayout.value_bits == 8) {

@@ -1,6 +1,7 @@
-// Compile-time facts of the sparse attention kernels: tile shapes, roles, parts of a tile.
+// Compile-time facts of the sparse attention kernels: tile shapes, roles, parts of a tile and of a row.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "core/params/sparse_attention.h"
@@ -15,6 +16,7 @@ struct Config {
   static constexpr bool kRopeBehindValues = kHeadDim > kHeadDimV;
   static constexpr bool kRopeInValues = kFormat == KVFormat::kModel1;
   static constexpr bool kHasRope = kRopeBehindValues || kRopeInValues;
+  static constexpr bool kRopeQuantised = kFormat == KVFormat::kE4m3;
 
   static constexpr bool kStartsEarly = true;  // before the kernels before it have ended, where lists are cut evenly
   static constexpr int kRanks = 1;
@@ -28,15 +30,22 @@ struct Config {
   static constexpr int kMathThreads = 256;
   static constexpr int kProducerWarps = 8;
   static constexpr int kProducerThreads = 32 * kProducerWarps;
+  static constexpr int kWarpKeys = kKeys / kProducerWarps;
   static constexpr int kThreads = kMathThreads + kProducerThreads;
   // Registers per thread after the roles part: 2 * 128 * 192 + 2 * 128 * 64 = 64 K.
   static constexpr int kMathRegisters = 192;
   static constexpr int kProducerRegisters = 64;
 
-  static constexpr int first_slice(int part) { return part == kRope ? kRopeSlice : 0; }
-  static constexpr int num_slices(int part) {
-    return part == kRope ? (kHasRope ? 1 : 0) : kSlices - (kHasRope ? 1 : 0);
-  }
+  // A tile is converted, scored, multiplied and handed back by quarters of the values, which lie in a ring of places.
+  static constexpr int kQuarters = 4, kPlaces = 6;
+  static constexpr int kQuarterBytes = 2 * kSliceBytes;
+
+  // Of a row as it is in memory: the left half of the values, what follows it without the scales, and the scales.
+  static constexpr KVLayout kLayout = layout_of(kFormat);
+  static constexpr int kLeftBytes = 256;
+  static constexpr int kRightBytes = (kLayout.value_bytes() + (kRopeQuantised ? 1 : 2) * kLayout.rope()) - kLeftBytes;
+  static constexpr int kScaleBytes = std::max(
+      {16, kLayout.scale_bytes(), kExtraFormat == KVFormat::kNone ? 0 : layout_of(kExtraFormat).scale_bytes()});
 };
 
 }  // namespace flash_mla::sm90::sparse_attention

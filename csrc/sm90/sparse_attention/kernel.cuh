@@ -2,22 +2,21 @@
 #pragma once
 
 #include "sm90/sparse_attention/math.cuh"
+#include "sm90/sparse_attention/producer.cuh"
 
 namespace flash_mla::sm90::sparse_attention {
 
 template <class C>
 __device__ __forceinline__ void init_barriers(Storage<C>& storage) {
   constexpr int kWarpsOfAWarpgroup = 4;
-  for (int slot = 0; slot < 2; ++slot) {
-    // Converted columns are handed over by warps, copied ones by threads.
-    mbarrier_init(shared_address(&storage.k_full[slot][kValues]), C::kProducerWarps);
-    mbarrier_init(shared_address(&storage.k_full[slot][kRope]), C::kProducerThreads);
-    mbarrier_init(shared_address(&storage.k_empty[slot]), 2 * kWarpsOfAWarpgroup);
+  for (int place = 0; place < C::kPlaces; ++place) {
+    mbarrier_init(shared_address(&storage.k_full[place]), C::kProducerWarps);
+    mbarrier_init(shared_address(&storage.k_empty[place]), kWarpsOfAWarpgroup);
   }
+  mbarrier_init(shared_address(&storage.tail_empty), kWarpsOfAWarpgroup);
   mbarrier_init(shared_address(&storage.q_full), C::kProducerThreads);
   mbarrier_init(shared_address(&storage.q_empty), 2 * kWarpsOfAWarpgroup);
-  mbarrier_init(shared_address(&storage.probabilities_full[0]), kWarpsOfAWarpgroup);
-  mbarrier_init(shared_address(&storage.probabilities_full[1]), kWarpsOfAWarpgroup);
+  mbarrier_init(shared_address(&storage.probabilities_full), kWarpsOfAWarpgroup);
   mbarrier_init(shared_address(&storage.row_sums_full), 2 * kWarpsOfAWarpgroup);
   fence_mbarrier_init();
 }
@@ -38,7 +37,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   if (warpgroup >= 2) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(C::kProducerRegisters));
     const int warp = __shfl_sync(~0u, threadIdx.x / 32 % 8, 0), lane = threadIdx.x % 32;
-    ProducerWarp<C, Storage<C>>(params, storage, warp, lane).run();
+    ProducerWarp<C>(params, storage, warp, lane).run();
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C::kMathRegisters));
     if (params.cut_evenly) {

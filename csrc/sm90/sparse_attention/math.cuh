@@ -1,10 +1,9 @@
-// The two math warpgroups, as in dense decode. Warpgroup 0 scores the tile in slot 0 and keeps output columns 0 to 255,
-// warpgroup 1 scores slot 1 and keeps columns 256 to 511; each multiplies both tiles' probabilities with its half of
-// the values.
+// The two math warpgroups. Warpgroup 0 scores a tile, finds its probabilities and keeps output columns 0 to 255;
+// warpgroup 1 keeps columns 256 to 511. Each multiplies the probabilities, from registers, with its half of the values.
 #pragma once
 
 #include "device/sparse/epilogue.cuh"
-#include "device/sparse/producer.cuh"
+#include "device/sparse/walk.h"
 #include "sm90/seesaw.cuh"
 #include "sm90/sparse_attention/storage.h"
 
@@ -14,8 +13,8 @@ template <class C>
 class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>, true> {
   using T = __nv_bfloat16;
   using Base = SeesawWarpgroup<T, Storage<C>, true>;
-  using Base::lane_, Base::maximum_, Base::output_, Base::phases_, Base::reference_, Base::row_, Base::side_,
-      Base::storage_, Base::sum_;
+  using Base::lane_, Base::maximum_, Base::output_, Base::reference_, Base::row_, Base::side_, Base::storage_,
+      Base::sum_, Base::thread_;
   using typename Base::Atoms;
 
  public:
@@ -36,118 +35,108 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>, true> {
       } else if (side_ == 0) {
         run_left(num_tiles, piece);
       } else {
-        run_right(num_tiles, piece);
+        run_right(num_tiles);
       }
       finish_piece(piece);
     }
   }
 
  private:
-  // A step takes the tiles in both slots, or, at the end of a piece of odd length, the one in slot 0. No product is in
-  // flight at a loop's back edge, where the compiler would have to merge accumulators: it serialises all products then.
-  // There is one copy of each step in the code, since small calls spend much of their time fetching instructions.
+  // No product is in flight at a loop's back edge, where the compiler would have to merge accumulators: it serialises
+  // all products then.
 
-  // ---- warpgroup 0: scores of slot 0; both products into columns 0 to 255
+  // ---- warpgroup 0: scores, probabilities; products into columns 0 to 255
   __device__ __forceinline__ void run_left(int num_tiles, int piece) {
 #pragma unroll 1
-    for (int tile = 0; tile < num_tiles; tile += 2) {
-      const bool pair = tile + 1 < num_tiles;
+    for (int tile = 0; tile < num_tiles; ++tile) {
       float scores[32];
-      issue_scores<0>(scores);
-      if (pair) {
-        named_barrier_arrive(kScores0Issued, C::kMathThreads);
-      }
+      issue_scores(scores);
       wgmma_wait<0>();
-      if (tile + 2 >= num_tiles) {
+      if (tile + 1 == num_tiles) {
         this->release_q();
       }
-      find_reference<0>(scores, piece, tile, [] {});
-      multiply_own<0>(scores, probabilities0());
-      wgmma_wait<0>();
-      release(0);
-      phases_.advance(0);
-
-      if (pair) {
-        mbarrier_wait(shared_address(&storage_.probabilities_full[1]), phases_.parity(1));
-        this->adopt_reference();
-        wait_for_values(1);
-        wgmma_fence();
-        this->template multiply_shared<0>(1, shared_address(storage_.probabilities[0]));
-        wgmma_wait<0>();
-        release(1);
-        phases_.advance(1);
-      }
+      find_reference(scores, piece, tile);
+      uint32_t probabilities[16];
+      find_probabilities(scores, probabilities);
+      multiply<0>(probabilities);
     }
   }
 
-  // ---- warpgroup 1: scores of slot 1; both products into columns 256 to 511
-  __device__ __forceinline__ void run_right(int num_tiles, int piece) {
+  // ---- warpgroup 1: products into columns 256 to 511
+  __device__ __forceinline__ void run_right(int num_tiles) {
+    this->release_q();
 #pragma unroll 1
-    for (int tile = 0; tile < num_tiles; tile += 2) {
-      const bool pair = tile + 1 < num_tiles;
-      float scores[32];
-      if (pair) {
-        named_barrier_sync(kScores0Issued, C::kMathThreads);
-        issue_scores<1>(scores);
-        wgmma_wait<0>();
-      }
-      if (tile + 2 >= num_tiles) {
-        this->release_q();
-      }
-      mbarrier_wait(shared_address(&storage_.probabilities_full[0]), phases_.parity(0));
+    for (int tile = 0; tile < num_tiles; ++tile) {
+      // The other warpgroup has seen the tile arrive; the async proxy wants every reader to.
+      wait_for_quarter(2);
+      wait_for_quarter(3);
+      fence_async_proxy();
+      mbarrier_wait(shared_address(&storage_.probabilities_full), tile_parity_);
+      uint32_t probabilities[16];
+      load_probabilities(probabilities);
       this->adopt_reference();
-      wait_for_values(0);
-      wgmma_fence();
-      this->template multiply_shared<1>(0, probabilities0());
-      auto finish_slot0 = [this] {
-        wgmma_wait<0>();
-        release(0);
-      };
-      if (pair) {
-        find_reference<1>(scores, piece, tile + 1, finish_slot0);
-        multiply_own<1>(scores, shared_address(storage_.probabilities[0]));
-        wgmma_wait<0>();
-        release(1);
-        phases_.advance(1);
-      } else {
-        finish_slot0();
-      }
-      phases_.advance(0);
+      multiply<1>(probabilities);
     }
   }
 
   // ---- the parts of a step
-  // Scores of a slot, its parts in the order in which they arrive.
-  template <int kSlot>
-  __device__ __forceinline__ void issue_scores(float (&scores)[32]) {
-    const Descriptor q(shared_address(storage_.q), 16), k(shared_address(storage_.k[kSlot]), 16);
-    bool accumulate = false;
-#pragma unroll
-    for (int part = 0; part < kNumParts; ++part) {
-      if (C::num_slices(part) == 0) {
-        continue;
-      }
-      wait_for_keys(kSlot, part);
-      wgmma_fence();
-#pragma unroll
-      for (int s = C::first_slice(part); s < C::first_slice(part) + C::num_slices(part); ++s) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          wgmma_ss<typename Atoms::Scores>(scores, q.at(s * C::kSliceBytes + j * 32), k.at(s * C::kSliceBytes + j * 32),
-                                           accumulate);
-          accumulate = true;
-        }
-      }
-    }
-    wgmma_commit();
+  // Where a quarter of the present tile lies.
+  struct Place {
+    int index;
+    uint32_t parity;
+  };
+  __device__ __forceinline__ Place place_of(int quarter) const {
+    const int index = first_place_ + quarter;
+    return index < C::kPlaces ? Place{index, parity_} : Place{index - C::kPlaces, parity_ ^ 1};
+  }
+  __device__ __forceinline__ uint32_t address_of(int quarter) const {
+    return shared_address(storage_.k) + place_of(quarter).index * C::kQuarterBytes;
   }
 
-  // Masks the scores and moves the reference maximum where one outgrows it. `before_rescaling` ends the products that
-  // still write the output; about then they are done anyway.
-  template <int kSlot, class BeforeRescaling>
-  __device__ __forceinline__ void find_reference(float (&scores)[32], int piece, int tile,
-                                                 BeforeRescaling&& before_rescaling) {
-    const uint2 valid = *reinterpret_cast<const uint2*>(storage_.valid[kSlot]);
+  __device__ __forceinline__ void next_tile() {
+    const Place next = place_of(C::kQuarters);
+    first_place_ = next.index;
+    parity_ = next.parity;
+    tile_parity_ ^= 1;
+  }
+
+  __device__ __forceinline__ void wait_for_quarter(int quarter) {
+    const Place place = place_of(quarter);
+    mbarrier_wait(shared_address(&storage_.k_full[place.index]), place.parity);
+  }
+
+  // Scores, the quarters of the tile in the order in which they arrive.
+  __device__ __forceinline__ void issue_scores(float (&scores)[32]) {
+    const Descriptor q(shared_address(storage_.q), 16);
+#pragma unroll
+    for (int quarter = 0; quarter < C::kQuarters; ++quarter) {
+      const Descriptor k(address_of(quarter), 16);
+      wait_for_quarter(quarter);
+      fence_async_proxy();
+      wgmma_fence();
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          wgmma_ss<typename Atoms::Scores>(scores, q.at((2 * quarter + i) * C::kSliceBytes + j * 32),
+                                           k.at(i * C::kSliceBytes + j * 32), quarter + i + j > 0);
+        }
+      }
+      if (C::kRopeBehindValues && quarter + 1 == C::kQuarters) {
+        const Descriptor rope(shared_address(storage_.tail), 16);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          wgmma_ss<typename Atoms::Scores>(scores, q.at(C::kRopeSlice * C::kSliceBytes + j * 32), rope.at(j * 32),
+                                           true);
+        }
+      }
+      wgmma_commit();
+    }
+  }
+
+  // Masks the scores and moves the reference maximum where one outgrows it.
+  __device__ __forceinline__ void find_reference(float (&scores)[32], int piece, int tile) {
+    const uint2 valid = *reinterpret_cast<const uint2*>(storage_.valid[tile_parity_]);
     if ((valid.x & valid.y) != ~0u) {
       mask_keys(scores, valid.x, valid.y, lane_);
     }
@@ -162,51 +151,62 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>, true> {
         mask_scores(scores, limit, lane_);
       }
     }
-    this->move_reference(scores, scale_log2(), before_rescaling);
+    this->move_reference(scores, scale_log2(), [] {});
+    if constexpr (!C::kRopeBehindValues) {
+      // Else the producers have waited for it.
+      mbarrier_wait(shared_address(&storage_.tail_empty), tile_parity_ ^ 1);
+    }
     this->publish_reference();
   }
 
-  // Scores -> probabilities in shared memory, from where both warpgroups multiply them: as operands in registers they
-  // would cost 16 registers, which the producers need.
+  // Scores -> probabilities, as operands of this warpgroup's products and in shared memory for the other one.
+  __device__ __forceinline__ void find_probabilities(const float (&scores)[32], uint32_t (&probabilities)[16]) {
+    exponentiate<T, 0, 4>(scores, scale_log2(), reference_, sum_, probabilities);
+    this->template store_probabilities<0, 4>(shared_address(storage_.tail), probabilities);
+    this->hand_over(storage_.probabilities_full);
+  }
+
+  __device__ __forceinline__ void load_probabilities(uint32_t (&probabilities)[16]) const {
+    const int row = thread_ / 32 * 16 + lane_ % 16;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int unit = 2 * j + lane_ / 16;
+      uint32_t fragment[4];
+      load_matrix_x4(shared_address(storage_.tail) + row * kSliceRowBytes + ((unit ^ (row & 7)) * 16), fragment);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        probabilities[4 * j + i] = fragment[i];
+      }
+    }
+  }
+
+  // Into this warpgroup's columns, from two quarters, which are handed back when their products have ended.
   template <int kSide>
-  __device__ __forceinline__ void multiply_own(const float (&scores)[32], uint32_t tile) {
-    uint32_t half[8];
-    exponentiate<T, 0, 2>(scores, scale_log2(), reference_, sum_, half);
-    this->template store_probabilities<0, 2>(tile, half);
-    exponentiate<T, 2, 2>(scores, scale_log2(), reference_, sum_, half);
-    this->template store_probabilities<2, 2>(tile, half);
-    fence_async_proxy();
-    this->hand_over(storage_.probabilities_full[kSide]);
+  __device__ __forceinline__ void multiply(const uint32_t (&probabilities)[16]) {
     wgmma_fence();
-    this->template multiply_shared<kSide>(kSide, tile);
-  }
-
-  // d_qk 576: the probabilities of slot 0 lie in its RoPE slice, which is dead once it is scored. Else in two tiles by
-  // turns, since the other warpgroup may still read those of the step before.
-  __device__ __forceinline__ uint32_t probabilities0() const {
-    if constexpr (C::kRopeBehindValues) {
-      return shared_address(storage_.k[0]) + 8 * C::kSliceBytes;
-    } else {
-      return shared_address(storage_.probabilities[1 + phases_.parity(0)]);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const Descriptor values(address_of(2 * kSide + half), C::kSliceBytes);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        wgmma_rs<typename Atoms::OutputRS>(output_[half], &probabilities[4 * j], values.at(j * 16 * kSliceRowBytes),
+                                           true);
+      }
+      wgmma_commit();
     }
-  }
-
-  __device__ __forceinline__ void wait_for_keys(int slot, int part) {
-    mbarrier_wait(shared_address(&storage_.k_full[slot][part]), phases_.parity(slot));
-    fence_async_proxy();
-  }
-
-  // The other warpgroup has seen the tile arrive; the async proxy wants every reader to.
-  __device__ __forceinline__ void wait_for_values(int slot) {
-    wait_for_keys(slot, kValues);
-    if constexpr (C::kRopeInValues) {
-      wait_for_keys(slot, kRope);
+    wgmma_wait<1>();
+    release(storage_.k_empty[place_of(2 * kSide).index]);
+    wgmma_wait<0>();
+    release(storage_.k_empty[place_of(2 * kSide + 1).index]);
+    if (kSide == 1) {
+      release(storage_.tail_empty);
     }
+    next_tile();
   }
 
-  __device__ __forceinline__ void release(int slot) {
+  __device__ __forceinline__ void release(uint64_t& barrier) {
     if (lane_ == 0) {
-      mbarrier_arrive(shared_address(&storage_.k_empty[slot]));
+      mbarrier_arrive(shared_address(&barrier));
     }
   }
 
@@ -239,6 +239,9 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>, true> {
 
   const SparseAttentionParams& params_;
   const float scale_log2_;
+  int first_place_ = 0;  // of the tile
+  uint32_t parity_ = 0;  // of that place
+  uint32_t tile_parity_ = 0;
 };
 
 }  // namespace flash_mla::sm90::sparse_attention

@@ -9,21 +9,26 @@ namespace flash_mla::sm90::sparse_attention {
 
 template <class C>
 struct Storage {
-  // Probabilities of slot 0 lie in its RoPE slice where that is no part of the values: it is dead once it is scored.
-  static constexpr int kProbabilityTiles = C::kRopeBehindValues ? 1 : 3;
-
   alignas(1024) unsigned char q[C::kTileBytes];
-  alignas(1024) unsigned char k[2][C::kTileBytes];
-  alignas(1024) unsigned char probabilities[kProbabilityTiles][C::kSliceBytes];
-  float row_max[C::kRows];        // the reference maximum that both math warpgroups scale by, base 2
-  float row_sum[2][2][C::kRows];  // by parity of the piece, by warpgroup
-  alignas(8) unsigned char valid[2][C::kProducerWarps];  // of a slot: a bit for each key that counts
+  alignas(1024) unsigned char k[C::kPlaces * C::kQuarterBytes];
+  // The tile's probabilities, and before them the RoPE columns where they are no part of the values: those are dead
+  // once they are scored.
+  alignas(1024) unsigned char tail[C::kSliceBytes];
+  // Parts of the next tile's rows as they are in memory: those of the warp's keys.
+  alignas(16) unsigned char left[C::kProducerWarps][C::kWarpKeys][C::kLeftBytes];
+  alignas(16) unsigned char right[C::kProducerWarps][C::kWarpKeys][C::kRightBytes];
+  alignas(16) unsigned char scales[2][C::kProducerWarps][C::kWarpKeys][C::kScaleBytes];  // by turns
+  uint64_t rows[C::kProducerWarps][C::kWarpKeys];  // where the rows of the next tile are in memory
+  float row_max[C::kRows];                         // the reference maximum that both math warpgroups scale by, base 2
+  float row_sum[2][2][C::kRows];                   // by parity of the piece, by warpgroup
+  alignas(8) unsigned char valid[2][C::kProducerWarps];  // by parity of the tile: a bit for each key that counts
   PieceFacts pieces[2];                                  // by parity of the piece
   Walk walks[C::kProducerWarps];
-  uint64_t k_full[2][kNumParts];
-  uint64_t k_empty[2];
+  uint64_t k_full[C::kPlaces];
+  uint64_t k_empty[C::kPlaces];
+  uint64_t tail_empty;
   uint64_t q_full, q_empty;
-  uint64_t probabilities_full[2];  // of a slot, and the reference maximum they are relative to
+  uint64_t probabilities_full;  // and the reference maximum they are relative to
   uint64_t row_sums_full;
 };
 
