@@ -3,6 +3,7 @@
 #pragma once
 
 #include "device/sparse/epilogue.cuh"
+#include "device/sparse/row_writer.cuh"
 #include "device/sparse/walk.h"
 #include "sm90/seesaw.cuh"
 #include "sm90/sparse_attention/storage.h"
@@ -216,19 +217,22 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>, true> {
     const PieceFacts& facts = storage_.pieces[piece];
     if (params_.max_logits != nullptr) {
       this->join_maximum();
-      if (side_ == 1) {
-        write_maximum(params_, facts, row, lane_, maximum_);
-      }
     }
-    float total[2];
-    this->join_sums(piece, total);
+    // Warpgroup 0 alone has sums, and need not wait.
+    this->publish_sums(piece);
+    float total[2] = {sum_[0], sum_[1]};
+    if (side_ == 1) {
+      this->gather_sums(piece, total);
+    }
     if constexpr (has_one_scale(C::kFormat)) {
       this->scale_output(descale_of_output<C::kFormat>(params_));
     }
     if (facts.partial >= 0) {
       write_partial(params_, facts, side_, side_ == 0, row, lane_, output_, reference_, total);
     } else {
-      write_final(params_, facts, side_, side_ == 0, row, lane_, output_, reference_, total, maximum_);
+      const RowWriter writer(params_, facts, side_, row, lane_, reference_, total, maximum_);
+      writer.write<0>(output_[0]);
+      writer.write<1>(output_[1]);
     }
   }
 

@@ -1,8 +1,9 @@
 // The two math warpgroups: the seesaw over the pieces that the producers hand over.
 #pragma once
 
+#include "device/sparse/epilogue.cuh"
+#include "device/sparse/row_writer.cuh"
 #include "sm90/grouped_seesaw.cuh"
-#include "sm90/sparse_attention_bf16/epilogue.cuh"
 #include "sm90/sparse_attention_bf16/producer.cuh"
 
 namespace flash_mla::sm90::sparse_attention_bf16 {

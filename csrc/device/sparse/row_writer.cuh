@@ -2,9 +2,11 @@
 // predicated.
 #pragma once
 
-#include "device/sparse/epilogue.cuh"
+#include "core/params/sparse_attention.h"
+#include "device/numeric.cuh"
+#include "device/sparse/walk.h"
 
-namespace flash_mla::sm90::sparse_attention_bf16 {
+namespace flash_mla::inline device {
 
 // Results are not read again here: L2 had better keep the keys.
 __device__ __forceinline__ void store_streaming_if(bool stores, void* address, const uint4& words) {
@@ -89,4 +91,4 @@ class RowWriter {
   bool exists_[2];
 };
 
-}  // namespace flash_mla::sm90::sparse_attention_bf16
+}  // namespace flash_mla::inline device
