@@ -49,6 +49,12 @@ __device__ __forceinline__ void tma_add(const CUtensorMap* map, const TmaCoordin
       : "memory");
 }
 
+// Copies so many bytes, a multiple of 16, from shared to global memory; part of the thread's group of bulk copies.
+__device__ __forceinline__ void bulk_store(void* destination, uint32_t source, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(destination), "r"(source), "r"(bytes)
+               : "memory");
+}
+
 __device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
 // All but the last `kPending` groups of this thread have read their sources.

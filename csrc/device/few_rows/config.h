@@ -9,6 +9,7 @@
 
 #include "core/params/sparse_attention.h"
 #include "device/slices.h"
+#include "device/sparse/walk.h"
 
 namespace flash_mla::inline device {
 
@@ -45,6 +46,11 @@ struct FewRowsConfig {
   }
   static constexpr int kRingRowBytes =
       std::max({16, ring_row_bytes(kFormat), kExtraFormat == KVFormat::kNone ? 0 : ring_row_bytes(kExtraFormat)});
+
+  // Where producers stand in the lists, and what lies between memory and the tiles or the results: rows as they are in
+  // memory, of the tile behind the one that is converted, by the producer warp that has the keys.
+  using Walks = Walk[kProducerWarps];
+  using Staging = unsigned char[kProducerWarps][kWarpKeys][kRingRowBytes];
 };
 
 }  // namespace flash_mla::inline device

@@ -34,7 +34,8 @@ __device__ __forceinline__ RowResult row_result(const Storage& storage, int row,
 
 // Lanes that hold neighbouring columns exchange halves, and then hold both columns of one row, `row`, and of the one
 // that is 8 further, of each group of 16 rows. `output`: blocks of 64 columns, from `first_block` on.
-template <class C, class Storage, int kBlocks>
+// `kPartial`: the piece is known to be no whole request.
+template <class C, bool kPartial = false, class Storage, int kBlocks>
 __device__ __forceinline__ void write_few_rows(const SparseAttentionParams& params, const Storage& storage,
                                                const PieceFacts& piece, int warp, int lane, int first_block,
                                                const float (&output)[kBlocks][C::kRows / 2],
@@ -59,7 +60,7 @@ __device__ __forceinline__ void write_few_rows(const SparseAttentionParams& para
       result[r] = row_result<C>(storage, tile_row, odd ? reference[own + 1] : reference[own]);
       const bool any_key = result[r].sum != 0;
       scale[r] = any_key ? descale / result[r].sum : 0.0f;
-      if (piece.partial < 0) {
+      if (!kPartial && piece.partial < 0) {
         const RowPlace place(params, piece, tile_row);
         exists[r] = place.exists;
         if (params.attn_sink && place.exists) {
@@ -80,7 +81,7 @@ __device__ __forceinline__ void write_few_rows(const SparseAttentionParams& para
     }
     const int64_t tile = (static_cast<int64_t>(piece.partial) * params.partial_units + piece.unit) * params.unit_tiles;
     float* partial = params.partial_out + tile * kPartialTile + group * kPartialGroup + (row * 4 + pair) * 4;
-    if (piece.partial >= 0 && writes_rows) {
+    if ((kPartial || piece.partial >= 0) && writes_rows) {
       // No sum is a logarithm of -inf.
       *reinterpret_cast<float2*>(params.partial_lse + tile * kRowTile + group * 16 + row * 2) =
           make_float2(result[0].reference + log2f(result[0].sum), result[1].reference + log2f(result[1].sum));
@@ -101,7 +102,7 @@ __device__ __forceinline__ void write_few_rows(const SparseAttentionParams& para
           columns[r].y *= scale[r];
         }
         const int eight = (first_block + block) * 8 + warp * 2 + half;  // which 8 columns
-        if (piece.partial >= 0) {
+        if (kPartial || piece.partial >= 0) {
           *reinterpret_cast<float4*>(partial + eight * kPartialBlock) =
               make_float4(columns[0].x, columns[0].y, columns[1].x, columns[1].y);
         } else {

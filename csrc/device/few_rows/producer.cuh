@@ -1,7 +1,7 @@
 // The producer warps, of two kinds. Where rows are of 16-bit values, each copies its keys of a tile to their places.
-// Else each brings its keys of a tile into a ring of its own, as they are in memory, converts them from there two at a
-// time, and sends for two keys of the next tile in their place. So there are always about as many bytes on their way as
-// a tile has.
+// Else, where an architecture has nothing else for it, each brings its keys of a tile into a ring of its own, as they
+// are in memory, converts them from there two at a time, and sends for two keys of the next tile in their place. So
+// there are always about as many bytes on their way as a tile has.
 #pragma once
 
 #include <type_traits>
@@ -151,7 +151,7 @@ class ConvertingWarp : KeyLists<C, Storage> {
             kLayout.scales_behind_page
                 ? reinterpret_cast<const unsigned char*>(__shfl_sync(~0u, scale_bits, kLanes * key))
                 : nullptr;
-        format.copy(source, its_scales, shared_address(storage_.ring[warp_][key]), lane_);
+        format.copy(source, its_scales, shared_address(storage_.staging[warp_][key]), lane_);
       }
     });
   }
@@ -165,7 +165,7 @@ class ConvertingWarp : KeyLists<C, Storage> {
       float scale[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const unsigned char* ring = storage_.ring[warp_][2 * step + i];
+        const unsigned char* ring = storage_.staging[warp_][2 * step + i];
         raw[i] = format.load(ring, lane_);
         scale[i] = format.scale(ring, lane_);
       }
@@ -187,7 +187,7 @@ class ConvertingWarp : KeyLists<C, Storage> {
       if (lane_ < 8) {
         const int key = 2 * step + lane_ / 4, unit = lane_ % 4;
         const uint4 raw = *reinterpret_cast<const uint4*>(
-            &storage_.ring[warp_][key][layout_of(C::kFormat).rope_offset() + unit * 16]);
+            &storage_.staging[warp_][key][layout_of(C::kFormat).rope_offset() + unit * 16]);
         const uint32_t place = tile + C::kRopeSlice * C::kSliceBytes + key * kSliceRowBytes +
                                (unit * 2 ^ this->first_key() % 8 ^ key) * 16;
         RowFormat<C::kFormat>::convert(raw, 1, false, place, place ^ 16);
@@ -196,7 +196,7 @@ class ConvertingWarp : KeyLists<C, Storage> {
       if (lane_ < 16) {
         const int key = 2 * step + lane_ / 8, unit = lane_ % 8;
         const uint4 words = *reinterpret_cast<const uint4*>(
-            &storage_.ring[warp_][key][layout_of(C::kFormat).rope_offset() + unit * 16]);
+            &storage_.staging[warp_][key][layout_of(C::kFormat).rope_offset() + unit * 16]);
         store_words(
             tile + C::kRopeSlice * C::kSliceBytes + key * kSliceRowBytes + ((unit ^ this->first_key() % 8 ^ key) * 16),
             words);

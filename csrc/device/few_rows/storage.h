@@ -17,13 +17,12 @@ struct FewRowsStorage {
   alignas(1024) unsigned char q[C::kSlices * C::kQSliceBytes];
   alignas(1024) unsigned char k[2][C::kTileBytes];
   alignas(1024) unsigned char probabilities[kProbabilityBytes + 16];
-  // Rows as they are in memory, of the tile behind the one that is converted: the warp's keys.
-  alignas(16) unsigned char ring[C::kProducerWarps][C::kWarpKeys][C::kRingRowBytes];
+  alignas(16) typename C::Staging staging;
   float row_max[C::kMathWarps][C::kRows];  // largest scores, base 2, by math warp
   float row_sum[C::kMathWarps][C::kRows];
   alignas(8) unsigned char valid[2][C::kProducerWarps];  // of a slot: a bit for each key that counts
   PieceFacts pieces[2];                                  // by parity of the piece
-  Walk walks[C::kProducerWarps];
+  typename C::Walks walks;
   uint64_t k_full[2];
   uint64_t k_empty[2];
   uint64_t q_full, q_empty;

@@ -33,6 +33,12 @@ class KeyLists {
     __syncwarp();
   }
 
+  // Of a warp that others tell of the tiles: it leaves their walk alone.
+  struct IsTold {};
+  __device__ __forceinline__ KeyLists(const SparseAttentionParams& params, Storage& storage, Walk& walk, int warp,
+                                      int lane, IsTold)
+      : params_(params), storage_(storage), walk_(walk), warp_(warp), lane_(lane) {}
+
   // Steps to the next tile and fetches the lane's index; -1 where its list has ended.
   __device__ __forceinline__ void fetch_indices() {
     ahead_ = {0};
@@ -165,7 +171,11 @@ class KeyLists {
 
   template <class LoadQ>
   __device__ __forceinline__ void begin_piece(int piece, LoadQ&& load) {
-    const PieceFacts& facts = walk_.pending[piece];
+    begin_piece(piece, walk_.pending[piece], load);
+  }
+
+  template <class LoadQ>
+  __device__ __forceinline__ void begin_piece(int piece, const PieceFacts& facts, LoadQ&& load) {
     mbarrier_wait(shared_address(&storage_.q_empty), (piece & 1) ^ 1);
     if (warp_ == 0 && lane_ == 0) {
       storage_.pieces[piece & 1] = facts;
@@ -249,8 +259,9 @@ class KeyLists {
     }
   }
 
-  __device__ __forceinline__ void end() {
-    const int piece = walk_.num_pieces;
+  __device__ __forceinline__ void end() { end(walk_.num_pieces); }
+
+  __device__ __forceinline__ void end(int piece) {
     mbarrier_wait(shared_address(&storage_.q_empty), (piece & 1) ^ 1);
     if (warp_ == 0 && lane_ == 0) {
       storage_.pieces[piece & 1].num_tiles = -1;

@@ -1,8 +1,8 @@
 // Set-up, the switch between the warp roles, tear-down. Roles, registers, barriers and the schedule: design.md.
 #pragma once
 
-#include "device/few_rows/producer.cuh"
 #include "sm90/sparse_attention_few_heads/math.cuh"
+#include "sm90/sparse_attention_few_heads/producer.cuh"
 
 namespace flash_mla::sm90::sparse_attention_few_heads {
 
@@ -11,6 +11,12 @@ __device__ __forceinline__ void init_barriers(Storage<C>& storage) {
   for (int slot = 0; slot < 2; ++slot) {
     mbarrier_init(shared_address(&storage.k_full[slot]), kKeysFullArrivals<C>);
     mbarrier_init(shared_address(&storage.k_empty[slot]), C::kMathWarps);
+  }
+  if constexpr (C::kIndexWarps > 0) {
+    for (int stage = 0; stage < C::Feed::kStages; ++stage) {
+      mbarrier_init(shared_address(&storage.walks.full[stage]), C::kIndexWarps);
+      mbarrier_init(shared_address(&storage.walks.empty[stage]), C::kProducerWarps);
+    }
   }
   mbarrier_init(shared_address(&storage.q_full), C::kProducerThreads);
   mbarrier_init(shared_address(&storage.q_empty), C::kMathWarps);
@@ -30,10 +36,19 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   // Nothing that this kernel reads may still be written by the kernels before it in the stream, the schedule included:
   // each role waits for them.
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
-  if (warpgroup > 0) {
+  if (C::kIndexWarps > 0 && warpgroup * 128 >= C::kMathThreads + C::kProducerThreads) {
+    if constexpr (C::kIndexWarps > 0) {
+      asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(C::kIndexRegisters));
+      const int warp = __shfl_sync(~0u, threadIdx.x / 32 - C::kMathWarps - C::kProducerWarps, 0),
+                lane = threadIdx.x % 32;
+      if (warp < C::kIndexWarps) {
+        IndexWarp<C>(params, storage, warp, lane).run();
+      }
+    }
+  } else if (warpgroup > 0) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(C::kProducerRegisters));
     const int warp = __shfl_sync(~0u, threadIdx.x / 32 - C::kMathWarps, 0), lane = threadIdx.x % 32;
-    FewRowsProducerWarp<C, Storage<C>>(params, storage, warp, lane).run();
+    ProducerWarp<C>(params, storage, warp, lane).run();
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C::kMathRegisters));
     if (params.cut_evenly) {

@@ -12,7 +12,8 @@ namespace flash_mla::sm90::sparse_attention_few_heads {
 template <class C>
 class MathWarpgroup : FewRowsSoftmax<C, Storage<C>> {
   using Base = FewRowsSoftmax<C, Storage<C>>;
-  using Base::kOwnRows, Base::lane_, Base::storage_;
+  using Base::kOwnRows, Base::lane_, Base::params_, Base::reference_, Base::storage_, Base::warp_;
+  using Fragment = typename Base::Fragment;
   using Atoms = WgmmaSwappedAtoms<C::kRows>;
   static constexpr int kBlocks = kHeadDimV / 64;  // of output columns
 
@@ -27,6 +28,7 @@ class MathWarpgroup : FewRowsSoftmax<C, Storage<C>> {
       const PieceFacts& facts = storage_.pieces[piece];
       const int num_tiles = facts.num_tiles;
       if (num_tiles < 0) {
+        bulk_wait_read<0>();
         return;
       }
       begin_output();
@@ -111,9 +113,80 @@ class MathWarpgroup : FewRowsSoftmax<C, Storage<C>> {
     if (lane_ == 0) {
       mbarrier_arrive(shared_address(&storage_.q_empty));
     }
+    if (warp_ == 0 && lane_ < 4) {
+#pragma unroll
+      for (int i = 0; i < kOwnRows; ++i) {
+        storage_.staging.reference[Fragment::row(i, lane_)] = reference_[i];
+      }
+    }
     this->tell_sums();
-    this->write(facts, 0, output_);
-    this->end_writing();
+    if (facts.partial < 0) {
+      write_rows(facts);
+    } else {
+      write_few_rows<C, true>(params_, storage_, facts, warp_, lane_, 0, output_, reference_);
+      this->end_writing();
+    }
+  }
+
+  // The rows of a whole request: scaled and transposed into shared memory, and from there in one copy each. A lane of
+  // the first warp has a row.
+  __device__ __forceinline__ void write_rows(const PieceFacts& facts) {
+    auto& results = storage_.staging;
+    const bool has_row = warp_ == 0 && lane_ < C::kRows;
+    bool exists = false;
+    typename C::Element* out;
+    if (has_row) {
+      const RowPlace place(params_, facts, lane_);
+      const RowResult result = row_result<C>(storage_, lane_, results.reference[lane_]);
+      const bool any_key = result.sum != 0;
+      float sum = result.sum;
+      exists = place.exists;
+      if (params_.attn_sink && exists) {
+        sum += exp2f(params_.attn_sink[place.head] * kLog2E - result.reference);
+      }
+      results.scale[lane_] = any_key ? descale_of_output<C::kFormat>(params_) / sum : 0.0f;
+      out = static_cast<typename C::Element*>(params_.out) + place.batch * params_.stride_out_b +
+            place.token * params_.stride_out_s + place.head * params_.stride_out_h;
+      if (exists) {
+        const float lse = result.reference + log2f(result.sum);
+        const int64_t offset = place.offset(params_);
+        params_.lse[offset] = any_key ? (params_.lse_base2 ? lse : lse * kLn2) : INFINITY;
+        if (params_.max_logits != nullptr) {
+          params_.max_logits[offset] = result.maximum * kLn2;
+        }
+      }
+      bulk_wait_read<0>();  // of the rows of the piece before
+    }
+    named_barrier_sync(kScoresRead, C::kMathThreads);
+    float scale[kOwnRows];
+#pragma unroll
+    for (int i = 0; i < kOwnRows; ++i) {
+      scale[i] = results.scale[Fragment::row(i, lane_)];
+    }
+    const uint32_t corner = shared_address(results.rows[lane_ / 16 * 8 + lane_ % 8]) + (warp_ * 2 + lane_ / 8 % 2) * 16;
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block) {
+      uint32_t packed[C::kRows / 4];
+#pragma unroll
+      for (int i = 0; i < C::kRows / 2; i += 2) {
+        const int own = i / 4 * 2;
+        packed[i / 2] =
+            pack2<typename C::Element>(output_[block][i] * scale[own], output_[block][i + 1] * scale[own + 1]);
+      }
+#pragma unroll
+      for (int rows = 0; rows < C::kRows; rows += 16) {
+        store_matrix_x4_transposed(corner + rows * static_cast<int>(sizeof(results.rows[0])) + block * 128,
+                                   &packed[rows / 4]);
+      }
+    }
+    fence_async_proxy();
+    named_barrier_sync(kWarpsHaveTold, C::kMathThreads);
+    if (has_row) {
+      if (exists) {
+        bulk_store(out, shared_address(results.rows[lane_]), kHeadDimV * 2);
+      }
+      bulk_commit();
+    }
   }
 
   SlotPhases phases_;

@@ -1,0 +1,261 @@
+// The producers where rows are converted. Two index warps walk the lists and find the rows of the tiles to come;
+// sixteen converting warps have four keys of each tile, whose bytes pass through registers.
+#pragma once
+
+#include <type_traits>
+
+#include "device/few_rows/producer.cuh"
+#include "sm90/sparse_attention_few_heads/config.h"
+
+namespace flash_mla::sm90::sparse_attention_few_heads {
+
+// As if the index warps were all producer warps that there are.
+template <class C>
+struct IndexConfig : C {
+  static constexpr int kProducerWarps = C::kIndexWarps;
+};
+
+// Tells the converting warps where the rows of its half of each tile's keys are.
+template <class C>
+class IndexWarp : KeyLists<IndexConfig<C>, Storage<C>> {
+  using Base = KeyLists<IndexConfig<C>, Storage<C>>;
+  using Base::ahead_, Base::lane_, Base::next_row_in_page_, Base::params_, Base::storage_, Base::walk_, Base::warp_;
+
+ public:
+  __device__ __forceinline__ IndexWarp(const SparseAttentionParams& params, Storage<C>& storage, int warp, int lane)
+      : Base(params, storage, storage.walks.walks[warp], warp, lane) {}
+
+  __device__ __forceinline__ void run() {
+    this->wait_if_early();
+    this->fetch_indices();
+    auto& feed = storage_.walks;
+    Ring<C::Feed::kStages> ring;
+    Entry entry;
+#pragma unroll 1
+    do {
+      entry = ahead_;
+      const unsigned char* const row = this->locate(entry);
+      const int row_in_page = next_row_in_page_;
+      if (entry.exists()) {
+        this->fetch_indices();
+      }
+      auto& tile = feed.tiles[ring.stage];
+      mbarrier_wait(shared_address(&feed.empty[ring.stage]), ring.parity ^ 1);
+      tile.rows[this->key_of_lane()] = row;
+      if constexpr (C::kScalesBehindPage) {
+        constexpr KVLayout kLayout = layout_of(C::kFormat);
+        const int page = params_.keys[entry.source()].page;
+        const int distance = (page - row_in_page) * kLayout.row_stride() + row_in_page * kLayout.scale_stride();
+        tile.scales[this->key_of_lane()] = row == kZeroRow ? kLayout.row_stride() : distance;
+      }
+      const uint32_t valid = __ballot_sync(~0u, row != kZeroRow);
+      if (lane_ == 0) {
+        tile.valid[warp_] = valid;
+      }
+      if (warp_ == 0 && lane_ == 0) {
+        // Behind the last tile: how many pieces there were.
+        tile.entry = entry.exists() ? entry.bits : static_cast<uint32_t>(walk_.num_pieces % 4) << Entry::kPieceShift;
+        if (entry.begins_piece()) {
+          tile.facts = walk_.pending[entry.piece()];
+        }
+      }
+      __syncwarp();
+      if (lane_ == 0) {
+        mbarrier_arrive(shared_address(&feed.full[ring.stage]));
+      }
+      ring.advance();
+    } while (entry.exists());
+  }
+};
+
+// A pair of keys of the next tile is sent for as soon as that pair of this tile is converted. What is on its way is
+// waited for where a round begins: loads share a counter.
+template <class C>
+class ConvertingWarp : KeyLists<C, Storage<C>> {
+  using Base = KeyLists<C, Storage<C>>;
+  using Base::lane_, Base::phases_, Base::storage_, Base::warp_, Base::kWarpKeys;
+  static constexpr int kPairs = kWarpKeys / 2, kStages = C::Feed::kStages;
+  // Lanes that have 16 bytes each of a row's RoPE columns.
+  static constexpr int kRopeLanes = !(C::kRopeBehindValues || C::kRopeInValues) ? 0
+                                    : C::kFormat == KVFormat::kE4m3             ? 4
+                                                                                : 8;
+
+ public:
+  __device__ __forceinline__ ConvertingWarp(const SparseAttentionParams& params, Storage<C>& storage, int warp,
+                                            int lane)
+      : Base(params, storage, storage.walks.walks[0], warp, lane, typename Base::IsTold()),
+        feed_(storage.walks),
+        place_(shared_address(storage.k[0]) + lane / 4 * C::kSliceBytes + warp * kWarpKeys * kSliceRowBytes +
+               (lane % 4 * 2 ^ lane / 4 % 2 ^ warp * kWarpKeys % 8) * 16) {}
+
+  __device__ __forceinline__ void run() {
+    wait_for_dependencies();
+    // In the first round there is nothing to convert.
+    Entry entry{0};
+    Unit units[kPairs][2] = {};
+    uint4 rope{};
+#pragma unroll 1
+    for (uint32_t number = 0;; ++number) {  // of the next tile
+      mbarrier_wait(shared_address(&feed_.full[number % kStages]), number / kStages % 2);
+      const auto &tile = feed_.tiles[(number - 1) % kStages], &next_tile = feed_.tiles[number % kStages];
+      const Entry next{__shfl_sync(~0u, next_tile.entry, 0)};
+      if (entry.begins_piece()) {
+        this->begin_piece(entry.piece(), tile.facts, [this](const PieceFacts& facts) { this->load_q(facts); });
+      }
+      if (entry.has_tile()) {
+        const uint32_t valid = tile.valid[warp_ * kWarpKeys / 32] >> (warp_ * kWarpKeys % 32);
+        mbarrier_wait(shared_address(&storage_.k_empty[entry.slot()]), phases_.parity(entry.slot()) ^ 1);
+        if (lane_ == 0) {
+          storage_.valid[entry.slot()][warp_] = static_cast<unsigned char>(valid & ((1 << kWarpKeys) - 1));
+        }
+      }
+#pragma unroll
+      for (int pair = 0; pair < kPairs; ++pair) {
+        const int first_key = this->first_key() + 2 * pair;
+        const ulonglong2 rows = *reinterpret_cast<const ulonglong2*>(&next_tile.rows[first_key]);
+        int2 scales{};
+        if constexpr (C::kScalesBehindPage) {
+          scales = *reinterpret_cast<const int2*>(&next_tile.scales[first_key]);
+        }
+        if (entry.has_tile()) {
+          convert(entry, pair, units[pair]);
+        }
+        load(next, rows.x, scales.x, units[pair][0]);
+        load(next, rows.y, scales.y, units[pair][1]);
+      }
+      if constexpr (kRopeLanes > 0) {
+        if (entry.has_tile()) {
+          store_rope(entry, rope);
+        }
+        const unsigned char* row = next_tile.rows[this->first_key() + lane_ / kRopeLanes % kWarpKeys];
+        load_words(row + layout_of(C::kFormat).rope_offset() + lane_ % kRopeLanes * 16,
+                   next.has_tile() && lane_ < kWarpKeys * kRopeLanes, rope);
+      }
+      __syncwarp();
+      if (entry.exists() && lane_ == 0) {
+        mbarrier_arrive(shared_address(&feed_.empty[(number - 1) % kStages]));
+      }
+      if (entry.has_tile()) {
+        // The readers order the stores before their use by the async proxy.
+        if (lane_ == 0) {
+          mbarrier_arrive(shared_address(&storage_.k_full[entry.slot()]));
+        }
+        phases_.advance(entry.slot());
+      }
+      entry = next;
+      if (!entry.exists()) {
+        break;
+      }
+    }
+    this->end(entry.piece());
+  }
+
+ private:
+  // Sixteen values of a row and their scale, as they are in memory.
+  struct Unit {
+    uint4 raw;
+    uint32_t scale;
+  };
+
+  // Calls `function` with the format of the entry's source.
+  template <class Function>
+  static __device__ __forceinline__ void with_format(const Entry& entry, Function&& function) {
+    constexpr bool kTwoFormats = C::kExtraFormat != KVFormat::kNone && C::kExtraFormat != C::kFormat;
+    if (kTwoFormats && entry.source()) {
+      function(RowFormat<kTwoFormats ? C::kExtraFormat : C::kFormat>());
+    } else {
+      function(RowFormat<C::kFormat>());
+    }
+  }
+
+  // `scales_behind`: bytes from the row to its scales, where they do not follow its values.
+  __device__ __forceinline__ void load(const Entry& next, uint64_t row_bits, int scales_behind, Unit& unit) const {
+    with_format(next, [&](auto format) {
+      using Row = decltype(format);
+      constexpr KVLayout kLayout = Row::kLayout;
+      const auto* row = reinterpret_cast<const unsigned char*>(row_bits);
+      Row::load(row, lane_, next.has_tile() && has_values(), unit.raw);
+      if constexpr (kLayout.scale != ScaleType::kNone) {
+        load_scale<kLayout>(row + (C::kScalesBehindPage ? scales_behind : kLayout.value_bytes()), next.has_tile(),
+                            unit.scale);
+      }
+    });
+  }
+
+  template <KVLayout kLayout>
+  __device__ __forceinline__ void load_scale(const unsigned char* scales, bool wanted, uint32_t& scale) const {
+    const int index = lane_ / (kLayout.group / 16);
+    if constexpr (kLayout.scale == ScaleType::kFloat32) {
+      asm volatile("{\n.reg .pred wanted;\nsetp.ne.b32 wanted, %2, 0;\n@wanted ld.global.u32 %0, [%1];\n}"
+                   : "+r"(scale)
+                   : "l"(scales + index * 4), "r"(static_cast<int>(wanted)));
+    } else {
+      asm volatile("{\n.reg .pred wanted;\nsetp.ne.b32 wanted, %2, 0;\n@wanted ld.global.u8 %0, [%1];\n}"
+                   : "+r"(scale)
+                   : "l"(scales + index), "r"(static_cast<int>(wanted)));
+    }
+  }
+
+  static __device__ __forceinline__ void load_words(const unsigned char* source, bool wanted, uint4& words) {
+    asm volatile(
+        "{\n.reg .pred wanted;\nsetp.ne.b32 wanted, %5, 0;\n"
+        "@wanted ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+        : "+r"(words.x), "+r"(words.y), "+r"(words.z), "+r"(words.w)
+        : "l"(source), "r"(static_cast<int>(wanted)));
+  }
+
+  // The last lanes have no values where the RoPE columns are among these.
+  __device__ __forceinline__ bool has_values() const { return !C::kRopeInValues || lane_ < 28; }
+
+  __device__ __forceinline__ void convert(const Entry& entry, int pair, const Unit (&units)[2]) const {
+    with_format(entry, [&](auto format) {
+      using Row = decltype(format);
+      if (has_values()) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          // A key's number is both in the row and in how its units are permuted; no other bits are where these are.
+          const int key = 2 * pair + i;
+          const uint32_t place = (place_ + entry.slot() * C::kTileBytes) ^ (key * kSliceRowBytes + key * 16);
+          Row::convert(units[i].raw, float_scale<Row::kLayout.scale>(units[i].scale), lane_ & 4, place, place ^ 16);
+        }
+      }
+    });
+  }
+
+  template <ScaleType kScale>
+  static __device__ __forceinline__ float float_scale(uint32_t scale) {
+    if constexpr (kScale == ScaleType::kNone) {
+      return 1;
+    } else if constexpr (kScale == ScaleType::kFloat32) {
+      return __uint_as_float(scale);
+    } else {
+      return kScale == ScaleType::kE4m3 ? e4m3_to_float(scale) : ue8m0_to_float(scale);
+    }
+  }
+
+  __device__ __forceinline__ void store_rope(const Entry& entry, const uint4& rope) const {
+    const int key = lane_ / kRopeLanes, unit = lane_ % kRopeLanes, permuted = this->first_key() % 8 ^ key;
+    const uint32_t row = tile_of(entry) + C::kRopeSlice * C::kSliceBytes + key * kSliceRowBytes;
+    if constexpr (C::kFormat == KVFormat::kE4m3) {
+      if (key < kWarpKeys) {
+        const uint32_t place = row + (unit * 2 ^ permuted) * 16;
+        RowFormat<C::kFormat>::convert(rope, 1, false, place, place ^ 16);
+      }
+    } else {
+      store_words(row + (unit ^ permuted) * 16, rope);
+    }
+  }
+
+  // The warp's keys in the entry's slot.
+  __device__ __forceinline__ uint32_t tile_of(const Entry& entry) const {
+    return shared_address(storage_.k[0]) + entry.slot() * C::kTileBytes + this->first_key() * kSliceRowBytes;
+  }
+
+  typename C::Feed& feed_;
+  const uint32_t place_;  // in the first slot: of the lane's first values of the first pair
+};
+
+template <class C>
+using ProducerWarp = std::conditional_t<C::kCopied, CopyingWarp<C, Storage<C>>, ConvertingWarp<C>>;
+
+}  // namespace flash_mla::sm90::sparse_attention_few_heads
