@@ -114,7 +114,7 @@ def _check_rows(name: str, kv: Any) -> None:
 def _needs_gradient(*tensors: Any) -> bool:
     if torch.is_grad_enabled():
         for tensor in tensors:
-            if isinstance(tensor, Tensor) and tensor.requires_grad:
+            if tensor is not None and getattr(tensor, "requires_grad", False):
                 return True
     return False
 
