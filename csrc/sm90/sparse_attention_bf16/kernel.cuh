@@ -14,6 +14,9 @@ __device__ __forceinline__ void init_barriers(Storage<C>& storage) {
       mbarrier_init(shared_address(&storage.k_empty[slot][group]), kWarpsOfAWarpgroup);
     }
   }
+  for (uint64_t& claim : storage.claims) {
+    claim = 0;
+  }
   mbarrier_init(shared_address(&storage.q_full), C::kProducerThreads);
   mbarrier_init(shared_address(&storage.q_empty), 2 * kWarpsOfAWarpgroup);
   mbarrier_init(shared_address(&storage.probabilities_full[0]), kWarpsOfAWarpgroup);
