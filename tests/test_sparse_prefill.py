@@ -213,6 +213,40 @@ def test_many_tokens_of_many_heads(backend: Target) -> None:
     check_sparse_prefill(inputs)
 
 
+@pytest.mark.parametrize("d_qk", [576, 512])
+def test_tokens_by_demand(backend: Target, d_qk: int) -> None:
+    """So many that a counter hands them out: alone, beside other calls, in replays. Bits are those of small calls."""
+    if not backend.on_gpu:
+        pytest.skip("many tokens are for a GPU")
+    s_q = 9 * torch.cuda.get_device_properties(0).multi_processor_count
+    inputs = make_sparse_prefill_inputs(s_q, h_q=40, d_qk=d_qk, topk=100, lengths="token", sink=True, device="cuda")
+    lengths = inputs.primary.lengths
+    assert lengths is not None
+    lengths[::7] = 0
+    lengths[::11] = 1
+    parts = [run(inputs.rows(slice(first, first + 100))) for first in range(0, s_q, 100)]
+    wanted = tuple(torch.cat(part) for part in zip(*parts, strict=True))
+    assert_same_bits(run(inputs), wanted)
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    torch.cuda.synchronize()
+    results = []
+    for _ in range(3):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                results.append(run(inputs))
+    torch.cuda.synchronize()
+    for result in results:
+        assert_same_bits(result, wanted)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(inputs)
+    for _ in range(3):
+        for result in captured:
+            result.zero_()
+        graph.replay()
+        assert_same_bits(captured, wanted)
+
+
 @pytest.mark.parametrize(("known", "extra"), [("V32", None), ("MODEL1", "MODEL1"), ("V41", "V41_FP4")])
 def test_rows_that_are_selected_often(backend: Target, known: str, extra: str | None) -> None:
     """More selections than rows, where a kernel may convert the caches as a whole."""
