@@ -213,13 +213,14 @@ def test_many_tokens_of_many_heads(backend: Target) -> None:
     check_sparse_prefill(inputs)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("d_qk", [576, 512])
-def test_tokens_by_demand(backend: Target, d_qk: int) -> None:
-    """So many that a counter hands them out: alone, beside other calls, in replays. Bits are those of small calls."""
-    if not backend.on_gpu:
-        pytest.skip("many tokens are for a GPU")
-    s_q = 9 * torch.cuda.get_device_properties(0).multi_processor_count
-    inputs = make_sparse_prefill_inputs(s_q, h_q=40, d_qk=d_qk, topk=100, lengths="token", sink=True, device="cuda")
+def test_many_tokens_beside_others_and_in_replays(cuda: Target, d_qk: int) -> None:
+    """Several for each multiprocessor: alone, beside other calls, in replays. Bits are those of small calls."""
+    s_q = 9 * torch.cuda.get_device_properties(cuda.device).multi_processor_count
+    inputs = make_sparse_prefill_inputs(
+        s_q, h_q=40, d_qk=d_qk, topk=100, lengths="token", sink=True, device=cuda.device
+    )
     lengths = inputs.primary.lengths
     assert lengths is not None
     lengths[::7] = 0

@@ -227,13 +227,6 @@ struct Call {
     if (extra) {
       params.keys[1] = extra->source();
     }
-    // Setting the counter to zero takes longer than small calls gain.
-    constexpr int64_t kRounds = 8;
-    std::optional<Tensor> next_item;
-    if (problem.format == KVFormat::kBf16 && q.size(0) * params.unit_tiles >= kRounds * params.num_sms) {
-      next_item = empty(q.device, ScalarType::Int, {1});
-      params.next_item = static_cast<int32_t*>(next_item->data_ptr());
-    }
     launch_fixed_cuts(*kernel, params, 0, params.s_q, choose_requests_at_once(params.unit_tiles, 1, params.num_sms),
                       current_stream(q.device));
   }

@@ -10,14 +10,11 @@ namespace flash_mla::sm90 {
 
 // `C` has: Element, kHasRope, kKeys, kMathThreads, kSliceBytes, and is KeyGroups. `Storage` has besides: q, k_full,
 // k_empty, probabilities, probabilities_full. `Derived` has:
-//   kCopiedKeys                 the slices come by copies of threads and not by TMA: in parts, of which `C` has
-//                               kFillParts and part_of(slot, order). Each part has one barrier, and the warpgroup that
-//                               scores a tile orders each part before products by one fence (a fence for each group
-//                               costs 6 %). Then warpgroup 0's last products of a step go first, since its scores are
-//                               what the other waits for
+//   kCopiedKeys                 the slices come by copies of threads and not by TMA: a tile has one barrier, and the
+//                               warpgroup that scores it orders all of it before products by one fence (a fence for
+//                               each group costs 6 %)
 //   load_mask()                 what `mask` reads from shared memory, which is asked for before the scores are there
 //   mask(scores, facts, tile, loaded)  keys that do not count become -inf; `facts` are what the run was given
-//   results_are_near()          called between two products of the last step; can be left out
 //   sums_are_final()            called between two products, as soon as no tile adds to the sums any more; can be left
 //                               out
 template <class Derived, class C, class Storage, bool kKeepsMaximum = false>
@@ -80,9 +77,6 @@ class GroupedSeesaw : protected SeesawWarpgroup<typename C::Element, Storage, kK
       wgmma_wait<0>();
       release(0, kCols128);
       phases_.advance(0);
-      if (tile + 2 >= num_tiles) {
-        derived().results_are_near();
-      }
 
       if (pair) {
         mbarrier_wait(shared_address(&storage_.probabilities_full[1]), phases_.parity(1));
@@ -93,9 +87,6 @@ class GroupedSeesaw : protected SeesawWarpgroup<typename C::Element, Storage, kK
         wait_for_values(1, kCols0);
         wgmma_fence();
         this->template multiply_shared<0>(1, shared_address(storage_.probabilities[0]));
-        if constexpr (Derived::kCopiedKeys) {
-          named_barrier_arrive(kProducts1Issued, C::kMathThreads);
-        }
         wgmma_wait<1>();
         release(1, kCols0);
         wgmma_wait<0>();
@@ -121,9 +112,6 @@ class GroupedSeesaw : protected SeesawWarpgroup<typename C::Element, Storage, kK
       const bool pair = tile + 1 < num_tiles;
       float scores[32];
       decltype(derived().load_mask()) loaded_mask;
-      if (tile + 2 >= num_tiles) {
-        derived().results_are_near();
-      }
       if (pair) {
         named_barrier_sync(kScores0Issued, C::kMathThreads);
         issue_scores<1>(scores);
@@ -163,9 +151,6 @@ class GroupedSeesaw : protected SeesawWarpgroup<typename C::Element, Storage, kK
         if (tile + 2 == num_tiles) {
           derived().sums_are_final();
         }
-        if constexpr (Derived::kCopiedKeys) {
-          named_barrier_sync(kProducts1Issued, C::kMathThreads);
-        }
         wgmma_fence();
         this->template multiply_registers<1>(1, probabilities);
         wgmma_wait<1>();
@@ -203,7 +188,10 @@ class GroupedSeesaw : protected SeesawWarpgroup<typename C::Element, Storage, kK
   __device__ __forceinline__ void issue_scores(float (&scores)[32]) {
     const Descriptor q(shared_address(storage_.q), 16), k(shared_address(storage_.k[kSlot]), 16);
     bool accumulate = false;
-    int part = -1;
+    if constexpr (Derived::kCopiedKeys) {
+      mbarrier_wait(shared_address(&storage_.k_full[kSlot]), phases_.parity(kSlot));
+      fence_async_proxy();
+    }
 #pragma unroll
     for (int order = 0; order < kNumGroups; ++order) {
       const int group = C::load_order(kSlot, order);
@@ -212,10 +200,6 @@ class GroupedSeesaw : protected SeesawWarpgroup<typename C::Element, Storage, kK
       }
       if constexpr (!Derived::kCopiedKeys) {
         wait_for_keys(kSlot, group);
-      } else if (C::part_of(kSlot, order) != part) {
-        part = C::part_of(kSlot, order);
-        mbarrier_wait(shared_address(&storage_.k_full[kSlot][part]), phases_.parity(kSlot));
-        fence_async_proxy();
       }
       wgmma_fence();
 #pragma unroll
@@ -289,7 +273,6 @@ class GroupedSeesaw : protected SeesawWarpgroup<typename C::Element, Storage, kK
     }
   }
 
-  __device__ __forceinline__ void results_are_near() {}
   __device__ __forceinline__ void sums_are_final() {}
 
   __device__ __forceinline__ Derived& derived() { return static_cast<Derived&>(*this); }

@@ -10,8 +10,8 @@
 
 namespace flash_mla::sm90 {
 
-// Named barriers that order the two warpgroups' products; no data goes with them.
-constexpr int kScores0Issued = 1, kProducts1Issued = 3;
+// The named barrier that orders the two warpgroups' scores; no data goes with it.
+constexpr int kScores0Issued = 1;
 
 // `Storage` has: k[2], row_max, row_sum, row_sums_full, q_empty. `kKeepsMaximum`: the largest score of each row is kept
 // besides, which the reference may be below or above.

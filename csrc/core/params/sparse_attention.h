@@ -86,10 +86,6 @@ struct SparseAttentionParams {
   // What the kernels divide by; `launch_kernel` fills them.
   Divisor by_tokens_per_batch, by_h_q;
   Divisor by_unit_items, by_part_items;  // items of a unit and of a part
-
-  // Room for a counter that hands out the items behind each CTA's first, for kernels that know of it, where an item is
-  // one piece. Null: CTAs take items at fixed distances.
-  int32_t* next_item;
 };
 
 // Blocks of a unit's list: those of the first source (at least one, so that a unit without keys has a part that writes

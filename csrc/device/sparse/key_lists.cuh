@@ -23,19 +23,12 @@ class KeyLists {
   static constexpr int kItemTiles = ceil_div(C::kRows, kRowTile);
   // Of a pair of CTAs each has half of the columns of all rows of Q, or half of the rows.
   static constexpr bool kHalfColumns = requires { requires C::kRanks == 2; };
-  // `Storage` has room for items that the counter has handed out, zero at first.
-  static constexpr bool kHandsOutItems = requires(Storage& storage) { storage.claims; };
 
   __device__ __forceinline__ KeyLists(const SparseAttentionParams& params, Storage& storage, Walk& walk, int warp,
                                       int lane)
       : params_(params), storage_(storage), walk_(walk), warp_(warp), lane_(lane) {
     if (lane_ == 0) {
       begin_walk<kItemTiles>(walk_);
-      if constexpr (kHandsOutItems) {
-        if (params_.next_item != nullptr && warp_ == 0) {
-          claim_ahead();
-        }
-      }
     }
     __syncwarp();
   }
@@ -87,7 +80,7 @@ class KeyLists {
     __syncwarp();
     if (lane_ == 0) {
       walk_.guesses = true;
-      next_piece(params_, walk_, [this] { return next_item(); });
+      next_piece<kItemTiles>(params_, walk_);
       walk_.guesses = false;
       if (params_.keys[0].lengths != nullptr || params_.keys[1].lengths != nullptr || walk_.run.num_tiles == 0) {
         begin_walk<kItemTiles>(walk_);
@@ -288,7 +281,7 @@ class KeyLists {
       if (walk_.second_tiles > 0) {
         begin_second_run(params_, walk_);
       } else {
-        found = next_piece(params_, walk_, [this] { return next_item(); });
+        found = next_piece<kItemTiles>(params_, walk_);
       }
     }
     found = __shfl_sync(~0u, found, 0);
@@ -298,45 +291,6 @@ class KeyLists {
       ahead_.bits |= begun.bits;
     }
     return begun.has_tile();
-  }
-
-  // The item behind the walk's: at a fixed distance, or, since SMs differ in speed, from the counter.
-  __device__ __forceinline__ int next_item() {
-    if constexpr (kHandsOutItems) {
-      if (params_.next_item != nullptr && walk_.item >= 0) {
-        return claimed_item();
-      }
-    }
-    return walk_.item + static_cast<int>(gridDim.x / kItemTiles);
-  }
-
-  // The first warp claims items for all, and leaves each with the number of its piece where the others look for it.
-  // Warps are at most one piece apart in what they copy, and two to four ahead of that in what they look up, so no
-  // claim is overwritten before all have read it.
-  __device__ __forceinline__ int claimed_item() {
-    const uint32_t number = walk_.num_pieces;
-    volatile uint64_t& claim = storage_.claims[number % kClaims];
-    if (warp_ == 0) {
-      const int item = claimed_ + static_cast<int>(gridDim.x);
-      claim = static_cast<uint64_t>(number) << 32 | static_cast<uint32_t>(item);
-      claim_ahead();
-      return item;
-    }
-    uint64_t found;
-    do {
-      found = claim;
-    } while (found >> 32 != number);
-    return static_cast<int>(found);
-  }
-
-  // Asked for a piece ahead, since the answer takes as long as the copies before it. The address depends on the lane,
-  // which is lane 0: for one address the compiler adds lanes up first, and then waits for the answer here.
-  __device__ __forceinline__ void claim_ahead() {
-    asm volatile(
-        "{\n.reg .u32 lane;\n.reg .u64 counter;\nmov.u32 lane, %%laneid;\nmad.wide.u32 counter, lane, 4, %1;\n"
-        "atom.relaxed.gpu.global.add.s32 %0, [counter], 1;\n}"
-        : "=r"(claimed_)
-        : "l"(params_.next_item));
   }
 
   __device__ __forceinline__ void step_over(const Run& run) {
@@ -357,7 +311,6 @@ class KeyLists {
   Entry ahead_{0};  // of the indices that have been fetched
   int index_ = -1;
   int next_row_in_page_;
-  int claimed_;  // by the first warp, behind the CTAs' first items
 };
 
 }  // namespace flash_mla::inline device

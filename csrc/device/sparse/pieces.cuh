@@ -130,16 +130,16 @@ __device__ __forceinline__ void begin_second_run(const SparseAttentionParams& pa
   walk.second_tiles = 0;
 }
 
-// The next piece, or false where there is none. `next_item()`: the item behind walk.item.
+// The next piece, or false where there is none.
 //
 // The schedule may have been made for other lengths (a captured graph that is replayed later). Cuts between parts are
 // taken from the schedule; the part that holds a request's last piece goes on to the list's present end. So every key
 // is seen once whatever the lengths were.
-template <class NextItem>
-__device__ __forceinline__ bool next_piece(const SparseAttentionParams& params, Walk& walk, NextItem&& next_item) {
+template <int kItemTiles>
+__device__ __forceinline__ bool next_piece(const SparseAttentionParams& params, Walk& walk) {
   for (;; walk.request = INT_MAX) {
     while (!has_request(params, walk)) {
-      walk.item = next_item();
+      walk.item += gridDim.x / kItemTiles;
       if (walk.item >= params.num_parts * params.by_part_items.value) {
         return false;
       }

@@ -18,9 +18,6 @@ struct PieceFacts {
   int limit;     // causal: the keys of the piece from its beginning that the request's first token sees
 };
 
-// Room for the items that a CTA has been handed and not all of its producer warps have taken note of.
-constexpr int kClaims = 8;
-
 // A run of key tiles from one source, as a producer warp walks it.
 struct Run {
   const int32_t* list;

@@ -230,9 +230,7 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>, true> {
     if (facts.partial >= 0) {
       write_partial(params_, facts, side_, side_ == 0, row, lane_, output_, reference_, total);
     } else {
-      RowPlaces places;
-      places.find(params_, facts, side_, row, lane_);
-      const RowWriter writer(params_, places, side_, lane_, reference_, total, maximum_);
+      const RowWriter writer(params_, facts, side_, row, lane_, reference_, total, maximum_);
       writer.write<0>(output_[0]);
       writer.write<1>(output_[1]);
     }

@@ -20,11 +20,6 @@ struct Config : KeyGroups<(kHeadDim > kHeadDimV)> {
   static constexpr int kSlices = kHeadDim / 64;
   static constexpr int kTileBytes = kSlices * kSliceBytes;
 
-  // d_qk 512: a tile is filled in two parts, and the scores of the first are made while the second is on its way. With
-  // 576 columns tiles come before they are asked for, and a second barrier and fence cost more than that gains.
-  static constexpr int kFillParts = kHasRope ? 1 : 2;
-  static constexpr int part_of(int slot, int order) { return kFillParts == 2 && order >= 2 + slot; }
-
   static constexpr int kMathThreads = 256;
   static constexpr int kProducerWarps = 4;
   static constexpr int kProducerThreads = 32 * kProducerWarps;

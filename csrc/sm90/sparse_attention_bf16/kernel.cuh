@@ -9,16 +9,10 @@ template <class C>
 __device__ __forceinline__ void init_barriers(Storage<C>& storage) {
   constexpr int kWarpsOfAWarpgroup = 4;
   for (int slot = 0; slot < 2; ++slot) {
-    for (int part = 0; part < C::kFillParts; ++part) {
-      mbarrier_init(shared_address(&storage.k_full[slot][part]),
-                    C::kProducerThreads + (part == 0 ? C::kProducerWarps : 0));
-    }
+    mbarrier_init(shared_address(&storage.k_full[slot]), C::kProducerThreads + C::kProducerWarps);
     for (int group = 0; group < kNumGroups; ++group) {
       mbarrier_init(shared_address(&storage.k_empty[slot][group]), kWarpsOfAWarpgroup);
     }
-  }
-  for (uint64_t& claim : storage.claims) {
-    claim = 0;
   }
   mbarrier_init(shared_address(&storage.q_full), C::kProducerThreads);
   mbarrier_init(shared_address(&storage.q_empty), 2 * kWarpsOfAWarpgroup);

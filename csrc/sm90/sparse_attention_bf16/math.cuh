@@ -55,30 +55,18 @@ class MathWarpgroup : GroupedSeesaw<MathWarpgroup<C>, C, Storage<C>, true> {
     const int num_tiles = piece().num_tiles;
     if (num_tiles == 0) {
       this->release_q();
-      results_are_near();
       sums_are_final();
     }
     return num_tiles;
   }
 
-  // A warpgroup masks the tiles of its own slot. Where the load is seen to be the same for all lanes, it is waited for
-  // between the products before it.
-  __device__ __forceinline__ uint2 load_mask() const {
-    int lane = lane_;
-    asm volatile("" : "+r"(lane));
-    return *reinterpret_cast<const uint2*>(storage_.valid[side_] + (lane >> 5));
-  }
+  // A warpgroup masks the tiles of its own slot.
+  __device__ __forceinline__ uint2 load_mask() const { return *reinterpret_cast<const uint2*>(storage_.valid[side_]); }
 
   __device__ __forceinline__ void mask(float (&scores)[32], const PieceFacts&, int, const uint2& valid) const {
     if ((valid.x & valid.y) != ~0u) {
       mask_keys(scores, valid.x, valid.y, lane_);
     }
-  }
-
-  __device__ __forceinline__ void results_are_near() {
-    int row = row_;
-    asm volatile("" : "+r"(row));  // keeps what follows from the row out of the loop over pieces
-    places_.find(params_, piece(), side_, row, lane_);
   }
 
   __device__ __forceinline__ void sums_are_final() {
@@ -102,10 +90,10 @@ class MathWarpgroup : GroupedSeesaw<MathWarpgroup<C>, C, Storage<C>, true> {
     }
     maximum_[0] = fmaxf(maximum_[0], storage_.row_maximum[piece_][row]);
     maximum_[1] = fmaxf(maximum_[1], storage_.row_maximum[piece_][row + 8]);
-    const RowWriter writer(params_, places_, 0, lane_, reference_, total, maximum_);
+    const RowWriter writer(params_, piece(), 0, row, lane_, reference_, total, maximum_);
     writer.template write<0>(output_[0]);
     const bool missing = !mbarrier_test(shared_address(&storage_.q_full), piece_ ^ 1) ||
-                         !mbarrier_test(shared_address(&storage_.k_full[0][C::kFillParts - 1]), phases_.parity(0));
+                         !mbarrier_test(shared_address(&storage_.k_full[0]), phases_.parity(0));
     if (!named_barrier_any(kNextIsThere, C::kMathThreads / 2, missing)) {
       const int num_tiles = storage_.pieces[piece_ ^ 1].num_tiles;
       if (num_tiles > 0) {
@@ -126,7 +114,7 @@ class MathWarpgroup : GroupedSeesaw<MathWarpgroup<C>, C, Storage<C>, true> {
     if (piece().partial >= 0) {
       write_partial(params_, piece(), 1, false, row, lane_, output_, reference_, total);
     } else {
-      const RowWriter writer(params_, places_, 1, lane_, reference_, total, maximum_);
+      const RowWriter writer(params_, piece(), 1, row, lane_, reference_, total, maximum_);
       writer.template write<0>(output_[0]);
       writer.template write<1>(output_[1]);
     }
@@ -134,7 +122,6 @@ class MathWarpgroup : GroupedSeesaw<MathWarpgroup<C>, C, Storage<C>, true> {
 
   const SparseAttentionParams& params_;
   uint32_t piece_ = 0;  // parity of its number
-  RowPlaces places_;    // of the piece's results, towards its end
 };
 
 }  // namespace flash_mla::sm90::sparse_attention_bf16

@@ -74,14 +74,6 @@ class ProducerWarp : KeyLists<C, Storage<C>> {
       sources[i] =
           reinterpret_cast<const unsigned char*>(__shfl_sync(~0u, bits, kLanes * (2 * i + odd))) + lane % 16 * 16;
     }
-    // 0, which is known once all sources are: where the first wait depends on it, it is not moved in front of their
-    // computing, which would then take 140 cycles from the release of a slot.
-    uint32_t zero = 0;
-#pragma unroll
-    for (const unsigned char* source : sources) {
-      zero |= static_cast<uint32_t>(reinterpret_cast<uintptr_t>(source) >> 32);
-    }
-    zero >>= 31;
     tile += warp_ * kWarpKeys * kSliceRowBytes;
     const uint32_t first = tile + slice * C::kSliceBytes + odd * kSliceRowBytes + ((unit ^ odd) * 16);
 #pragma unroll
@@ -90,7 +82,7 @@ class ProducerWarp : KeyLists<C, Storage<C>> {
       if (C::num_slices(group) == 0) {
         continue;
       }
-      before_group(group, order, zero);
+      before_group(group);
       if (group == kRope) {
 #pragma unroll
         for (int i = 0; i < kWarpKeys / 4; ++i) {
@@ -112,21 +104,18 @@ class ProducerWarp : KeyLists<C, Storage<C>> {
   template <int kSlot>
   __device__ __forceinline__ void copy_tile(const unsigned char* row) {
     const uint32_t valid = this->valid_keys(row);
-    const auto full = [this](int part) { return shared_address(&storage_.k_full[kSlot][part]); };
+    const uint32_t full = shared_address(&storage_.k_full[kSlot]);
     copy_rows<kSlot>(
         shared_address(storage_.k[kSlot]), row,
         [](uint32_t destination, const unsigned char* source) { async_copy16(destination, source); },
-        [&](int group, int order, uint32_t zero) {
-          if (order > 0 && C::part_of(kSlot, order) != C::part_of(kSlot, order - 1)) {
-            async_copy_arrive(full(C::part_of(kSlot, order - 1)));
-          }
-          mbarrier_wait(shared_address(&storage_.k_empty[kSlot][group]), phases_.parity(kSlot) ^ 1 ^ zero);
+        [&](int group) {
+          mbarrier_wait(shared_address(&storage_.k_empty[kSlot][group]), phases_.parity(kSlot) ^ 1);
           if (group == valid_group(kSlot) && lane_ == 0) {
             storage_.valid[kSlot][warp_] = static_cast<uint16_t>(valid);
-            mbarrier_arrive(full(0));
+            mbarrier_arrive(full);
           }
         });
-    async_copy_arrive(full(C::kFillParts - 1));
+    async_copy_arrive(full);
     phases_.advance(kSlot);
   }
 
@@ -136,7 +125,7 @@ class ProducerWarp : KeyLists<C, Storage<C>> {
     copy_rows<0>(
         shared_address(storage_.q), row == nullptr ? kZeroRow : row,
         [&](uint32_t destination, const unsigned char* source) { async_copy16_hinted(destination, source, policy); },
-        [](int, int, uint32_t) {});
+        [](int) {});
   }
 };
 

@@ -20,8 +20,7 @@ struct Storage {
   alignas(8) uint16_t valid[2][C::kProducerWarps];  // of a slot: a bit for each key that counts
   PieceFacts pieces[2];                             // by parity of the piece
   Walk walks[C::kProducerWarps];
-  uint64_t claims[kClaims];  // items that the counter has handed out: number of the piece, then the item
-  uint64_t k_full[2][C::kFillParts];
+  uint64_t k_full[2];
   uint64_t k_empty[2][kNumGroups];
   uint64_t q_full, q_empty;
   uint64_t probabilities_full[2];  // of a slot, and the reference maximum they are relative to
