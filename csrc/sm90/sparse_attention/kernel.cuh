@@ -46,7 +46,9 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     wait_for_dependencies();
     // Not before the wait: the combine kernel reads schedule and lengths as soon as it starts.
     launch_dependents();
-    MathWarpgroup<C>(params, storage, warpgroup).run();
+    // With scales of the cache there is no register to keep it in.
+    const int side = has_one_scale(C::kFormat) ? static_cast<int>(threadIdx.x / 128) : warpgroup;
+    MathWarpgroup<C>(params, storage, side).run();
   }
 #endif
 }

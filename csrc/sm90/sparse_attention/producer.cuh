@@ -14,8 +14,8 @@ class ProducerWarp : KeyLists<C, Storage<C>> {
   using Base = KeyLists<C, Storage<C>>;
   using Base::ahead_, Base::index_, Base::lane_, Base::next_row_in_page_, Base::params_, Base::storage_, Base::walk_,
       Base::warp_, Base::kLanes, Base::kWarpKeys;
-  static constexpr int kPasses = kWarpKeys / 4;                                    // of a quarter: four keys at a time
-  static constexpr int kRopeUnits = !C::kHasRope ? 0 : C::kRopeQuantised ? 1 : 2;  // of 16 bytes, of a lane
+  static constexpr int kPasses = kWarpKeys / 4;                                 // of a quarter: four keys at a time
+  static constexpr int kRopeUnits = C::kHasRope && !C::kRopeQuantised ? 2 : 0;  // of 16 bytes, that a lane keeps
 
   // A tile, and the lane's row of it.
   struct Located {
@@ -75,7 +75,11 @@ class ProducerWarp : KeyLists<C, Storage<C>> {
       if (entry.has_tile()) {
         read<2>(entry, raw[0], scales[0]);
         read<3>(entry, raw[1], scales[1]);
-        read_rope(rope);
+        if constexpr (C::kRopeQuantised) {
+          convert_rope();
+        } else {
+          read_rope(rope);
+        }
         __syncwarp();
       }
       if (next.entry.has_tile()) {
@@ -256,7 +260,7 @@ class ProducerWarp : KeyLists<C, Storage<C>> {
         }
       });
     }
-    if constexpr (kQuarter == 3 && C::kHasRope) {
+    if constexpr (kQuarter == 3 && kRopeUnits > 0) {
       if constexpr (C::kRopeBehindValues) {
         mbarrier_wait(shared_address(&storage_.tail_empty), tile_parity_ ^ 1);
         store_rope(rope, shared_address(storage_.tail) + this->first_key() * kSliceRowBytes);
@@ -275,30 +279,34 @@ class ProducerWarp : KeyLists<C, Storage<C>> {
     place_.advance();
   }
 
-  // The RoPE columns, which have one format in both sources.
+  // The RoPE columns, which have one format in both sources: as they are, between the buffer and their place.
   __device__ __forceinline__ void read_rope(uint4 (&rope)[kRopeUnits + 1]) const {
     const int lane = this->opaque_lane();
 #pragma unroll
     for (int i = 0; i < kRopeUnits; ++i) {
-      const int key = C::kRopeQuantised ? lane / 4 : i * 4 + lane / 8, unit = C::kRopeQuantised ? lane % 4 : lane % 8;
-      rope[i] =
-          *reinterpret_cast<const uint4*>(&storage_.right[warp_][key][(C::kRopeInValues ? 192 : 256) + unit * 16]);
+      rope[i] = *reinterpret_cast<const uint4*>(
+          &storage_.right[warp_][i * 4 + lane / 8][(C::kRopeInValues ? 192 : C::kLeftBytes) + lane % 8 * 16]);
     }
   }
 
   __device__ __forceinline__ void store_rope(const uint4 (&rope)[kRopeUnits + 1], uint32_t rows) const {
     const int lane = this->opaque_lane();
-    if constexpr (C::kRopeQuantised) {
-      const int key = lane / 4;
-      const uint32_t place = rows + key * kSliceRowBytes + ((lane % 4 * 2) ^ key) * 16;
-      RowFormat<C::kFormat>::convert(rope[0], 1, false, place, place ^ 16);
-    } else {
 #pragma unroll
-      for (int i = 0; i < kRopeUnits; ++i) {
-        const int key = i * 4 + lane / 8;
-        store_words(rows + key * kSliceRowBytes + ((lane % 8 ^ key) * 16), rope[i]);
-      }
+    for (int i = 0; i < kRopeUnits; ++i) {
+      const int key = i * 4 + lane / 8;
+      store_words(rows + key * kSliceRowBytes + ((lane % 8 ^ key) * 16), rope[i]);
     }
+  }
+
+  // Those that are e4m3 values too are converted at once, a quarter of a key by a lane: registers do not suffice to
+  // keep them.
+  __device__ __forceinline__ void convert_rope() const {
+    const int lane = this->opaque_lane(), key = lane / 4;
+    const uint4 raw = *reinterpret_cast<const uint4*>(&storage_.right[warp_][key][C::kLeftBytes + lane % 4 * 16]);
+    const uint32_t place =
+        shared_address(storage_.tail) + (this->first_key() + key) * kSliceRowBytes + ((lane % 4 * 2) ^ key) * 16;
+    mbarrier_wait(shared_address(&storage_.tail_empty), tile_parity_ ^ 1);
+    RowFormat<C::kFormat>::convert(raw, 1, false, place, place ^ 16);
   }
 
   Run run_{};  // with the tiles whose indices are still to be fetched
