@@ -17,7 +17,6 @@ template <KVFormat kFormat>
 struct RingFormat {
   static constexpr KVLayout kLayout = layout_of(kFormat);
   static constexpr int kRowBytes = kLayout.row_stride();
-  static constexpr int kUnitsPerScale = kLayout.group / 16;
   using Row = RowFormat<kFormat>;
 
   static __device__ __forceinline__ void copy(const unsigned char* row, const unsigned char* scales, uint32_t ring,
@@ -46,17 +45,7 @@ struct RingFormat {
   }
 
   static __device__ __forceinline__ float scale(const unsigned char* ring, int lane) {
-    const unsigned char* scales = ring + (kLayout.scales_behind_page ? kRowBytes : kLayout.value_bytes());
-    const int index = lane / kUnitsPerScale;
-    if constexpr (kLayout.scale == ScaleType::kNone) {
-      return 1;
-    } else if constexpr (kLayout.scale == ScaleType::kFloat32) {
-      return reinterpret_cast<const float*>(scales)[index];
-    } else if constexpr (kLayout.scale == ScaleType::kE4m3) {
-      return e4m3_to_float(scales[index]);
-    } else {
-      return ue8m0_to_float(scales[index]);
-    }
+    return Row::scale(ring + (kLayout.scales_behind_page ? kRowBytes : kLayout.value_bytes()), lane);
   }
 };
 
