@@ -109,21 +109,8 @@ class ConvertingWarp : KeyLists<C, Storage> {
   }
 
  private:
-  static constexpr bool kTwoFormats = C::kExtraFormat != KVFormat::kNone && C::kExtraFormat != C::kFormat;
-  static constexpr KVFormat kSecond = kTwoFormats ? C::kExtraFormat : C::kFormat;
-
-  // Calls `function` with the format of the entry's source.
-  template <class Function>
-  __device__ __forceinline__ void with_format(const Entry& entry, Function&& function) const {
-    if (kTwoFormats && entry.source()) {
-      function(RingFormat<kSecond>());
-    } else {
-      function(RingFormat<C::kFormat>());
-    }
-  }
-
   __device__ __forceinline__ void copy(const Entry& entry, int step, const unsigned char* row, int row_in_page) const {
-    with_format(entry, [&](auto format) {
+    with_format<C, RingFormat>(entry, [&](auto format) {
       constexpr KVLayout kLayout = decltype(format)::kLayout;
       const unsigned char* scales = row;
       if constexpr (kLayout.scales_behind_page) {
@@ -149,7 +136,7 @@ class ConvertingWarp : KeyLists<C, Storage> {
   __device__ __forceinline__ void convert(const Entry& entry, int step) const {
     const uint32_t tile =
         shared_address(storage_.k[0]) + entry.slot() * C::kTileBytes + this->first_key() * kSliceRowBytes;
-    with_format(entry, [&](auto format) {
+    with_format<C, RingFormat>(entry, [&](auto format) {
       uint4 raw[2];
       float scale[2];
 #pragma unroll

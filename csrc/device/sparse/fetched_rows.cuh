@@ -24,12 +24,8 @@ class FetchedRows : protected KeyLists<C, Storage> {
   static constexpr int kQuarters = 4 / C::kRanks;  // of a row's columns, that this CTA has
   static constexpr bool kRopeQuantised = C::kFormat == KVFormat::kE4m3;
   static_assert(!(kPaired || kOwnKeys) || !kRopeQuantised);
-  static constexpr bool kTwoFormats = C::kExtraFormat != KVFormat::kNone && C::kExtraFormat != C::kFormat;
-  static constexpr KVFormat kSecond = kTwoFormats ? C::kExtraFormat : C::kFormat;
 
   using Base::Base;
-
-  static __device__ __forceinline__ bool is_extra_format(const Entry& entry) { return kTwoFormats && entry.source(); }
 
   // Where the CTA has own keys: which of the warp's keys a lane has in a pass, and which 16 values of its row.
   __device__ __forceinline__ int key_of(int pass, int lane) const {
@@ -76,19 +72,9 @@ class FetchedRows : protected KeyLists<C, Storage> {
     } while (++round < 2 || entry.exists());
   }
 
-  // Calls `function` with the format of the entry's source.
-  template <class Function>
-  __device__ __forceinline__ void with_format(const Entry& entry, Function&& function) const {
-    if (is_extra_format(entry)) {
-      function(RowFormat<kSecond>());
-    } else {
-      function(RowFormat<C::kFormat>());
-    }
-  }
-
   // The bytes of the entry's tile, if it has one, whose rows are known.
   __device__ __forceinline__ void fetch_rows(const Entry& entry, uint4 (&raw)[kPasses]) {
-    with_format(entry, [&](auto format) {
+    with_format<C>(entry, [&](auto format) {
       constexpr KVLayout kLayout = decltype(format)::kLayout;
       const unsigned char* scales = row_ + kLayout.value_bytes();
       if constexpr (kLayout.scales_behind_page) {

@@ -5,6 +5,7 @@
 #include "core/kv_format.h"
 #include "device/copy.cuh"
 #include "device/dequantize.cuh"
+#include "device/sparse/pieces.cuh"
 
 namespace flash_mla::inline device {
 
@@ -109,5 +110,19 @@ struct RowFormat {
     return make_uint4(a.x, a.y, b.x, b.y);
   }
 };
+
+// Kernels are for one format, or for one of each source.
+template <class C>
+constexpr bool kTwoFormats = C::kExtraFormat != KVFormat::kNone && C::kExtraFormat != C::kFormat;
+
+// Calls `function` with the format of the entry's source.
+template <class C, template <KVFormat> class Format = RowFormat, class Function>
+__device__ __forceinline__ void with_format(const Entry& entry, Function&& function) {
+  if (kTwoFormats<C> && entry.source()) {
+    function(Format<kTwoFormats<C> ? C::kExtraFormat : C::kFormat>());
+  } else {
+    function(Format<C::kFormat>());
+  }
+}
 
 }  // namespace flash_mla::inline device

@@ -12,8 +12,7 @@ class ProducerWarp : FetchedRows<C, Storage> {
   using Base = FetchedRows<C, Storage>;
   using Base::ahead_, Base::lane_, Base::next_row_in_page_, Base::params_, Base::phases_, Base::raw_rope_, Base::row_,
       Base::row_in_page_, Base::scales_, Base::storage_, Base::warp_;
-  using Base::kLanes, Base::kPaired, Base::kPasses, Base::kRopeQuantised, Base::kTwoFormats, Base::kUnits,
-      Base::kWarpKeys;
+  using Base::kLanes, Base::kPaired, Base::kPasses, Base::kRopeQuantised, Base::kUnits, Base::kWarpKeys;
 
  public:
   __device__ __forceinline__ ProducerWarp(const SparseAttentionParams& params, Storage& storage, int warp, int lane)
@@ -35,7 +34,7 @@ class ProducerWarp : FetchedRows<C, Storage> {
 
  private:
   // With two formats and whole rows the registers do not suffice for it.
-  static constexpr bool kStartsEarly = requires { C::kStartsEarly; } && (kPaired || !kTwoFormats);
+  static constexpr bool kStartsEarly = requires { C::kStartsEarly; } && (kPaired || !kTwoFormats<C>);
 
   // Loads share the few counters that the hardware has for them, so that a wait for one would be a wait for any that
   // follow it: in both orders all that has been fetched comes to be known complete at one place in a round. There is
@@ -99,7 +98,7 @@ class ProducerWarp : FetchedRows<C, Storage> {
   }
 
   __device__ __forceinline__ void convert(const Entry& entry, int slot, const uint4 (&raw)[kPasses]) const {
-    this->with_format(entry, [&](auto format) {
+    with_format<C>(entry, [&](auto format) {
       const int lane = this->opaque_lane(), odd = lane / kUnits, own = lane % kUnits,
                 unit = this->rank() * kUnits + own;
       float scales[kPasses];

@@ -36,7 +36,7 @@ class ProducerWarp : FetchedRows<C, Storage<C>> {
                         this->row_of_q(walk_.pending[entry.piece()],
                                        this->rank() * kRowTile + row_of_tensor_q(warp_, this->opaque_lane())));
     }
-    this->with_format(entry, [&](auto format) {
+    with_format<C>(entry, [&](auto format) {
       const int lane = this->opaque_lane();
       float scales[kPasses];
 #pragma unroll

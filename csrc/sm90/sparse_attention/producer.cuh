@@ -99,9 +99,6 @@ class ProducerWarp : KeyLists<C, Storage<C>> {
   }
 
  private:
-  static constexpr bool kTwoFormats = C::kExtraFormat != KVFormat::kNone && C::kExtraFormat != C::kFormat;
-  static constexpr KVFormat kSecond = kTwoFormats ? C::kExtraFormat : C::kFormat;
-
   // As the base's, with the run in registers.
   __device__ __forceinline__ void fetch_indices() {
     ahead_ = {0};
@@ -134,16 +131,6 @@ class ProducerWarp : KeyLists<C, Storage<C>> {
     }
   }
 
-  // Calls `function` with the format of the entry's source.
-  template <class Function>
-  __device__ __forceinline__ void with_format(const Entry& entry, Function&& function) const {
-    if (kTwoFormats && entry.source()) {
-      function(RowFormat<kSecond>());
-    } else {
-      function(RowFormat<C::kFormat>());
-    }
-  }
-
   // `kUnits` units of 16 bytes of each of the warp's rows, from `offset` on: where the lane's are, then their copies. A
   // copy is a barrier to the compiler, and loads between copies would wait for each other.
   template <int kUnits>
@@ -171,7 +158,7 @@ class ProducerWarp : KeyLists<C, Storage<C>> {
   };
 
   __device__ __forceinline__ void copy_left(const Located& at) const {
-    with_format(at.entry, [&](auto format) {
+    with_format<C>(at.entry, [&](auto format) {
       constexpr KVLayout kLayout = decltype(format)::kLayout;
       Strip<2 * kLayout.value_bits>(storage_.rows[warp_], 0, this->opaque_lane()).copy(storage_.left[warp_], 0);
       const int key = lane_ / kLanes;
@@ -192,7 +179,7 @@ class ProducerWarp : KeyLists<C, Storage<C>> {
   }
 
   __device__ __forceinline__ void copy_right(const Located& at) const {
-    with_format(at.entry, [&](auto format) {
+    with_format<C>(at.entry, [&](auto format) {
       constexpr KVLayout kLayout = decltype(format)::kLayout;
       const int lane = this->opaque_lane();
       auto& right = storage_.right[warp_];
@@ -212,7 +199,7 @@ class ProducerWarp : KeyLists<C, Storage<C>> {
   template <int kQuarter>
   __device__ __forceinline__ void read(const Entry& entry, uint4 (&raw)[kPasses], float (&scales)[kPasses]) const {
     const int lane = this->opaque_lane();
-    with_format(entry, [&](auto format) {
+    with_format<C>(entry, [&](auto format) {
 #pragma unroll
       for (int pass = 0; pass < kPasses; ++pass) {
         const int key = 4 * pass + lane / 8, unit = kQuarter % 2 * 8 + lane % 8;
@@ -251,7 +238,7 @@ class ProducerWarp : KeyLists<C, Storage<C>> {
     const uint32_t first = quarter + (lane & 4) / 4 * C::kSliceBytes + key_in_pass * kSliceRowBytes +
                            ((lane % 4 * 2 + swapped) ^ key_in_pass) * 16;
     if (!C::kRopeInValues || unit < 28) {
-      with_format(entry, [&](auto format) {
+      with_format<C>(entry, [&](auto format) {
 #pragma unroll
         for (int pass = 0; pass < kPasses; ++pass) {
           const int key = 4 * pass;  // and `key_in_pass`

@@ -157,20 +157,9 @@ class ConvertingWarp : KeyLists<C, Storage<C>> {
     uint32_t scale;
   };
 
-  // Calls `function` with the format of the entry's source.
-  template <class Function>
-  static __device__ __forceinline__ void with_format(const Entry& entry, Function&& function) {
-    constexpr bool kTwoFormats = C::kExtraFormat != KVFormat::kNone && C::kExtraFormat != C::kFormat;
-    if (kTwoFormats && entry.source()) {
-      function(RowFormat<kTwoFormats ? C::kExtraFormat : C::kFormat>());
-    } else {
-      function(RowFormat<C::kFormat>());
-    }
-  }
-
   // `scales_behind`: bytes from the row to its scales, where they do not follow its values.
   __device__ __forceinline__ void load(const Entry& next, uint64_t row_bits, int scales_behind, Unit& unit) const {
-    with_format(next, [&](auto format) {
+    with_format<C>(next, [&](auto format) {
       using Row = decltype(format);
       constexpr KVLayout kLayout = Row::kLayout;
       const auto* row = reinterpret_cast<const unsigned char*>(row_bits);
@@ -208,7 +197,7 @@ class ConvertingWarp : KeyLists<C, Storage<C>> {
   __device__ __forceinline__ bool has_values() const { return !C::kRopeInValues || lane_ < 28; }
 
   __device__ __forceinline__ void convert(const Entry& entry, int pair, const Unit (&units)[2]) const {
-    with_format(entry, [&](auto format) {
+    with_format<C>(entry, [&](auto format) {
       using Row = decltype(format);
       if (has_values()) {
 #pragma unroll
