@@ -3,9 +3,26 @@
 
 #include <cuda_runtime.h>
 
+#include <array>
+#include <atomic>
+
 #include "core/error.h"
 
 namespace flash_mla::inline device {
+
+// Lets a kernel have so much dynamic shared memory. The permission is one device's, so each is asked for it once.
+template <auto kKernel, int kBytes>
+void allow_shared_memory(const char* name) {
+  constexpr int kMaxDevices = 64;  // as many as api/device.cpp lets through
+  static std::array<std::atomic<bool>, kMaxDevices> allowed{};
+  int device = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess && !allowed[device].load(std::memory_order_relaxed)) {
+    status = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+    allowed[device].store(status == cudaSuccess, std::memory_order_relaxed);
+  }
+  check(status == cudaSuccess, ErrorKind::kCuda, name, ": ", cudaGetErrorString(status));
+}
 
 // In clusters of so many CTAs. The kernel may start while the one before it in the stream still runs: it has to execute
 // griddepcontrol.wait before it touches global memory.

@@ -14,9 +14,7 @@ namespace flash_mla::inline device {
 // A persistent grid over the call's items, each of `kItemTiles` row tiles and computed by as many CTAs, a cluster.
 template <auto kKernel, int kThreads, size_t kSharedBytes, int kItemTiles = 1>
 void launch_kernel(const char* name, SparseAttentionParams params, void* stream) {
-  static const cudaError_t attribute_status =
-      cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-  check(attribute_status == cudaSuccess, ErrorKind::kCuda, name, ": ", cudaGetErrorString(attribute_status));
+  allow_shared_memory<kKernel, kSharedBytes>(name);
   const int unit_items = ceil_div(params.unit_tiles, kItemTiles);
   const int64_t part_items = static_cast<int64_t>(params.num_units) * unit_items, items = params.num_parts * part_items;
   check(items <= INT32_MAX - params.num_sms, ErrorKind::kUnsupported, name, ": ", items, " tiles of work are too many");

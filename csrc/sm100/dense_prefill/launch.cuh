@@ -3,6 +3,7 @@
 #include <cuda_runtime.h>
 
 #include "core/error.h"
+#include "device/launch.h"
 #include "sm100/dense_prefill/kernel.cuh"
 #include "sm100/dense_prefill/keyless_rows.h"
 
@@ -82,10 +83,7 @@ void launch(const DensePrefillParams& params, void* stream) {
   using Kernel = typename F::Kernel;
   constexpr auto kKernel = cutlass::device_kernel<Kernel>;
   constexpr int kThreads = Kernel::MaxThreadsPerBlock, kSharedBytes = Kernel::SharedStorageSize;
-  static const cudaError_t attribute_status =
-      cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-  check(attribute_status == cudaSuccess, ErrorKind::kCuda,
-        "sm100_dense_prefill: ", cudaGetErrorString(attribute_status));
+  allow_shared_memory<kKernel, kSharedBytes>("sm100_dense_prefill");
   if (params.tokens_kv > 0) {
     // At least as many as the plan has items; the host does not see the lengths.
     const int64_t row_tiles = params.tokens_q / params.row_tile + params.num_sequences + 1;

@@ -39,10 +39,7 @@ void launch(const DensePrefillBackwardParams& params, void* stream) {
   using C = Config<T, kHeadDim>;
   static_assert(kStorageFits<C>);
   constexpr auto kKernel = dense_prefill_backward_kernel<T, kHeadDim>;
-  static const cudaError_t attribute_status =
-      cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Storage<C>));
-  check(attribute_status == cudaSuccess, ErrorKind::kCuda,
-        "sm100_dense_prefill_backward: ", cudaGetErrorString(attribute_status));
+  allow_shared_memory<kKernel, sizeof(Storage<C>)>("sm100_dense_prefill_backward");
   // At least as many CTAs as the plan has items; the host does not see the lengths.
   const DensePrefillParams& forward = params.forward;
   const int64_t key_tiles = forward.tokens_kv / kBackwardKeyTile + forward.num_sequences + 1;

@@ -77,9 +77,7 @@ void launch(const DenseDecodeParams& params, void* stream) {
   using C = Config<T, kHeadDim>;
   static_assert(kStorageFits<C>);
   constexpr auto kKernel = dense_decode_kernel<T, kHeadDim>;
-  static const cudaError_t attribute_status =
-      cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Storage<C>));
-  check(attribute_status == cudaSuccess, ErrorKind::kCuda, "sm90_dense_decode: ", cudaGetErrorString(attribute_status));
+  allow_shared_memory<kKernel, sizeof(Storage<C>)>("sm90_dense_decode");
   const CacheMaps maps = params.box_rows > 0 ? cache_maps<C>(params) : CacheMaps{};
   const int64_t ctas = static_cast<int64_t>(params.num_parts) * params.h_kv * params.num_row_tiles;
   check(ctas <= INT32_MAX, ErrorKind::kUnsupported, "sm90_dense_decode: ", ctas, " CTAs are more than a grid has");

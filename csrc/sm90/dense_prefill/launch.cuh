@@ -14,10 +14,7 @@ void launch(const DensePrefillParams& params, void* stream) {
   using C = Config<T, kHeadDim>;
   static_assert(kStorageFits<C>);
   constexpr auto kKernel = dense_prefill_kernel<T, kHeadDim>;
-  static const cudaError_t attribute_status =
-      cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Storage<C>));
-  check(attribute_status == cudaSuccess, ErrorKind::kCuda,
-        "sm90_dense_prefill: ", cudaGetErrorString(attribute_status));
+  allow_shared_memory<kKernel, sizeof(Storage<C>)>("sm90_dense_prefill");
   // Where there is no key, nothing is loaded, but a map has to be of something.
   const bool any_key = params.tokens_kv > 0;
   const TensorMaps maps{

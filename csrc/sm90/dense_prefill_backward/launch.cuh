@@ -39,10 +39,7 @@ void launch(const DensePrefillBackwardParams& params, void* stream) {
   using C = Config<T, kHeadDim>;
   static_assert(kStorageFits<C>);
   constexpr auto kKernel = dense_prefill_backward_kernel<T, kHeadDim>;
-  static const cudaError_t attribute_status =
-      cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Storage<C>));
-  check(attribute_status == cudaSuccess, ErrorKind::kCuda,
-        "sm90_dense_prefill_backward: ", cudaGetErrorString(attribute_status));
+  allow_shared_memory<kKernel, sizeof(Storage<C>)>("sm90_dense_prefill_backward");
   device::launch_dependent("sm90_dense_prefill_backward", kKernel, static_cast<unsigned>(params.forward.num_sms),
                            C::kThreads, sizeof(Storage<C>), stream, params, make_maps<T, kHeadDim>(params));
 }

@@ -23,10 +23,7 @@ void launch(const SparsePrefillBackwardParams& params, void* stream) {
   using C = Config<kHeadDim, kFixed>;
   static_assert(kStorageFits<C>);
   constexpr auto kKernel = sparse_prefill_backward_kernel<kHeadDim, kFixed>;
-  static const cudaError_t attribute_status =
-      cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Storage<C>));
-  check(attribute_status == cudaSuccess, ErrorKind::kCuda,
-        "sm90_sparse_prefill_backward: ", cudaGetErrorString(attribute_status));
+  allow_shared_memory<kKernel, sizeof(Storage<C>)>("sm90_sparse_prefill_backward");
   const TensorMaps maps{
       heads_map<C>(params, "q", params.q, C::kSlices, params.stride_q_s, params.stride_q_h),
       heads_map<C>(params, "d_out", params.d_out, C::kValueSlices, params.stride_do_s, params.stride_do_h)};
