@@ -20,9 +20,13 @@ from flash_mla.testing import (
     SparseDecodeInputs,
     check_decode,
     check_dense_decode,
+    check_dense_prefill,
+    check_sparse_prefill,
     make_dense_decode_inputs,
+    make_dense_prefill_inputs,
     make_schedule,
     make_sparse_decode_inputs,
+    make_sparse_prefill_inputs,
 )
 
 
@@ -44,6 +48,19 @@ def test_vllm_dense_decode(backend: Target) -> None:
             causal=True,
         )
         check_dense_decode(inputs, result=(out, lse))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_second_gpu_while_the_first_is_current(cuda: Target) -> None:
+    """What a kernel has to be granted is granted on every GPU of a process."""
+    for device in ("cuda:0", "cuda:1"):
+        check_decode(make_dense_decode_inputs([300, 5], h_q=16, device=device))
+        for h_q in (16, 64, 128):
+            check_decode(make_sparse_decode_inputs(2, h_q=h_q, topk=200, device=device))
+            check_sparse_prefill(make_sparse_prefill_inputs(3, h_q=h_q, topk=200, device=device))
+        check_dense_prefill(make_dense_prefill_inputs([(70, 90)], device=device))
+    assert torch.cuda.current_device() == 0
 
 
 def test_vllm_context_parallel_merge(backend: Target) -> None:
