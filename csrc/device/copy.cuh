@@ -129,6 +129,15 @@ __device__ __forceinline__ void async_copy8(uint32_t destination, const void* so
   asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(destination), "l"(source) : "memory");
 }
 
+// 16 bytes that L1 need not keep, without a branch around the load: `words` stay as they are where not wanted.
+__device__ __forceinline__ void load_words_if(bool wanted, const void* source, uint4& words) {
+  asm volatile(
+      "{\n.reg .pred wanted;\nsetp.ne.b32 wanted, %5, 0;\n"
+      "@wanted ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+      : "+r"(words.x), "+r"(words.y), "+r"(words.z), "+r"(words.w)
+      : "l"(source), "r"(static_cast<int>(wanted)));
+}
+
 __device__ __forceinline__ void store_words(uint32_t address, const uint4& words) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(words.x), "r"(words.y), "r"(words.z),
                "r"(words.w)

@@ -14,6 +14,18 @@ struct QuarterScales {
   uint32_t low, high;  // high: where there are eight
 };
 
+// A scale by what it is in memory.
+template <ScaleType kScale>
+__device__ __forceinline__ float scale_of_bits(uint32_t bits) {
+  if constexpr (kScale == ScaleType::kNone) {
+    return 1;
+  } else if constexpr (kScale == ScaleType::kFloat32) {
+    return __uint_as_float(bits);
+  } else {
+    return kScale == ScaleType::kE4m3 ? e4m3_to_float(bits) : ue8m0_to_float(bits);
+  }
+}
+
 template <KVFormat kFormat>
 struct RowFormat {
   static constexpr KVLayout kLayout = layout_of(kFormat);
@@ -25,11 +37,7 @@ struct RowFormat {
   static __device__ __forceinline__ void load(const unsigned char* row, int unit, bool wanted, uint4& raw) {
     const unsigned char* source = row + unit * kUnitBytes;
     if constexpr (kUnitBytes == 16) {
-      asm volatile(
-          "{\n.reg .pred wanted;\nsetp.ne.b32 wanted, %5, 0;\n"
-          "@wanted ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
-          : "+r"(raw.x), "+r"(raw.y), "+r"(raw.z), "+r"(raw.w)
-          : "l"(source), "r"(static_cast<int>(wanted)));
+      load_words_if(wanted, source, raw);
     } else {
       asm volatile(
           "{\n.reg .pred wanted;\nsetp.ne.b32 wanted, %3, 0;\n"
@@ -79,12 +87,9 @@ struct RowFormat {
     const int index = unit / (kLayout.group / 16);
     if constexpr (kLayout.scale == ScaleType::kNone) {
       return 1;
-    } else if constexpr (kLayout.scale == ScaleType::kFloat32) {
-      return reinterpret_cast<const float*>(scales)[index];
-    } else if constexpr (kLayout.scale == ScaleType::kE4m3) {
-      return e4m3_to_float(scales[index]);
     } else {
-      return ue8m0_to_float(scales[index]);
+      return scale_of_bits<kLayout.scale>(
+          kLayout.scale == ScaleType::kFloat32 ? reinterpret_cast<const uint32_t*>(scales)[index] : scales[index]);
     }
   }
 

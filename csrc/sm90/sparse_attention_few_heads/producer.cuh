@@ -128,8 +128,8 @@ class ConvertingWarp : KeyLists<C, Storage<C>> {
           store_rope(entry, rope);
         }
         const unsigned char* row = next_tile.rows[this->first_key() + lane_ / kRopeLanes % kWarpKeys];
-        load_words(row + layout_of(C::kFormat).rope_offset() + lane_ % kRopeLanes * 16,
-                   next.has_tile() && lane_ < kWarpKeys * kRopeLanes, rope);
+        load_words_if(next.has_tile() && lane_ < kWarpKeys * kRopeLanes,
+                      row + layout_of(C::kFormat).rope_offset() + lane_ % kRopeLanes * 16, rope);
       }
       __syncwarp();
       if (entry.exists() && lane_ == 0) {
@@ -185,14 +185,6 @@ class ConvertingWarp : KeyLists<C, Storage<C>> {
     }
   }
 
-  static __device__ __forceinline__ void load_words(const unsigned char* source, bool wanted, uint4& words) {
-    asm volatile(
-        "{\n.reg .pred wanted;\nsetp.ne.b32 wanted, %5, 0;\n"
-        "@wanted ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
-        : "+r"(words.x), "+r"(words.y), "+r"(words.z), "+r"(words.w)
-        : "l"(source), "r"(static_cast<int>(wanted)));
-  }
-
   // The last lanes have no values where the RoPE columns are among these.
   __device__ __forceinline__ bool has_values() const { return !C::kRopeInValues || lane_ < 28; }
 
@@ -205,21 +197,10 @@ class ConvertingWarp : KeyLists<C, Storage<C>> {
           // A key's number is both in the row and in how its units are permuted; no other bits are where these are.
           const int key = 2 * pair + i;
           const uint32_t place = (place_ + entry.slot() * C::kTileBytes) ^ (key * kSliceRowBytes + key * 16);
-          Row::convert(units[i].raw, float_scale<Row::kLayout.scale>(units[i].scale), lane_ & 4, place, place ^ 16);
+          Row::convert(units[i].raw, scale_of_bits<Row::kLayout.scale>(units[i].scale), lane_ & 4, place, place ^ 16);
         }
       }
     });
-  }
-
-  template <ScaleType kScale>
-  static __device__ __forceinline__ float float_scale(uint32_t scale) {
-    if constexpr (kScale == ScaleType::kNone) {
-      return 1;
-    } else if constexpr (kScale == ScaleType::kFloat32) {
-      return __uint_as_float(scale);
-    } else {
-      return kScale == ScaleType::kE4m3 ? e4m3_to_float(scale) : ue8m0_to_float(scale);
-    }
   }
 
   __device__ __forceinline__ void store_rope(const Entry& entry, const uint4& rope) const {
