@@ -105,7 +105,12 @@ class TmaThread {
         const uint32_t destination = tile + first_slice * C::kSliceBytes;
         if (boxes_ == 1) {
           const CUtensorMap* map = group == kRope ? &maps_.one_slice : &maps_.two_slices;
-          tma_load_hinted(destination, map, {0, at.row, first_slice, place_.kv_head, at.page}, full, policy_);
+          const TmaCoordinates from{0, at.row, first_slice, place_.kv_head, at.page};
+          if (params_.num_row_tiles > 1) {  // keys that CTAs share: the usual policy, stated, costs cycles
+            tma_load(destination, map, from, full);
+          } else {
+            tma_load_hinted(destination, map, from, full, policy_);
+          }
         } else {
           load_small_pages(destination, first_slice, group == kRope ? 1 : 2, table + at.index, full);
         }
