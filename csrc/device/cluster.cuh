@@ -41,6 +41,12 @@ __device__ __forceinline__ void store_peer(uint32_t peer, uint32_t a, uint32_t b
       : "memory");
 }
 
+__device__ __forceinline__ void store_peer(uint32_t peer, uint32_t value, uint32_t peer_barrier) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(peer), "r"(value),
+               "r"(peer_barrier)
+               : "memory");
+}
+
 __device__ __forceinline__ void store_peer(uint32_t peer, float a, float b, uint32_t peer_barrier) {
   asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(peer),
                "f"(a), "f"(b), "r"(peer_barrier)

@@ -18,11 +18,19 @@ template <class C, class Storage>
 class KeyLists {
  protected:
   // Keys of a tile per warp, each of which `kLanes` lanes know: where its row is.
-  static constexpr int kWarpKeys = C::kKeys / C::kProducerWarps;
+  static constexpr int warp_keys() {
+    if constexpr (requires { C::kWarpKeys; }) {
+      return C::kWarpKeys;
+    } else {
+      return C::kKeys / C::kProducerWarps;
+    }
+  }
+  static constexpr int kWarpKeys = warp_keys();
   static constexpr int kLanes = 32 / kWarpKeys;
   static constexpr int kItemTiles = ceil_div(C::kRows, kRowTile);
   // Of a pair of CTAs each has half of the columns of all rows of Q, or half of the rows.
-  static constexpr bool kHalfColumns = requires { requires C::kRanks == 2; };
+  static constexpr bool kHalfColumns = requires { C::kRopeRowBytes; };
+  static constexpr bool kHalfKeys = requires { C::kSideWarps; };
 
   __device__ __forceinline__ KeyLists(const SparseAttentionParams& params, Storage& storage, Walk& walk, int warp,
                                       int lane)
@@ -108,7 +116,13 @@ class KeyLists {
     }
   }
 
-  __device__ __forceinline__ int first_key() const { return warp_ * kWarpKeys; }
+  __device__ __forceinline__ int first_key() const {
+    if constexpr (kHalfKeys) {
+      return (rank() * C::kSideWarps + warp_ % C::kSideWarps) * kWarpKeys;
+    } else {
+      return warp_ * kWarpKeys;
+    }
+  }
   __device__ __forceinline__ int key_of_lane() const { return first_key() + lane_ / kLanes; }
 
   static __device__ __forceinline__ int load_index(const int32_t* address) {

@@ -33,8 +33,8 @@ struct Config {
   static constexpr int kWarpKeys = kKeys / kProducerWarps;
   static constexpr int kThreads = kMathThreads + kProducerThreads;
   // Registers per thread after the roles part: 2 * 128 * 192 + 2 * 128 * 64 = 64 K.
-  static constexpr int kMathRegisters = 208;
-  static constexpr int kProducerRegisters = 48;
+  static constexpr int kMathRegisters = 192;
+  static constexpr int kProducerRegisters = 64;
 
   // A tile is converted, scored, multiplied and handed back by quarters of the values, which lie in a ring of places.
   static constexpr int kQuarters = 4, kPlaces = 6;
@@ -44,9 +44,6 @@ struct Config {
   static constexpr KVLayout kLayout = layout_of(kFormat);
   static constexpr int kLeftBytes = 256;
   static constexpr int kRightBytes = (kLayout.value_bytes() + (kRopeQuantised ? 1 : 2) * kLayout.rope()) - kLeftBytes;
-  static constexpr bool kScalesApart =
-      kLayout.scales_behind_page ||
-      (kExtraFormat != KVFormat::kNone && layout_of(kExtraFormat).scales_behind_page);
   static constexpr int kScaleBytes = std::max(
       {16, kLayout.scale_bytes(), kExtraFormat == KVFormat::kNone ? 0 : layout_of(kExtraFormat).scale_bytes()});
 };

@@ -31,10 +31,13 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>, true> {
         return;
       }
       this->begin_rows();
-      if (num_tiles <= side_) {
+      if (num_tiles == 0) {
         this->release_q();
+      } else if (side_ == 0) {
+        run_left(num_tiles, piece);
+      } else {
+        run_right(num_tiles);
       }
-      multiply_tiles(num_tiles, piece);
       finish_piece(piece);
     }
   }
@@ -42,28 +45,38 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>, true> {
  private:
   // No product is in flight at a loop's back edge, where the compiler would have to merge accumulators: it serialises
   // all products then.
-  __device__ __forceinline__ void multiply_tiles(int num_tiles, int piece) {
-    bool first = side_ == 0;
+
+  // ---- warpgroup 0: scores, probabilities; products into columns 0 to 255
+  __device__ __forceinline__ void run_left(int num_tiles, int piece) {
 #pragma unroll 1
     for (int tile = 0; tile < num_tiles; ++tile) {
       float scores[32];
-      if (first) {
-        score_tile(scores);
-        first = false;
-      } else if (tile + 1 < num_tiles) {
-        score_next_and_multiply(scores);
-        ++tile;
-      } else {
-        multiply_last();
-        return;
-      }
-      if (tile + 2 >= num_tiles) {
+      issue_scores(scores);
+      wgmma_wait<0>();
+      if (tile + 1 == num_tiles) {
         this->release_q();
       }
       find_reference(scores, piece, tile);
       uint32_t probabilities[16];
       find_probabilities(scores, probabilities);
-      multiply(probabilities);
+      multiply<0>(probabilities);
+    }
+  }
+
+  // ---- warpgroup 1: products into columns 256 to 511
+  __device__ __forceinline__ void run_right(int num_tiles) {
+    this->release_q();
+#pragma unroll 1
+    for (int tile = 0; tile < num_tiles; ++tile) {
+      // The other warpgroup has seen the tile arrive; the async proxy wants every reader to.
+      wait_for_quarter(2);
+      wait_for_quarter(3);
+      fence_async_proxy();
+      mbarrier_wait(shared_address(&storage_.probabilities_full), tile_parity_);
+      uint32_t probabilities[16];
+      load_probabilities(probabilities);
+      this->adopt_reference();
+      multiply<1>(probabilities);
     }
   }
 
@@ -93,59 +106,33 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>, true> {
     mbarrier_wait(shared_address(&storage_.k_full[place.index]), place.parity);
   }
 
-  // ---- scores of the present tile, or of the one behind it (`tile` is kQuarters), by quarters as they arrive
-  template <int kQuarter>
-  __device__ __forceinline__ void score_quarter(float (&scores)[32], int tile) {
-    uint32_t q_address = shared_address(storage_.q);
-    asm volatile("" : "+r"(q_address));  // else the compiler keeps a descriptor for each slice
-    const Descriptor q(q_address, 16), k(address_of(tile + kQuarter), 16);
-    wait_for_quarter(tile + kQuarter);
-    fence_async_proxy();
-    wgmma_fence();
+  // Scores, the quarters of the tile in the order in which they arrive.
+  __device__ __forceinline__ void issue_scores(float (&scores)[32]) {
+    const Descriptor q(shared_address(storage_.q), 16);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
+    for (int quarter = 0; quarter < C::kQuarters; ++quarter) {
+      const Descriptor k(address_of(quarter), 16);
+      wait_for_quarter(quarter);
+      fence_async_proxy();
+      wgmma_fence();
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        wgmma_ss<typename Atoms::Scores>(scores, q.at((2 * kQuarter + i) * C::kSliceBytes + j * 32),
-                                         k.at(i * C::kSliceBytes + j * 32), kQuarter + i + j > 0);
+      for (int i = 0; i < 2; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          wgmma_ss<typename Atoms::Scores>(scores, q.at((2 * quarter + i) * C::kSliceBytes + j * 32),
+                                           k.at(i * C::kSliceBytes + j * 32), quarter + i + j > 0);
+        }
       }
-    }
-    if constexpr (C::kRopeBehindValues && kQuarter + 1 == C::kQuarters) {
-      const Descriptor rope(shared_address(storage_.tail), 16);
+      if (C::kRopeBehindValues && quarter + 1 == C::kQuarters) {
+        const Descriptor rope(shared_address(storage_.tail), 16);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        wgmma_ss<typename Atoms::Scores>(scores, q.at(C::kRopeSlice * C::kSliceBytes + j * 32), rope.at(j * 32), true);
+        for (int j = 0; j < 4; ++j) {
+          wgmma_ss<typename Atoms::Scores>(scores, q.at(C::kRopeSlice * C::kSliceBytes + j * 32), rope.at(j * 32),
+                                           true);
+        }
       }
+      wgmma_commit();
     }
-    wgmma_commit();
-  }
-
-  __device__ __forceinline__ void score_tile(float (&scores)[32]) {
-    score_quarter<0>(scores, 0);
-    score_quarter<1>(scores, 0);
-    score_quarter<2>(scores, 0);
-    score_quarter<3>(scores, 0);
-    wgmma_wait<0>();
-  }
-
-  // The tile behind the present one is scored around the products of this one, whose scores the other warpgroup has
-  // found: so a ring of less than two tiles suffices, since the places of this one are free for the second half.
-  __device__ __forceinline__ void score_next_and_multiply(float (&scores)[32]) {
-    wait_for_values();
-    score_quarter<0>(scores, C::kQuarters);
-    score_quarter<1>(scores, C::kQuarters);
-    uint32_t probabilities[16];
-    receive_probabilities(probabilities);
-    issue_products(probabilities);
-    release_tail();
-    wgmma_wait<1>();
-    release_half(0);
-    score_quarter<2>(scores, C::kQuarters);
-    wgmma_wait<1>();
-    release_half(1);
-    score_quarter<3>(scores, C::kQuarters);
-    wgmma_wait<0>();
-    next_tile();
   }
 
   // Masks the scores and moves the reference maximum where one outgrows it.
@@ -166,6 +153,10 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>, true> {
       }
     }
     this->move_reference(scores, scale_log2(), [] {});
+    if constexpr (!C::kRopeBehindValues) {
+      // Else the producers have waited for it.
+      mbarrier_wait(shared_address(&storage_.tail_empty), tile_parity_ ^ 1);
+    }
     this->publish_reference();
   }
 
@@ -190,25 +181,13 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>, true> {
     }
   }
 
-  // Those that the other warpgroup has found.
-  __device__ __forceinline__ void receive_probabilities(uint32_t (&probabilities)[16]) {
-    mbarrier_wait(shared_address(&storage_.probabilities_full), tile_parity_);
-    load_probabilities(probabilities);
-    this->adopt_reference();
-  }
-
-  // ---- products of the present tile, into this warpgroup's columns: from two quarters, which are handed back when
-  // their products have ended
-  __device__ __forceinline__ void wait_for_values() {
-    wait_for_quarter(2 * side_);
-    wait_for_quarter(2 * side_ + 1);
-  }
-
-  __device__ __forceinline__ void issue_products(const uint32_t (&probabilities)[16]) {
+  // Into this warpgroup's columns, from two quarters, which are handed back when their products have ended.
+  template <int kSide>
+  __device__ __forceinline__ void multiply(const uint32_t (&probabilities)[16]) {
     wgmma_fence();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const Descriptor values(address_of(2 * side_ + half), C::kSliceBytes);
+      const Descriptor values(address_of(2 * kSide + half), C::kSliceBytes);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         wgmma_rs<typename Atoms::OutputRS>(output_[half], &probabilities[4 * j], values.at(j * 16 * kSliceRowBytes),
@@ -216,35 +195,14 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>, true> {
       }
       wgmma_commit();
     }
-  }
-
-  __device__ __forceinline__ void multiply(const uint32_t (&probabilities)[16]) {
-    issue_products(probabilities);
     wgmma_wait<1>();
-    release_half(0);
+    release(storage_.k_empty[place_of(2 * kSide).index]);
     wgmma_wait<0>();
-    release_half(1);
-    next_tile();
-  }
-
-  __device__ __forceinline__ void multiply_last() {
-    wait_for_values();
-    fence_async_proxy();
-    uint32_t probabilities[16];
-    receive_probabilities(probabilities);
-    multiply(probabilities);
-    release_tail();
-  }
-
-  // The probabilities have been read; without RoPE columns a warp stores there what it alone reads next.
-  __device__ __forceinline__ void release_tail() {
-    if constexpr (C::kRopeBehindValues) {
+    release(storage_.k_empty[place_of(2 * kSide + 1).index]);
+    if (kSide == 1) {
       release(storage_.tail_empty);
     }
-  }
-
-  __device__ __forceinline__ void release_half(int half) {
-    release(storage_.k_empty[place_of(2 * side_ + half).index]);
+    next_tile();
   }
 
   __device__ __forceinline__ void release(uint64_t& barrier) {
@@ -259,16 +217,12 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>, true> {
     const PieceFacts& facts = storage_.pieces[piece];
     if (params_.max_logits != nullptr) {
       this->join_maximum();
-      if (side_ == 1 && lane_ % 4 == 0) {
-        storage_.row_maximum[piece][row] = maximum_[0];
-        storage_.row_maximum[piece][row + 8] = maximum_[1];
-      }
     }
-    float total[2];
-    this->join_sums(piece, total);
-    if (params_.max_logits != nullptr && side_ == 0) {
-      maximum_[0] = fmaxf(maximum_[0], storage_.row_maximum[piece][row]);
-      maximum_[1] = fmaxf(maximum_[1], storage_.row_maximum[piece][row + 8]);
+    // Warpgroup 0 alone has sums, and need not wait.
+    this->publish_sums(piece);
+    float total[2] = {sum_[0], sum_[1]};
+    if (side_ == 1) {
+      this->gather_sums(piece, total);
     }
     if constexpr (has_one_scale(C::kFormat)) {
       this->scale_output(descale_of_output<C::kFormat>(params_));

@@ -17,6 +17,13 @@ class ProducerWarp : KeyLists<C, Storage<C>> {
   static constexpr int kPasses = kWarpKeys / 4;                                 // of a quarter: four keys at a time
   static constexpr int kRopeUnits = C::kHasRope && !C::kRopeQuantised ? 2 : 0;  // of 16 bytes, that a lane keeps
 
+  // A tile, and the lane's row of it.
+  struct Located {
+    Entry entry{0};
+    const unsigned char* row = kZeroRow;
+    int row_in_page = 0;
+  };
+
  public:
   __device__ __forceinline__ ProducerWarp(const SparseAttentionParams& params, Storage<C>& storage, int warp, int lane)
       : Base(params, storage, storage.walks[warp], warp, lane) {}
@@ -25,47 +32,49 @@ class ProducerWarp : KeyLists<C, Storage<C>> {
     this->wait_if_early();
     // In the first two rounds there is nothing to convert: the indices, then the bytes of the first tile are sent for.
     Entry entry{0};
-    uint32_t valid = 0, next_valid;
+    uint32_t valid = 0;
     int round = 0;
 #pragma unroll 1
     do {
-      const Entry next = ahead_;
-      next_valid = locate(next);
+      Located next;
+      next.entry = ahead_;
+      next.row = this->locate(next.entry);
+      next.row_in_page = next_row_in_page_;
+      if (lane_ % kLanes == 0) {
+        storage_.rows[warp_][lane_ / kLanes] = reinterpret_cast<uint64_t>(next.row);
+      }
       fetch_indices();
       if (entry.begins_piece()) {
         this->begin_piece(entry.piece());
       }
-      uint4 raw[kPasses];
-      float scales[kPasses];
+      uint4 raw[2][kPasses];
+      float scales[2][kPasses];
       // What has been sent for last is another part.
       async_copy_wait<1>();
       __syncwarp();
       if (entry.has_tile()) {
-        read<0>(entry, raw, scales);
-        wait_for_place();
-        if (lane_ == 0) {
-          storage_.valid[tile_parity_][warp_] = static_cast<unsigned char>(valid);
-        }
-        convert<0>(entry, raw, scales);
-        read<1>(entry, raw, scales);
+        read<0>(entry, raw[0], scales[0]);
+        read<1>(entry, raw[1], scales[1]);
         __syncwarp();
       }
-      if (next.has_tile()) {
+      if (next.entry.has_tile()) {
         copy_left(next);
       }
       async_copy_commit();
       if (entry.has_tile()) {
-        wait_for_place();
-        convert<1>(entry, raw, scales);
+        if (lane_ == 0) {
+          storage_.valid[tile_parity_][warp_] = static_cast<unsigned char>(valid);
+        }
+        wait_for_places();
+        convert<0>(entry, raw[0], scales[0]);
+        convert<1>(entry, raw[1], scales[1]);
       }
+      uint4 rope[kRopeUnits + 1];
       async_copy_wait<1>();
       __syncwarp();
-      uint4 rope[kRopeUnits + 1];
       if (entry.has_tile()) {
-        read<2>(entry, raw, scales);
-        wait_for_place();
-        convert<2>(entry, raw, scales);
-        read<3>(entry, raw, scales);
+        read<2>(entry, raw[0], scales[0]);
+        read<3>(entry, raw[1], scales[1]);
         if constexpr (C::kRopeQuantised) {
           convert_rope();
         } else {
@@ -73,43 +82,23 @@ class ProducerWarp : KeyLists<C, Storage<C>> {
         }
         __syncwarp();
       }
-      if (next.has_tile()) {
+      if (next.entry.has_tile()) {
         copy_right(next);
       }
       async_copy_commit();
       if (entry.has_tile()) {
-        wait_for_place();
-        convert<3>(entry, raw, scales, rope);
+        wait_for_places();
+        convert<2>(entry, raw[0], scales[0]);
+        convert<3>(entry, raw[1], scales[1], rope);
       }
       round_parity_ ^= 1;
-      entry = next;
-      valid = next_valid;
-      __syncwarp();
+      entry = next.entry;
+      valid = this->valid_keys(next.row);
     } while (++round < 2 || entry.exists());
     this->end();
   }
 
  private:
-  // Leaves where the rows of the warp's keys are, and their scales where these are no part of them, for the copies.
-  // Which keys count.
-  __device__ __forceinline__ uint32_t locate(const Entry& entry) {
-    const unsigned char* row = Base::locate(entry);
-    if (lane_ % kLanes == 0) {
-      const int key = lane_ / kLanes;
-      storage_.rows[warp_][key] = reinterpret_cast<uint64_t>(row);
-      with_format<C>(entry, [&](auto format) {
-        constexpr KVLayout kLayout = decltype(format)::kLayout;
-        if constexpr (kLayout.scales_behind_page) {
-          const int page = params_.keys[entry.source()].page, row_in_page = next_row_in_page_;
-          const int distance = (page - row_in_page) * kLayout.row_stride() + row_in_page * kLayout.scale_stride();
-          storage_.scale_rows[warp_][key] =
-              reinterpret_cast<uint64_t>(row + (row == kZeroRow ? kLayout.row_stride() : distance));
-        }
-      });
-    }
-    return this->valid_keys(row);
-  }
-
   // As the base's, with the run in registers.
   __device__ __forceinline__ void fetch_indices() {
     ahead_ = {0};
@@ -168,28 +157,29 @@ class ProducerWarp : KeyLists<C, Storage<C>> {
     }
   };
 
-  __device__ __forceinline__ void copy_left(const Entry& entry) const {
-    with_format<C>(entry, [&](auto format) {
+  __device__ __forceinline__ void copy_left(const Located& at) const {
+    with_format<C>(at.entry, [&](auto format) {
       constexpr KVLayout kLayout = decltype(format)::kLayout;
-      const int lane = this->opaque_lane(), key = lane / kLanes, part = lane % kLanes * 16;
-      const Strip<2 * kLayout.value_bits> values(storage_.rows[warp_], 0, lane);
-      const uint64_t scales = (kLayout.scales_behind_page ? storage_.scale_rows : storage_.rows)[warp_][key];
-      values.copy(storage_.left[warp_], 0);
+      Strip<2 * kLayout.value_bits>(storage_.rows[warp_], 0, this->opaque_lane()).copy(storage_.left[warp_], 0);
+      const int key = lane_ / kLanes;
       const uint32_t place = shared_address(storage_.scales[round_parity_ ^ 1][warp_][key]);
       if constexpr (kLayout.scales_behind_page) {
-        if (part == 0) {
-          async_copy8(place, reinterpret_cast<const unsigned char*>(scales));
+        const int page = params_.keys[at.entry.source()].page;
+        const int distance = (page - at.row_in_page) * kLayout.row_stride() + at.row_in_page * kLayout.scale_stride();
+        if (lane_ % kLanes == 0) {
+          async_copy8(place, at.row + (at.row == kZeroRow ? kLayout.row_stride() : distance));
         }
       } else if constexpr (kLayout.scale != ScaleType::kNone) {
+        const int part = lane_ % kLanes * 16;
         if (part < kLayout.scale_bytes()) {
-          async_copy16(place + part, reinterpret_cast<const unsigned char*>(scales) + kLayout.value_bytes() + part);
+          async_copy16(place + part, at.row + kLayout.value_bytes() + part);
         }
       }
     });
   }
 
-  __device__ __forceinline__ void copy_right(const Entry& entry) const {
-    with_format<C>(entry, [&](auto format) {
+  __device__ __forceinline__ void copy_right(const Located& at) const {
+    with_format<C>(at.entry, [&](auto format) {
       constexpr KVLayout kLayout = decltype(format)::kLayout;
       const int lane = this->opaque_lane();
       auto& right = storage_.right[warp_];
@@ -225,9 +215,14 @@ class ProducerWarp : KeyLists<C, Storage<C>> {
     });
   }
 
-  // For the next quarter.
-  __device__ __forceinline__ void wait_for_place() const {
-    mbarrier_wait(shared_address(&storage_.k_empty[place_.stage]), place_.parity ^ 1);
+  // For the next two quarters.
+  __device__ __forceinline__ void wait_for_places() const {
+    Ring<C::kPlaces> place = place_;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      mbarrier_wait(shared_address(&storage_.k_empty[place.stage]), place.parity ^ 1);
+      place.advance();
+    }
   }
 
   // A quarter goes to the next place of the ring, once it is free. `rope`: these columns go with it.

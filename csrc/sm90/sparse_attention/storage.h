@@ -19,10 +19,8 @@ struct Storage {
   alignas(16) unsigned char right[C::kProducerWarps][C::kWarpKeys][C::kRightBytes];
   alignas(16) unsigned char scales[2][C::kProducerWarps][C::kWarpKeys][C::kScaleBytes];  // by turns
   uint64_t rows[C::kProducerWarps][C::kWarpKeys];  // where the rows of the next tile are in memory
-  uint64_t scale_rows[C::kScalesApart ? C::kProducerWarps : 1][C::kWarpKeys];  // and their scales, where elsewhere
   float row_max[C::kRows];                         // the reference maximum that both math warpgroups scale by, base 2
   float row_sum[2][2][C::kRows];                   // by parity of the piece, by warpgroup
-  float row_maximum[2][C::kRows];                  // by parity of the piece: of warpgroup 1's tiles, where asked for
   alignas(8) unsigned char valid[2][C::kProducerWarps];  // by parity of the tile: a bit for each key that counts
   PieceFacts pieces[2];                                  // by parity of the piece
   Walk walks[C::kProducerWarps];

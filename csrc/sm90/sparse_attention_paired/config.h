@@ -1,9 +1,11 @@
-// Compile-time facts of the paired sparse attention kernels: what each of two CTAs has of a list's rows and keys.
+// Compile-time facts of the paired sparse attention kernels: tile shapes, roles, parts of a tile and of a row.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "core/params/sparse_attention.h"
+#include "device/sparse/walk.h"
 
 namespace flash_mla::sm90::sparse_attention_paired {
 
@@ -16,23 +18,37 @@ struct Config {
   static constexpr bool kHasRope = kRopeBehindValues || kRopeInValues;
 
   static constexpr bool kStartsEarly = true;  // before the kernels before it have ended, where lists are cut evenly
-  static constexpr int kRanks = 2;            // CTAs that share the columns of a row
+  static constexpr int kRanks = 2;            // CTAs of a pair: each has half of the rows, and converts half of the keys
   static constexpr int kRows = 2 * kRowTile;
   static constexpr int kKeys = kScheduleBlock;
-  // Of each row of Q and of the keys: 256 columns of the values, and 32 of the RoPE columns behind them.
-  static constexpr int kSlices = 4;
-  static constexpr int kSliceBytes = 64 * 128, kRopeSlice = kSlices - 1;
-  static constexpr int kRopeOffset = kSlices * kSliceBytes, kRopeRowBytes = 64;
-  static constexpr int kTileBytes = kRopeOffset + (kRopeBehindValues ? 64 * kRopeRowBytes : 0);
-  static constexpr int kStages = 3;
+  static constexpr int kSliceBytes = 64 * 128, kQSliceBytes = kSliceBytes;
+  static constexpr int kSlices = kHeadDim / 64;
+  static constexpr int kTileBytes = kSlices * kSliceBytes;
+  static constexpr int kRopeSlice = kSlices - 1;
 
   static constexpr int kMathThreads = 256;
   static constexpr int kProducerWarps = 8;
   static constexpr int kProducerThreads = 32 * kProducerWarps;
+  // Of the CTA's keys a producer warp has one half of the columns.
+  static constexpr int kSideWarps = kProducerWarps / 2;
+  static constexpr int kWarpKeys = kKeys / kRanks / kSideWarps;
   static constexpr int kThreads = kMathThreads + kProducerThreads;
   // Registers per thread after the roles part: 2 * 128 * 208 + 2 * 128 * 48 = 64 K.
   static constexpr int kMathRegisters = 208;
   static constexpr int kProducerRegisters = 48;
+
+  // A tile is converted, scored, multiplied and handed back by quarters of the values, which lie in a ring of places.
+  static constexpr int kQuarters = 4, kPlaces = kRopeBehindValues ? 7 : 8;
+  static constexpr int kQuarterBytes = 2 * kSliceBytes;
+
+  // Of a row as it is in memory: half of the values, the scales.
+  static constexpr KVLayout kLayout = layout_of(kFormat);
+  static constexpr int kHalfBytes = 256;
+  static constexpr bool kScalesApart =
+      kLayout.scales_behind_page ||
+      (kExtraFormat != KVFormat::kNone && layout_of(kExtraFormat).scales_behind_page);
+  static constexpr int kScaleBytes = std::max(
+      {16, kLayout.scale_bytes(), kExtraFormat == KVFormat::kNone ? 0 : layout_of(kExtraFormat).scale_bytes()});
 };
 
 }  // namespace flash_mla::sm90::sparse_attention_paired

@@ -1,28 +1,23 @@
 // Set-up, the switch between the warp roles, tear-down. Roles, registers, barriers and the schedule: design.md.
 #pragma once
 
-#include "device/sparse/producer.cuh"
 #include "sm90/sparse_attention_paired/math.cuh"
+#include "sm90/sparse_attention_paired/producer.cuh"
 
 namespace flash_mla::sm90::sparse_attention_paired {
 
 template <class C>
 __device__ __forceinline__ void init_barriers(Storage<C>& storage) {
   constexpr int kWarpsOfAWarpgroup = 4;
-  for (int slot = 0; slot < C::kStages; ++slot) {
-    // Converted columns are handed over by warps, copied ones by threads.
-    mbarrier_init(shared_address(&storage.k_full[slot][kValues]), C::kProducerWarps);
-    mbarrier_init(shared_address(&storage.k_full[slot][kRope]), C::kProducerThreads);
-    mbarrier_init(shared_address(&storage.k_empty[slot]), 2 * kWarpsOfAWarpgroup);
+  for (int place = 0; place < C::kPlaces; ++place) {
+    mbarrier_init(shared_address(&storage.k_full[place]), C::kSideWarps);
+    mbarrier_init(shared_address(&storage.k_empty[place]), C::kRanks * kWarpsOfAWarpgroup);
   }
+  mbarrier_init(shared_address(&storage.tail_empty), C::kRanks * kWarpsOfAWarpgroup);
   mbarrier_init(shared_address(&storage.q_full), C::kProducerThreads);
   mbarrier_init(shared_address(&storage.q_empty), 2 * kWarpsOfAWarpgroup);
-  mbarrier_init(shared_address(&storage.scores_full), 1);
-  mbarrier_init(shared_address(&storage.peer_scores_read), kWarpsOfAWarpgroup);
-  for (int turn = 0; turn < 2; ++turn) {
-    mbarrier_init(shared_address(&storage.message_full[turn]), 1);
-    mbarrier_init(shared_address(&storage.peer_message_read[turn]), kWarpsOfAWarpgroup);
-  }
+  mbarrier_init(shared_address(&storage.probabilities_full), kWarpsOfAWarpgroup);
+  mbarrier_init(shared_address(&storage.row_sums_full), 2 * kWarpsOfAWarpgroup);
   fence_mbarrier_init();
 }
 
@@ -42,7 +37,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   if (warpgroup >= 2) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(C::kProducerRegisters));
     const int warp = __shfl_sync(~0u, threadIdx.x / 32 - C::kMathThreads / 32, 0), lane = threadIdx.x % 32;
-    ProducerWarp<C, Storage<C>>(params, storage, warp, lane).run();
+    ProducerWarp<C>(params, storage, warp, lane).run();
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C::kMathRegisters));
     if (params.cut_evenly) {
