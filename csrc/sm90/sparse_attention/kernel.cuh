@@ -1,8 +1,8 @@
 // Set-up, the switch between the warp roles, tear-down. Roles, registers, barriers and the schedule: design.md.
 #pragma once
 
+#include "sm90/sparse_attention/converter.cuh"
 #include "sm90/sparse_attention/math.cuh"
-#include "sm90/sparse_attention/producer.cuh"
 
 namespace flash_mla::sm90::sparse_attention {
 
@@ -12,6 +12,13 @@ __device__ __forceinline__ void init_barriers(Storage<C>& storage) {
   for (int place = 0; place < C::kPlaces; ++place) {
     mbarrier_init(shared_address(&storage.k_full[place]), C::kProducerWarps);
     mbarrier_init(shared_address(&storage.k_empty[place]), kWarpsOfAWarpgroup);
+  }
+  for (int sender = 0; sender < C::kSenders; ++sender) {
+    constexpr int kConvertingWarps = C::kProducerWarps / C::kSenders;
+    mbarrier_init(shared_address(&storage.left_full[sender]), 32 + 1);
+    mbarrier_init(shared_address(&storage.left_empty[sender]), kConvertingWarps);
+    mbarrier_init(shared_address(&storage.right_full[sender]), 32);
+    mbarrier_init(shared_address(&storage.right_empty[sender]), kConvertingWarps);
   }
   mbarrier_init(shared_address(&storage.tail_empty), kWarpsOfAWarpgroup);
   mbarrier_init(shared_address(&storage.q_full), C::kProducerThreads);
@@ -37,18 +44,14 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   if (warpgroup >= 2) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(C::kProducerRegisters));
     const int warp = __shfl_sync(~0u, threadIdx.x / 32 % 8, 0), lane = threadIdx.x % 32;
-    ProducerWarp<C>(params, storage, warp, lane).run();
+    ConvertingWarp<C>(params, storage, warp, lane).run();
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C::kMathRegisters));
     if (params.cut_evenly) {
       prefetch_inputs<C>(params);
     }
-    wait_for_dependencies();
-    // Not before the wait: the combine kernel reads schedule and lengths as soon as it starts.
-    launch_dependents();
-    // With scales of the cache there is no register to keep it in.
-    const int side = has_one_scale(C::kFormat) ? static_cast<int>(threadIdx.x / 128) : warpgroup;
-    MathWarpgroup<C>(params, storage, side).run();
+    // There is no register to keep it in.
+    MathWarpgroup<C>(params, storage, static_cast<int>(threadIdx.x / 128)).run();
   }
 #endif
 }

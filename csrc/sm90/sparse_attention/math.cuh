@@ -6,6 +6,7 @@
 #include "device/sparse/row_writer.cuh"
 #include "device/sparse/walk.h"
 #include "sm90/seesaw.cuh"
+#include "sm90/sparse_attention/row_sender.cuh"
 #include "sm90/sparse_attention/storage.h"
 
 namespace flash_mla::sm90::sparse_attention {
@@ -17,12 +18,27 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>, true> {
   using Base::lane_, Base::maximum_, Base::output_, Base::reference_, Base::row_, Base::side_, Base::storage_,
       Base::sum_, Base::thread_;
   using typename Base::Atoms;
+  static constexpr int kAhead = 2;  // tiles whose rows are sent for before the products of the present one
 
  public:
   __device__ __forceinline__ MathWarpgroup(const SparseAttentionParams& params, Storage<C>& storage, int side)
       : Base(storage, side), params_(params), scale_log2_(scale_of_scores<C::kFormat>(params)) {}
 
+  // Waits for the kernels before this one.
   __device__ __forceinline__ void run() {
+    if (side_ == 1) {
+      RowSender<C>(params_, storage_).begin();
+    } else {
+      wait_for_dependencies();
+    }
+    // Not before the wait: the combine kernel reads schedule and lengths as soon as it starts.
+    launch_dependents();
+    if (side_ == 1) {
+#pragma unroll 1
+      for (int ahead = 0; ahead < kAhead; ++ahead) {
+        RowSender<C>(params_, storage_).send();
+      }
+    }
     for (uint32_t piece = 0;; piece ^= 1) {
       mbarrier_wait(shared_address(&storage_.q_full), piece);
       fence_async_proxy();
@@ -31,9 +47,7 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>, true> {
         return;
       }
       this->begin_rows();
-      if (num_tiles == 0) {
-        this->release_q();
-      } else if (side_ == 0) {
+      if (side_ == 0) {
         run_left(num_tiles, piece);
       } else {
         run_right(num_tiles);
@@ -48,6 +62,9 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>, true> {
 
   // ---- warpgroup 0: scores, probabilities; products into columns 0 to 255
   __device__ __forceinline__ void run_left(int num_tiles, int piece) {
+    if (num_tiles == 0) {
+      this->release_q();
+    }
 #pragma unroll 1
     for (int tile = 0; tile < num_tiles; ++tile) {
       float scores[32];
@@ -63,16 +80,20 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>, true> {
     }
   }
 
-  // ---- warpgroup 1: products into columns 256 to 511
+  // ---- warpgroup 1: products into columns 256 to 511; rows of the tiles to come
   __device__ __forceinline__ void run_right(int num_tiles) {
     this->release_q();
 #pragma unroll 1
-    for (int tile = 0; tile < num_tiles; ++tile) {
+    for (int tile = 0; tile < max(num_tiles, 1); ++tile) {
+      RowSender<C>(params_, storage_).send();
+      if (num_tiles == 0) {
+        break;
+      }
       // The other warpgroup has seen the tile arrive; the async proxy wants every reader to.
       wait_for_quarter(2);
       wait_for_quarter(3);
       fence_async_proxy();
-      mbarrier_wait(shared_address(&storage_.probabilities_full), tile_parity_);
+      mbarrier_wait(shared_address(&storage_.probabilities_full), tiles_ & 1);
       uint32_t probabilities[16];
       load_probabilities(probabilities);
       this->adopt_reference();
@@ -98,7 +119,7 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>, true> {
     const Place next = place_of(C::kQuarters);
     first_place_ = next.index;
     parity_ = next.parity;
-    tile_parity_ ^= 1;
+    ++tiles_;
   }
 
   __device__ __forceinline__ void wait_for_quarter(int quarter) {
@@ -137,7 +158,7 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>, true> {
 
   // Masks the scores and moves the reference maximum where one outgrows it.
   __device__ __forceinline__ void find_reference(float (&scores)[32], int piece, int tile) {
-    const uint2 valid = *reinterpret_cast<const uint2*>(storage_.valid[tile_parity_]);
+    const uint2 valid = *reinterpret_cast<const uint2*>(storage_.valid[tiles_ % kValidTurns]);
     if ((valid.x & valid.y) != ~0u) {
       mask_keys(scores, valid.x, valid.y, lane_);
     }
@@ -155,7 +176,7 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>, true> {
     this->move_reference(scores, scale_log2(), [] {});
     if constexpr (!C::kRopeBehindValues) {
       // Else the producers have waited for it.
-      mbarrier_wait(shared_address(&storage_.tail_empty), tile_parity_ ^ 1);
+      mbarrier_wait(shared_address(&storage_.tail_empty), tiles_ & 1 ^ 1);
     }
     this->publish_reference();
   }
@@ -245,7 +266,7 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>, true> {
   const float scale_log2_;
   int first_place_ = 0;  // of the tile
   uint32_t parity_ = 0;  // of that place
-  uint32_t tile_parity_ = 0;
+  uint32_t tiles_ = 0;
 };
 
 }  // namespace flash_mla::sm90::sparse_attention
