@@ -33,9 +33,9 @@ struct Config {
   static constexpr int kSenders = 4;  // warps that bring rows
   static constexpr int kSenderKeys = kKeys / kSenders;
   static constexpr int kThreads = kMathThreads + kProducerThreads;
-  // Registers per thread after the roles part: 2 * 128 * 192 + 2 * 128 * 64 = 64 K.
-  static constexpr int kMathRegisters = 192;
-  static constexpr int kProducerRegisters = 64;
+  // Registers per thread after the roles part: 2 * 128 * 208 + 2 * 128 * 48 = 64 K.
+  static constexpr int kMathRegisters = 208;
+  static constexpr int kProducerRegisters = 48;
 
   // A tile is converted, scored, multiplied and handed back by quarters of the values, which lie in a ring of places.
   static constexpr int kQuarters = 4, kPlaces = 6;

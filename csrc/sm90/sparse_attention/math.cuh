@@ -64,20 +64,43 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>, true> {
   __device__ __forceinline__ void run_left(int num_tiles, int piece) {
     if (num_tiles == 0) {
       this->release_q();
+      return;
     }
+    float scores[32];
+    score_quarter<0>(scores, 0);
+    score_quarter<1>(scores, 0);
+    score_quarter<2>(scores, 0);
+    score_quarter<3>(scores, 0);
+    wgmma_wait<0>();
+    // The last tile has a copy of its own: the compiler would serialise products that a branch may skip.
 #pragma unroll 1
-    for (int tile = 0; tile < num_tiles; ++tile) {
-      float scores[32];
-      issue_scores(scores);
-      wgmma_wait<0>();
-      if (tile + 1 == num_tiles) {
-        this->release_q();
-      }
-      find_reference(scores, piece, tile);
+    for (int tile = 0; tile + 1 < num_tiles; ++tile) {
       uint32_t probabilities[16];
+      find_reference(scores, piece, tile);
       find_probabilities(scores, probabilities);
-      multiply<0>(probabilities);
+      issue_products<0>(probabilities);
+      // The next tile's scores queue behind the products.
+      score_quarter<0>(scores, C::kQuarters);
+      wgmma_wait<2>();
+      release_half<0>(0);
+      wgmma_wait<1>();
+      release_half<0>(1);
+      next_tile();
+      score_quarter<1>(scores, 0);
+      score_quarter<2>(scores, 0);
+      score_quarter<3>(scores, 0);
+      wgmma_wait<0>();
     }
+    this->release_q();
+    uint32_t probabilities[16];
+    find_reference(scores, piece, num_tiles - 1);
+    find_probabilities(scores, probabilities);
+    issue_products<0>(probabilities);
+    wgmma_wait<1>();
+    release_half<0>(0);
+    wgmma_wait<0>();
+    release_half<0>(1);
+    next_tile();
   }
 
   // ---- warpgroup 1: products into columns 256 to 511; rows of the tiles to come
@@ -97,7 +120,13 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>, true> {
       uint32_t probabilities[16];
       load_probabilities(probabilities);
       this->adopt_reference();
-      multiply<1>(probabilities);
+      issue_products<1>(probabilities);
+      wgmma_wait<1>();
+      release_half<1>(0);
+      wgmma_wait<0>();
+      release_half<1>(1);
+      release(storage_.tail_empty);
+      next_tile();
     }
   }
 
@@ -127,33 +156,31 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>, true> {
     mbarrier_wait(shared_address(&storage_.k_full[place.index]), place.parity);
   }
 
-  // Scores, the quarters of the tile in the order in which they arrive.
-  __device__ __forceinline__ void issue_scores(float (&scores)[32]) {
-    const Descriptor q(shared_address(storage_.q), 16);
+  // Scores of the present tile, or of the one behind it (`tile` is kQuarters), by quarters as they arrive.
+  template <int kQuarter>
+  __device__ __forceinline__ void score_quarter(float (&scores)[32], int tile) {
+    uint32_t q_address = shared_address(storage_.q);
+    asm volatile("" : "+r"(q_address));  // else the compiler keeps a descriptor for each slice
+    const Descriptor q(q_address, 16), k(address_of(tile + kQuarter), 16);
+    wait_for_quarter(tile + kQuarter);
+    fence_async_proxy();
+    wgmma_fence();
 #pragma unroll
-    for (int quarter = 0; quarter < C::kQuarters; ++quarter) {
-      const Descriptor k(address_of(quarter), 16);
-      wait_for_quarter(quarter);
-      fence_async_proxy();
-      wgmma_fence();
+    for (int i = 0; i < 2; ++i) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          wgmma_ss<typename Atoms::Scores>(scores, q.at((2 * quarter + i) * C::kSliceBytes + j * 32),
-                                           k.at(i * C::kSliceBytes + j * 32), quarter + i + j > 0);
-        }
+      for (int j = 0; j < 4; ++j) {
+        wgmma_ss<typename Atoms::Scores>(scores, q.at((2 * kQuarter + i) * C::kSliceBytes + j * 32),
+                                         k.at(i * C::kSliceBytes + j * 32), kQuarter + i + j > 0);
       }
-      if (C::kRopeBehindValues && quarter + 1 == C::kQuarters) {
-        const Descriptor rope(shared_address(storage_.tail), 16);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          wgmma_ss<typename Atoms::Scores>(scores, q.at(C::kRopeSlice * C::kSliceBytes + j * 32), rope.at(j * 32),
-                                           true);
-        }
-      }
-      wgmma_commit();
     }
+    if constexpr (C::kRopeBehindValues && kQuarter + 1 == C::kQuarters) {
+      const Descriptor rope(shared_address(storage_.tail), 16);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        wgmma_ss<typename Atoms::Scores>(scores, q.at(C::kRopeSlice * C::kSliceBytes + j * 32), rope.at(j * 32), true);
+      }
+    }
+    wgmma_commit();
   }
 
   // Masks the scores and moves the reference maximum where one outgrows it.
@@ -204,7 +231,7 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>, true> {
 
   // Into this warpgroup's columns, from two quarters, which are handed back when their products have ended.
   template <int kSide>
-  __device__ __forceinline__ void multiply(const uint32_t (&probabilities)[16]) {
+  __device__ __forceinline__ void issue_products(const uint32_t (&probabilities)[16]) {
     wgmma_fence();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -216,14 +243,11 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>, true> {
       }
       wgmma_commit();
     }
-    wgmma_wait<1>();
-    release(storage_.k_empty[place_of(2 * kSide).index]);
-    wgmma_wait<0>();
-    release(storage_.k_empty[place_of(2 * kSide + 1).index]);
-    if (kSide == 1) {
-      release(storage_.tail_empty);
-    }
-    next_tile();
+  }
+
+  template <int kSide>
+  __device__ __forceinline__ void release_half(int half) {
+    release(storage_.k_empty[place_of(2 * kSide + half).index]);
   }
 
   __device__ __forceinline__ void release(uint64_t& barrier) {
