@@ -24,15 +24,16 @@ class ConvertingWarp : KeyLists<C, Storage<C>> {
   __device__ __forceinline__ void run() {
     wait_for_dependencies();
 #pragma unroll 1
-    for (uint32_t told = 0;; told ^= 1) {
-      mbarrier_wait(shared_address(&storage_.left_full[sender()]), told);
-      const Entry entry{storage_.entries[sender()]};
+    for (uint32_t told = 0;; ++told) {
+      mbarrier_wait(shared_address(&storage_.told[told % 2][sender()]), told / 2 % 2);
+      const Entry entry{storage_.entries[told % 2][sender()]};
       if (entry.begins_piece()) {
         this->begin_piece(entry.piece());
       }
       uint4 raw[2][kPasses];
       float scales[2][kPasses];
       if (entry.has_tile()) {
+        mbarrier_wait(shared_address(&storage_.left_full[sender()]), tile_parity_);
         read<0>(entry, raw[0], scales[0]);
         read<1>(entry, raw[1], scales[1]);
       }

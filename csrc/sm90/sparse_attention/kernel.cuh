@@ -15,6 +15,8 @@ __device__ __forceinline__ void init_barriers(Storage<C>& storage) {
   }
   for (int sender = 0; sender < C::kSenders; ++sender) {
     constexpr int kConvertingWarps = C::kProducerWarps / C::kSenders;
+    mbarrier_init(shared_address(&storage.told[0][sender]), 1);
+    mbarrier_init(shared_address(&storage.told[1][sender]), 1);
     mbarrier_init(shared_address(&storage.left_full[sender]), 32 + 1);
     mbarrier_init(shared_address(&storage.left_empty[sender]), kConvertingWarps);
     mbarrier_init(shared_address(&storage.right_full[sender]), 32);

@@ -36,27 +36,29 @@ class RowSender : KeyLists<SenderConfig<C>, Storage<C>> {
     if (sent.told > 0 && !entry.exists()) {
       return;
     }
+    // Converting warps can ask for the Q of a piece before the rows of its first tile are known.
+    const uint32_t slot = sent.told % 2;
+    if (lane_ == 0) {
+      storage_.entries[slot][warp_] = entry.bits;
+      mbarrier_arrive(shared_address(&storage_.told[slot][warp_]));
+    }
     index_ = storage_.indices[warp_][lane_ / kLanes];
     const uint32_t valid = locate(entry);
     this->fetch_indices();
-    mbarrier_wait(shared_address(&storage_.left_empty[warp_]), sent.told % 2 ^ 1);
-    if (lane_ == 0) {
-      storage_.entries[warp_] = entry.bits;
-      if (entry.has_tile()) {
+    mbarrier_wait(shared_address(&storage_.left_empty[warp_]), slot ^ 1);
+    if (entry.has_tile()) {
+      const uint32_t parity = sent.tiles % 2;
+      if (lane_ == 0) {
         storage_.valid[sent.tiles % kValidTurns][warp_] = static_cast<uint16_t>(valid);
       }
-    }
-    __syncwarp();
-    if (entry.has_tile()) {
-      copy_left(entry, storage_.scales[sent.tiles % 2][warp_]);
-    }
-    async_copy_arrive(shared_address(&storage_.left_full[warp_]));
-    // Orders what the warp has stored.
-    if (lane_ == 0) {
-      mbarrier_arrive(shared_address(&storage_.left_full[warp_]));
-    }
-    if (entry.has_tile()) {
-      mbarrier_wait(shared_address(&storage_.right_empty[warp_]), sent.tiles % 2 ^ 1);
+      __syncwarp();
+      copy_left(entry, storage_.scales[parity][warp_]);
+      async_copy_arrive(shared_address(&storage_.left_full[warp_]));
+      // Orders what the warp has stored.
+      if (lane_ == 0) {
+        mbarrier_arrive(shared_address(&storage_.left_full[warp_]));
+      }
+      mbarrier_wait(shared_address(&storage_.right_empty[warp_]), parity ^ 1);
       copy_right(entry);
       async_copy_arrive(shared_address(&storage_.right_full[warp_]));
       ++sent.tiles;

@@ -35,11 +35,12 @@ struct Storage {
   alignas(8) uint16_t valid[kValidTurns][C::kSenders];  // of a tile, by turns: a bit for each key that counts
   PieceFacts pieces[2];                                  // by parity of the piece
   Walk walks[C::kSenders];
-  uint32_t entries[C::kSenders];  // struct Entry of what has been sent for
+  uint32_t entries[2][C::kSenders];  // struct Entry of what is sent for, by turns
   Sent sent[C::kSenders];
   int indices[C::kSenders][C::kSenderKeys];  // of the tile that is sent for next
   uint64_t k_full[C::kPlaces];
   uint64_t k_empty[C::kPlaces];
+  uint64_t told[2][C::kSenders];
   uint64_t left_full[C::kSenders], left_empty[C::kSenders];
   uint64_t right_full[C::kSenders], right_empty[C::kSenders];
   uint64_t tail_empty;
