@@ -36,11 +36,10 @@ class RowSender : KeyLists<SenderConfig<C>, Storage<C>> {
     if (sent.told > 0 && !entry.exists()) {
       return;
     }
-    // Converting warps can ask for the Q of a piece before the rows of its first tile are known.
     const uint32_t slot = sent.told % 2;
-    if (lane_ == 0) {
-      storage_.entries[slot][warp_] = entry.bits;
-      mbarrier_arrive(shared_address(&storage_.told[slot][warp_]));
+    if (entry.has_tile()) {
+      // Converting warps can ask for Q before the rows are known.
+      tell(entry, slot);
     }
     index_ = storage_.indices[warp_][lane_ / kLanes];
     const uint32_t valid = locate(entry);
@@ -62,11 +61,21 @@ class RowSender : KeyLists<SenderConfig<C>, Storage<C>> {
       copy_right(entry);
       async_copy_arrive(shared_address(&storage_.right_full[warp_]));
       ++sent.tiles;
+    } else {
+      // Not earlier: these are handed back at once, and two phases that end unseen look like none.
+      tell(entry, slot);
     }
     leave({ahead_.bits, sent.told + 1, sent.tiles});
   }
 
  private:
+  __device__ __forceinline__ void tell(const Entry& entry, uint32_t slot) const {
+    if (lane_ == 0) {
+      storage_.entries[slot][warp_] = entry.bits;
+      mbarrier_arrive(shared_address(&storage_.told[slot][warp_]));
+    }
+  }
+
   // There are no registers for it.
   __device__ __forceinline__ void leave(const Sent& sent) {
     __syncwarp();
