@@ -84,14 +84,16 @@ class ConvertingWarp : KeyLists<C, Storage<C>> {
 #pragma unroll
       for (int pass = 0; pass < kPasses; ++pass) {
         const int key = 4 * pass + lane / 8, unit = kQuarter % 2 * 8 + lane % 8;
-        const unsigned char* bytes = kQuarter < 2 ? storage_.left[sender()][first_of_sender() + key] : storage_.right[sender()][first_of_sender() + key];
+        const unsigned char* bytes = kQuarter < 2 ? storage_.left[sender()][first_of_sender() + key]
+                                                  : storage_.right[sender()][first_of_sender() + key];
         if constexpr (decltype(format)::kLayout.value_bits == 8) {
           raw[pass] = *reinterpret_cast<const uint4*>(bytes + unit * 16);
         } else {
           const uint2 half = *reinterpret_cast<const uint2*>(bytes + unit * 8);
           raw[pass] = make_uint4(half.x, half.y, 0, 0);
         }
-        scales[pass] = format.scale(storage_.scales[tile_parity_][sender()][first_of_sender() + key], kQuarter * 8 + lane % 8);
+        scales[pass] =
+            format.scale(storage_.scales[tile_parity_][sender()][first_of_sender() + key], kQuarter * 8 + lane % 8);
       }
     });
   }
@@ -152,8 +154,9 @@ class ConvertingWarp : KeyLists<C, Storage<C>> {
     const int lane = this->opaque_lane();
 #pragma unroll
     for (int i = 0; i < kRopeUnits; ++i) {
-      rope[i] = *reinterpret_cast<const uint4*>(
-          &storage_.right[sender()][first_of_sender() + i * 4 + lane / 8][(C::kRopeInValues ? 192 : C::kLeftBytes) + lane % 8 * 16]);
+      rope[i] =
+          *reinterpret_cast<const uint4*>(&storage_.right[sender()][first_of_sender() + i * 4 + lane / 8]
+                                                         [(C::kRopeInValues ? 192 : C::kLeftBytes) + lane % 8 * 16]);
     }
   }
 
@@ -170,7 +173,8 @@ class ConvertingWarp : KeyLists<C, Storage<C>> {
   // keep them.
   __device__ __forceinline__ void convert_rope() const {
     const int lane = this->opaque_lane(), key = lane / 4;
-    const uint4 raw = *reinterpret_cast<const uint4*>(&storage_.right[sender()][first_of_sender() + key][C::kLeftBytes + lane % 4 * 16]);
+    const uint4 raw = *reinterpret_cast<const uint4*>(
+        &storage_.right[sender()][first_of_sender() + key][C::kLeftBytes + lane % 4 * 16]);
     const uint32_t place =
         shared_address(storage_.tail) + (this->first_key() + key) * kSliceRowBytes + ((lane % 4 * 2) ^ key) * 16;
     mbarrier_wait(shared_address(&storage_.tail_empty), tile_parity_ ^ 1);

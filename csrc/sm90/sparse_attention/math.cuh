@@ -22,7 +22,7 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>, true> {
 
  public:
   __device__ __forceinline__ MathWarpgroup(const SparseAttentionParams& params, Storage<C>& storage, int side)
-      : Base(storage, side), params_(params), scale_log2_(scale_of_scores<C::kFormat>(params)) {}
+      : Base(storage, side), params_(params) {}
 
   // Waits for the kernels before this one.
   __device__ __forceinline__ void run() {
@@ -33,6 +33,9 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>, true> {
     }
     // Not before the wait: the combine kernel reads schedule and lengths as soon as it starts.
     launch_dependents();
+    if constexpr (has_one_scale(C::kFormat)) {
+      scale_log2_ = scale_of_scores<C::kFormat>(params_);
+    }
     if (side_ == 1) {
 #pragma unroll 1
       for (int ahead = 0; ahead < kAhead; ++ahead) {
@@ -287,7 +290,7 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>, true> {
   }
 
   const SparseAttentionParams& params_;
-  const float scale_log2_;
+  float scale_log2_;
   int first_place_ = 0;  // of the tile
   uint32_t parity_ = 0;  // of that place
   uint32_t tiles_ = 0;

@@ -1,6 +1,6 @@
-// Brings the rows of the next tiles: the four warps of math warpgroup 1 do so while they wait for probabilities. Each has
-// sixteen keys of a tile, for two converting warps, and sends for a half of their rows by asynchronous copies as soon as
-// these have read the one before it.
+// Brings the rows of the next tiles: the four warps of math warpgroup 1 do so while they wait for probabilities. Each
+// has sixteen keys of a tile, for two converting warps, and sends for a half of their rows by asynchronous copies as
+// soon as these have read the one before it.
 #pragma once
 
 #include "device/sparse/formats.cuh"
@@ -12,8 +12,8 @@ namespace flash_mla::sm90::sparse_attention {
 template <class C>
 class RowSender : KeyLists<SenderConfig<C>, Storage<C>> {
   using Base = KeyLists<SenderConfig<C>, Storage<C>>;
-  using Base::ahead_, Base::index_, Base::lane_, Base::next_row_in_page_, Base::params_, Base::storage_, Base::walk_, Base::warp_,
-      Base::kLanes, Base::kWarpKeys;
+  using Base::ahead_, Base::index_, Base::lane_, Base::next_row_in_page_, Base::params_, Base::storage_, Base::walk_,
+      Base::warp_, Base::kLanes, Base::kWarpKeys;
 
  public:
   __device__ __forceinline__ RowSender(const SparseAttentionParams& params, Storage<C>& storage)

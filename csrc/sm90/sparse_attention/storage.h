@@ -30,10 +30,10 @@ struct Storage {
   alignas(16) unsigned char scales[2][C::kSenders][C::kSenderKeys][C::kScaleBytes];  // by turns
   uint64_t rows[C::kSenders][C::kSenderKeys];  // where the rows of the next tile are in memory
   uint64_t scale_rows[C::kScalesApart ? C::kSenders : 1][C::kSenderKeys];  // and their scales, where elsewhere
-  float row_max[C::kRows];                         // the reference maximum that both math warpgroups scale by, base 2
-  float row_sum[2][2][C::kRows];                   // by parity of the piece, by warpgroup
+  float row_max[C::kRows];        // the reference maximum that both math warpgroups scale by, base 2
+  float row_sum[2][2][C::kRows];  // by parity of the piece, by warpgroup
   alignas(8) uint16_t valid[kValidTurns][C::kSenders];  // of a tile, by turns: a bit for each key that counts
-  PieceFacts pieces[2];                                  // by parity of the piece
+  PieceFacts pieces[2];                                 // by parity of the piece
   Walk walks[C::kSenders];
   uint32_t entries[2][C::kSenders];  // struct Entry of what is sent for, by turns
   Sent sent[C::kSenders];
