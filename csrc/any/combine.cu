@@ -25,8 +25,8 @@ constexpr int kThreads = kWarps * 32;
 constexpr int kStripBlocks = 4;                              // of 8 columns
 constexpr int kGroupStrips = kPartialBlocks / kStripBlocks;  // strips of a group of 16 rows
 constexpr int kCtasPerSm = 2;
-constexpr int kUnroll = 4;         // partial results in flight per warp
-constexpr int kEarlyBatches = 3;   // of these, that a CTA which waits reads sooner than one that starts late
+constexpr int kUnroll = 3;         // partial results in flight per warp
+constexpr int kEarlyBatches = 4;   // of these, that a CTA which waits reads sooner than one that starts late
 constexpr int kListed = kThreads;  // candidates per round of listing
 
 // The batch-invariant mode sums in an order that depends on the request alone.
@@ -234,27 +234,26 @@ __device__ __forceinline__ Sum accumulate(const SplitRequest& split, const float
   for (int i = first; i == first || i < split.num_splits; i += kUnroll * step) {
     float lse[kUnroll][2];
     float4 value[kUnroll][kStripBlocks];
+    // A split that does not exist is passed over, not read as zeros: most requests have two or three.
+    const int left = split.num_splits - i;
+    auto exists = [&](int u) { return u * step < left; };
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const int at = i + u * step;
-      const bool exists = at < split.num_splits;
-      const int tile = tile_of(at);
+      if (exists(u)) {
+        const float* tile = values + static_cast<int64_t>(tile_of(i + u * step)) * kPartialTile;
 #pragma unroll
-      for (int b = 0; b < kStripBlocks; ++b) {
-        value[u][b] = make_float4(0, 0, 0, 0);
-        if (exists) {
-          value[u][b] =
-              *reinterpret_cast<const float4*>(values + static_cast<int64_t>(tile) * kPartialTile + b * kPartialBlock);
+        for (int b = 0; b < kStripBlocks; ++b) {
+          value[u][b] = *reinterpret_cast<const float4*>(tile + b * kPartialBlock);
         }
       }
     }
     // After the values, of which there are many more: what waits for these waits for all.
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const int at = i + u * step;
       lse[u][0] = lse[u][1] = -INFINITY;
-      if (at < split.num_splits) {
-        const float2 pair = *reinterpret_cast<const float2*>(lses + static_cast<int64_t>(tile_of(at)) * kRowTile);
+      if (exists(u)) {
+        const float2 pair =
+            *reinterpret_cast<const float2*>(lses + static_cast<int64_t>(tile_of(i + u * step)) * kRowTile);
         lse[u][0] = pair.x;
         lse[u][1] = pair.y;
       }
@@ -265,10 +264,17 @@ __device__ __forceinline__ Sum accumulate(const SplitRequest& split, const float
       largest[0] = fmaxf(largest[0], lse[u][0]);
       largest[1] = fmaxf(largest[1], lse[u][1]);
     }
-    sum.rescale(largest[0], largest[1]);
+    if (i == first) {
+      sum.largest[0] = largest[0];
+      sum.largest[1] = largest[1];
+    } else {
+      sum.rescale(largest[0], largest[1]);
+    }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      sum.add(value[u], {1, 1}, lse[u]);
+      if (exists(u)) {
+        sum.add(value[u], {1, 1}, lse[u]);
+      }
     }
   }
   return sum;
@@ -393,28 +399,31 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) combine_kernel(const __g
       }
     }
     const int sharing = 1 << sharing_log2;
+    // Where there are more strips than warps, a warp takes two in a row: where the second lies needs no working out.
+    static_assert(kGroupStrips == 2 * kWarps);
+    const int run = sharing == 1 && strips / kWarps > grid ? 2 : 1, group_runs = kGroupStrips / run;
     // Fits: every group has 32 KB of partial results.
-    const int items = (strips << sharing_log2) / kWarps;
+    const int items = (strips << sharing_log2) / (kWarps * run);
     // Those that wait rehearse their first item meanwhile: that fetches the instructions.
     bool rehearses = !waited && items <= early;
     for (int item = blockIdx.x; item < items; item += gridDim.x) {
-      const int all_strips = (item * kWarps + warp) >> sharing_log2;
-      const int all_groups = all_strips / kGroupStrips, strip = all_strips % kGroupStrips;
+      const int all_runs = (item * kWarps + warp) >> sharing_log2;
+      const int all_groups = all_runs / group_runs, first_strip = all_runs % group_runs * run;
       const int index = divide(all_groups, groups), of_request = all_groups - index * groups;
       const int unit = divide(of_request, groups_per_unit), group = of_request - unit * groups_per_unit;
       const SplitRequest& listed = shared.requests[index];
       const int64_t tile = unit * unit_tiles(params) + group / 4;
       const float* values = params.partial_out + tile * kPartialTile + group % 4 * kPartialGroup +
-                            strip * kStripBlocks * kPartialBlock + lane * 4;
+                            first_strip * kStripBlocks * kPartialBlock + lane * 4;
       const float* lses = params.partial_lse + tile * kRowTile + group % 4 * 16 + lane / 4 * 2;
-      const int column = strip * kStripBlocks * 8;
+      int column = first_strip * kStripBlocks * 8;
       __syncwarp();  // the rows of the strip before have been read
       if (lane < 16) {
         shared.rows[warp][lane] = find_row(params, listed.request, unit, group * 16 + lane);
       }
       __syncwarp();
       const int member = warp & (sharing - 1);
-      bool again;
+      int strips_left = run;
 #pragma unroll 1
       do {
         if (!waited && !rehearses) {
@@ -439,10 +448,12 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) combine_kernel(const __g
         }
         if (!rehearses) {
           discard(listed, values - lane * 4, partial_tiles, member, sharing, lane);
+          values += kStripBlocks * kPartialBlock;
+          column += kStripBlocks * 8;
+          --strips_left;
         }
-        again = rehearses;
         rehearses = false;
-      } while (again);
+      } while (strips_left > 0);
     }
   }
   // What comes next in the stream takes this kernel's end for the end of the one before, too; one CTA is enough for
