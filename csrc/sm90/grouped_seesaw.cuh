@@ -80,7 +80,7 @@ class GroupedSeesaw : protected SeesawWarpgroup<typename C::Element, Storage, kK
 
       if (pair) {
         mbarrier_wait(shared_address(&storage_.probabilities_full[1]), phases_.parity(1));
-        follow_reference(false);
+        this->adopt_reference();
         if (tile + 2 == num_tiles) {
           derived().sums_are_final();
         }
@@ -105,75 +105,84 @@ class GroupedSeesaw : protected SeesawWarpgroup<typename C::Element, Storage, kK
   }
 
   // ---- warpgroup 1: scores of slot 1; both products into columns 256 to 511
+  // The products of slot 0 queue behind the scores of slot 1, so that its softmax begins as soon as these are there. A
+  // tile without a partner has a copy of the step of its own: where branches join while products are in flight, the
+  // compiler waits for all of them.
   template <class Facts>
   __device__ __forceinline__ void run_right(int num_tiles, const Facts& facts) {
+    int tile = 0;
 #pragma unroll 1
-    for (int tile = 0; tile < num_tiles; tile += 2) {
-      const bool pair = tile + 1 < num_tiles;
+    for (; tile + 1 < num_tiles; tile += 2) {
       float scores[32];
-      decltype(derived().load_mask()) loaded_mask;
-      if (pair) {
-        named_barrier_sync(kScores0Issued, C::kMathThreads);
-        issue_scores<1>(scores);
-        loaded_mask = derived().load_mask();
-        wgmma_wait<0>();
-        release(1, kRope);
-      }
+      named_barrier_sync(kScores0Issued, C::kMathThreads);
+      issue_scores<1>(scores);
+      const auto loaded_mask = derived().load_mask();
+      follow_slot0(tile == 0);
+      multiply_slot0();
+      wgmma_wait<2>();
+      release(1, kRope);
       if (tile + 2 >= num_tiles) {
         this->release_q();
       }
-      mbarrier_wait(shared_address(&storage_.probabilities_full[0]), phases_.parity(0));
-      follow_reference(tile == 0);
-      if (!pair) {
+      uint32_t probabilities[16];
+      softmax(scores, probabilities, facts, tile + 1, loaded_mask, shared_address(storage_.probabilities[0]),
+              [this] { finish_slot0(); });
+      fence_async_proxy();
+      this->hand_over(storage_.probabilities_full[1]);
+      if (tile + 2 == num_tiles) {
         derived().sums_are_final();
       }
-      wait_for_values(0, kCols256);
       wgmma_fence();
-      this->template multiply_shared<1>(0, probabilities0());
-      auto finish_slot0 = [this] {
-        if constexpr (Derived::kCopiedKeys) {
-          wgmma_wait<1>();
-          release(0, kCols256);
-        }
-        wgmma_wait<0>();
-        if constexpr (!Derived::kCopiedKeys) {
-          release(0, kCols256);
-        }
-        release(0, kCols384);
-        release(0, kRope);
-      };
-      if (pair) {
-        uint32_t probabilities[16];
-        softmax(scores, probabilities, facts, tile + 1, loaded_mask, shared_address(storage_.probabilities[0]),
-                finish_slot0);
-        fence_async_proxy();
-        this->hand_over(storage_.probabilities_full[1]);
-        if (tile + 2 == num_tiles) {
-          derived().sums_are_final();
-        }
-        wgmma_fence();
-        this->template multiply_registers<1>(1, probabilities);
-        wgmma_wait<1>();
-        release(1, kCols256);
-        wgmma_wait<0>();
-        release(1, kCols384);
-        phases_.advance(1);
-      } else {
-        finish_slot0();
-      }
+      this->template multiply_registers<1>(1, probabilities);
+      wgmma_wait<1>();
+      release(1, kCols256);
+      wgmma_wait<0>();
+      release(1, kCols384);
+      phases_.advance(1);
+      phases_.advance(0);
+    }
+    if (tile < num_tiles) {
+      this->release_q();
+      follow_slot0(tile == 0);
+      derived().sums_are_final();
+      multiply_slot0();
+      finish_slot0();
       phases_.advance(0);
     }
   }
 
-  // ---- the parts of a step
-  // Adopts a reference that the other warpgroup has moved. `first`: nothing depends on the old one yet.
-  __device__ __forceinline__ void follow_reference(bool first) {
+  // Waits for the probabilities of slot 0 and adopts their reference. Where any warp has to, the warpgroup waits for
+  // the scores in flight, beside which nobody may touch the output: such a wait is for all of its warps or for none.
+  __device__ __forceinline__ void follow_slot0(bool first) {
+    mbarrier_wait(shared_address(&storage_.probabilities_full[0]), phases_.parity(0));
     const float next[2] = {storage_.row_max[this->row_], storage_.row_max[this->row_ + 8]};
-    if (this->has_moved(next)) {
+    if (named_barrier_any(kFollows, C::kMathThreads / 2, this->differs(next))) {
+      wgmma_wait<0>();
       move_reference_to(next, first);
     }
   }
 
+  __device__ __forceinline__ void multiply_slot0() {
+    wait_for_values(0, kCols256);
+    wgmma_fence();
+    this->template multiply_shared<1>(0, probabilities0());
+  }
+
+  __device__ __forceinline__ void finish_slot0() {
+    if constexpr (Derived::kCopiedKeys) {
+      wgmma_wait<1>();
+      release(0, kCols256);
+    }
+    wgmma_wait<0>();
+    if constexpr (!Derived::kCopiedKeys) {
+      release(0, kCols256);
+    }
+    release(0, kCols384);
+    release(0, kRope);
+  }
+
+  // ---- the parts of a step
+  // `first`: nothing depends on the old one yet.
   __device__ __forceinline__ void move_reference_to(const float (&next)[2], bool first) {
     if (Derived::kCopiedKeys && first) {  // dense decode has no registers left for the difference
       reference_[0] = next[0];
@@ -226,9 +235,8 @@ class GroupedSeesaw : protected SeesawWarpgroup<typename C::Element, Storage, kK
     float next[2], sum[2] = {};
     const bool outgrown = this->next_reference(scores, scale_log2_, next);
     exponentiate<T, 0, 2>(scores, scale_log2_, next, sum, reinterpret_cast<Half>(probabilities[0]));
-    if constexpr (Derived::kCopiedKeys) {  // the first half on its way beside the second's exponentials
-      this->template store_probabilities<0, 2>(place, reinterpret_cast<Half>(probabilities[0]));
-    }
+    // Before the wait for these products, which the compiler would else move in front of the exponentials.
+    this->template store_probabilities<0, 2>(place, reinterpret_cast<Half>(probabilities[0]));
     finish_products();
     if (outgrown) {
       move_reference_to(next, tile == 0);
@@ -237,11 +245,7 @@ class GroupedSeesaw : protected SeesawWarpgroup<typename C::Element, Storage, kK
     exponentiate<T, 2, 2>(scores, scale_log2_, next, sum, reinterpret_cast<Half>(probabilities[8]));
     sum_[0] += sum[0];
     sum_[1] += sum[1];
-    if constexpr (Derived::kCopiedKeys) {
-      this->template store_probabilities<2, 2>(place, reinterpret_cast<Half>(probabilities[8]));
-    } else {
-      this->template store_probabilities<0, 4>(place, probabilities);
-    }
+    this->template store_probabilities<2, 2>(place, reinterpret_cast<Half>(probabilities[8]));
   }
 
   // d_qk 576: the probabilities of slot 0 lie in its RoPE slice, which is dead once it is scored. Else in two tiles by

@@ -12,6 +12,8 @@ namespace flash_mla::sm90 {
 
 // The named barrier that orders the two warpgroups' scores; no data goes with it.
 constexpr int kScores0Issued = 1;
+// Joins a vote of warpgroup 1.
+constexpr int kFollows = 3;
 
 // `Storage` has: k[2], row_max, row_sum, row_sums_full, q_empty. `kKeepsMaximum`: the largest score of each row is kept
 // besides, which the reference may be below or above.
@@ -128,8 +130,11 @@ class SeesawWarpgroup {
   }
 
   // For any row of the warp.
-  __device__ __forceinline__ bool has_moved(const float (&next)[2]) const {
-    return __any_sync(~0u, next[0] != reference_[0] || next[1] != reference_[1]);
+  __device__ __forceinline__ bool has_moved(const float (&next)[2]) const { return __any_sync(~0u, differs(next)); }
+
+  // For any row of the lane.
+  __device__ __forceinline__ bool differs(const float (&next)[2]) const {
+    return next[0] != reference_[0] || next[1] != reference_[1];
   }
 
   // Probabilities of 16 kFirst columns on, stored as the A operand of the other warpgroup's products.
