@@ -63,9 +63,7 @@ class GroupedSeesaw : protected SeesawWarpgroup<typename C::Element, Storage, kK
         this->release_q();
       }
       uint32_t probabilities[16];
-      softmax(scores, probabilities, facts, tile, loaded_mask, probabilities0(), [] {});
-      fence_async_proxy();
-      this->hand_over(storage_.probabilities_full[0]);
+      softmax(scores, probabilities, facts, tile, loaded_mask);
       if (tile + 1 == num_tiles) {
         derived().sums_are_final();
       }
@@ -86,7 +84,11 @@ class GroupedSeesaw : protected SeesawWarpgroup<typename C::Element, Storage, kK
         }
         wait_for_values(1, kCols0);
         wgmma_fence();
-        this->template multiply_shared<0>(1, shared_address(storage_.probabilities[0]));
+        const uint32_t others = shared_address(storage_.probabilities[0]);
+        this->template multiply_shared<0, kFirstHalf>(1, others);
+        mbarrier_wait(shared_address(&storage_.second_half_full), phases_.parity(1));
+        wgmma_fence();
+        this->template multiply_shared<0, kSecondHalf>(1, others);
         wgmma_wait<1>();
         release(1, kCols0);
         wgmma_wait<0>();
@@ -124,16 +126,7 @@ class GroupedSeesaw : protected SeesawWarpgroup<typename C::Element, Storage, kK
       if (tile + 2 >= num_tiles) {
         this->release_q();
       }
-      uint32_t probabilities[16];
-      softmax(scores, probabilities, facts, tile + 1, loaded_mask, shared_address(storage_.probabilities[0]),
-              [this] { finish_slot0(); });
-      fence_async_proxy();
-      this->hand_over(storage_.probabilities_full[1]);
-      if (tile + 2 == num_tiles) {
-        derived().sums_are_final();
-      }
-      wgmma_fence();
-      this->template multiply_registers<1>(1, probabilities);
+      multiply_slot1_by_halves(scores, facts, tile + 1, loaded_mask, tile + 2 == num_tiles);
       wgmma_wait<1>();
       release(1, kCols256);
       wgmma_wait<0>();
@@ -224,28 +217,74 @@ class GroupedSeesaw : protected SeesawWarpgroup<typename C::Element, Storage, kK
     wgmma_commit();
   }
 
-  // Scores -> probabilities of one tile, in registers and at `place`. `finish_products` ends those that still write the
-  // output: they run under the first half of the exponentials, and their slot is handed back before the second.
-  template <class Facts, class Mask, class FinishProducts>
+  // Scores of slot 0 -> probabilities, in registers and in shared memory.
+  template <class Facts, class Mask>
   __device__ __forceinline__ void softmax(float (&scores)[32], uint32_t (&probabilities)[16], const Facts& facts,
-                                          int tile, const Mask& loaded_mask, uint32_t place,
-                                          FinishProducts&& finish_products) {
-    using Half = uint32_t (&)[8];
+                                          int tile, const Mask& loaded_mask) {
     derived().mask(scores, facts, tile, loaded_mask);
     float next[2], sum[2] = {};
     const bool outgrown = this->next_reference(scores, scale_log2_, next);
-    exponentiate<T, 0, 2>(scores, scale_log2_, next, sum, reinterpret_cast<Half>(probabilities[0]));
-    // Before the wait for these products, which the compiler would else move in front of the exponentials.
-    this->template store_probabilities<0, 2>(place, reinterpret_cast<Half>(probabilities[0]));
-    finish_products();
+    make_half<0>(scores, next, sum, probabilities);
+    store_half<0>(probabilities0(), probabilities);
     if (outgrown) {
       move_reference_to(next, tile == 0);
     }
-    this->publish_reference();
-    exponentiate<T, 2, 2>(scores, scale_log2_, next, sum, reinterpret_cast<Half>(probabilities[8]));
+    this->publish_reference(reference_);
+    make_half<1>(scores, next, sum, probabilities);
+    store_half<1>(probabilities0(), probabilities);
     sum_[0] += sum[0];
     sum_[1] += sum[1];
-    this->template store_probabilities<2, 2>(place, reinterpret_cast<Half>(probabilities[8]));
+    fence_async_proxy();
+    this->hand_over(storage_.probabilities_full[0]);
+  }
+
+  // The same of slot 1 while the products of slot 0 run, and its own products. The probabilities of the first 32 keys
+  // are handed over before the products of slot 0 have ended, and multiplied under the exponentials of the others.
+  template <class Facts, class Mask>
+  __device__ __forceinline__ void multiply_slot1_by_halves(float (&scores)[32], const Facts& facts, int tile,
+                                                           const Mask& loaded_mask, bool last) {
+    uint32_t probabilities[16];
+    const uint32_t place = shared_address(storage_.probabilities[0]);
+    derived().mask(scores, facts, tile, loaded_mask);
+    float next[2], sum[2] = {};
+    const bool outgrown = this->next_reference(scores, scale_log2_, next);
+    make_half<0>(scores, next, sum, probabilities);
+    store_half<0>(place, probabilities);
+    this->publish_reference(next);
+    fence_async_proxy();
+    this->hand_over(storage_.probabilities_full[1]);
+    // Behind these stores: the compiler would else wait in front of the exponentials.
+    finish_slot0();
+    if (outgrown) {
+      move_reference_to(next, false);
+    }
+    wgmma_fence();
+    this->template multiply_registers<1, kFirstHalf>(1, probabilities);
+    make_half<1>(scores, next, sum, probabilities);
+    sum_[0] += sum[0];
+    sum_[1] += sum[1];
+    if (last) {
+      derived().sums_are_final();
+    }
+    wgmma_fence();
+    this->template multiply_registers<1, kSecondHalf>(1, probabilities);
+    store_half<1>(place, probabilities);
+    fence_async_proxy();
+    this->hand_over(storage_.second_half_full);
+  }
+
+  // Probabilities of 32 keys.
+  template <int kHalf>
+  __device__ __forceinline__ void make_half(const float (&scores)[32], const float (&reference)[2], float (&sum)[2],
+                                            uint32_t (&probabilities)[16]) {
+    exponentiate<T, 2 * kHalf, 2>(scores, scale_log2_, reference, sum,
+                                  reinterpret_cast<uint32_t (&)[8]>(probabilities[8 * kHalf]));
+  }
+
+  template <int kHalf>
+  __device__ __forceinline__ void store_half(uint32_t place, const uint32_t (&probabilities)[16]) {
+    this->template store_probabilities<2 * kHalf, 2>(place,
+                                                     reinterpret_cast<const uint32_t (&)[8]>(probabilities[8 * kHalf]));
   }
 
   // d_qk 576: the probabilities of slot 0 lie in its RoPE slice, which is dead once it is scored. Else in two tiles by

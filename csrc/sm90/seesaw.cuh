@@ -15,6 +15,9 @@ constexpr int kScores0Issued = 1;
 // Joins a vote of warpgroup 1.
 constexpr int kFollows = 3;
 
+// Of a tile's 64 keys.
+enum Keys { kAllKeys, kFirstHalf, kSecondHalf };
+
 // `Storage` has: k[2], row_max, row_sum, row_sums_full, q_empty. `kKeepsMaximum`: the largest score of each row is kept
 // besides, which the reference may be below or above.
 template <class T, class Storage, bool kKeepsMaximum = false>
@@ -85,10 +88,12 @@ class SeesawWarpgroup {
     }
   }
 
-  __device__ __forceinline__ void publish_reference() {
+  __device__ __forceinline__ void publish_reference() { publish_reference(reference_); }
+
+  __device__ __forceinline__ void publish_reference(const float (&reference)[2]) {
     if (lane_ % 4 == 0) {
-      storage_.row_max[row_] = reference_[0];
-      storage_.row_max[row_ + 8] = reference_[1];
+      storage_.row_max[row_] = reference[0];
+      storage_.row_max[row_ + 8] = reference[1];
     }
   }
 
@@ -148,32 +153,37 @@ class SeesawWarpgroup {
     }
   }
 
-  // output += probabilities x one side's value columns of a slot; one commit for each half of the columns.
-  template <int kSide>
+  // output += probabilities x one side's value columns of a slot, for these keys; one commit for each half of the
+  // columns, unless more keys follow.
+  template <int kSide, Keys kKeys = kAllKeys>
   __device__ __forceinline__ void multiply_shared(int slot, uint32_t probabilities) {
     const Descriptor values(shared_address(storage_.k[slot]), kSliceBytes), p(probabilities, 16);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
+      for (int j = kKeys == kSecondHalf ? 2 : 0; j < (kKeys == kFirstHalf ? 2 : 4); ++j) {
         wgmma_ss<typename Atoms::OutputSS>(output_[half], p.at(j * 32), values.at(values_offset(kSide, half, j)), true);
       }
-      wgmma_commit();
+      if constexpr (kKeys != kFirstHalf) {
+        wgmma_commit();
+      }
     }
   }
 
   // The same with the probabilities of a whole tile in registers.
-  template <int kSide>
+  template <int kSide, Keys kKeys = kAllKeys>
   __device__ __forceinline__ void multiply_registers(int slot, const uint32_t (&probabilities)[16]) {
     const Descriptor values(shared_address(storage_.k[slot]), kSliceBytes);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
+      for (int j = kKeys == kSecondHalf ? 2 : 0; j < (kKeys == kFirstHalf ? 2 : 4); ++j) {
         wgmma_rs<typename Atoms::OutputRS>(output_[half], &probabilities[4 * j],
                                            values.at(values_offset(kSide, half, j)), true);
       }
-      wgmma_commit();
+      if constexpr (kKeys != kFirstHalf) {
+        wgmma_commit();
+      }
     }
   }
 

@@ -18,6 +18,7 @@ __device__ __forceinline__ void init_barriers(Storage<C>& storage) {
   mbarrier_init(shared_address(&storage.q_empty), 2 * kWarpsOfAWarpgroup);
   mbarrier_init(shared_address(&storage.probabilities_full[0]), kWarpsOfAWarpgroup);
   mbarrier_init(shared_address(&storage.probabilities_full[1]), kWarpsOfAWarpgroup);
+  mbarrier_init(shared_address(&storage.second_half_full), kWarpsOfAWarpgroup);
   mbarrier_init(shared_address(&storage.row_sums_full), 2 * kWarpsOfAWarpgroup);
   fence_mbarrier_init();
 }
