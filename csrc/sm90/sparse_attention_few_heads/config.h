@@ -8,19 +8,21 @@
 
 namespace flash_mla::sm90::sparse_attention_few_heads {
 
-// Converting a row is one latency after another, which twice the warps take side by side; for copying eight are faster.
+// That share a tile. Converting a row is one latency after another, which twice the warps take side by side; for
+// copying eight are faster.
 constexpr int producer_warps(KVFormat format) { return format == KVFormat::kBf16 ? 8 : 16; }
 
 // What the index warps tell the converting warps: where the rows of the tiles to come are, a stage a tile.
 template <bool kScalesBehindPage>
 struct RowFeed {
   static constexpr int kStages = 4, kIndexWarps = 2;
+  static constexpr uint32_t kPhase = 128;  // beside the bits of struct Entry: of the tile's slot
 
   struct alignas(16) Tile {
     const unsigned char* rows[kScheduleBlock];
     int scales[kScalesBehindPage ? kScheduleBlock : 1];  // bytes from a row to its scales
     uint32_t valid[kIndexWarps];                         // a bit for each of an index warp's keys that counts
-    uint32_t entry;                                      // struct Entry
+    uint32_t entry;                                      // struct Entry, and kPhase
     PieceFacts facts;                                    // of the piece that the tile begins
   };
 
@@ -43,13 +45,19 @@ struct Config : FewRowsConfig<kFormat, kExtraFormat, kHeadDim, kRows, producer_w
   using Feed = RowFeed<kScalesBehindPage>;
   using Walks = std::conditional_t<Config::kCopied, Walk[Config::kProducerWarps], Feed>;
   using Staging = ResultRows<kRows>;
+  // Quarters of tiles go round groups of four converting warps. With more groups than quarters a group would miss
+  // tiles, and pass a slot's phases twice where pieces have few.
+  static constexpr int kGroupWarps = 4, kQuarters = Config::kProducerWarps / kGroupWarps, kGroups = kQuarters;
+  static constexpr int kConvertingWarps = Config::kCopied ? Config::kProducerWarps : kGroups * kGroupWarps;
   static constexpr int kIndexWarps = Config::kCopied ? 0 : Feed::kIndexWarps;
   static constexpr int kIndexThreads = Config::kCopied ? 0 : 128;  // registers are shared out by warpgroups
-  static constexpr int kThreads = Config::kMathThreads + Config::kProducerThreads + kIndexThreads;
+  static constexpr int kQueryWarps = 2;                            // beside the index warps
+  static constexpr int kQueryThreads = Config::kCopied ? Config::kProducerThreads : 32 * kQueryWarps;
+  static constexpr int kThreads = Config::kMathThreads + 32 * kConvertingWarps + kIndexThreads;
   // Registers per thread after the roles part: of 384 threads with 168 each, or 768 with 80.
   static constexpr int kMathRegisters = Config::kCopied ? 232 : 216;
   static constexpr int kProducerRegisters = Config::kCopied ? 96 : 56;
-  static constexpr int kIndexRegisters = 40;
+  static constexpr int kIndexRegisters = 24;
 };
 
 template <class C>

@@ -15,10 +15,10 @@ __device__ __forceinline__ void init_barriers(Storage<C>& storage) {
   if constexpr (C::kIndexWarps > 0) {
     for (int stage = 0; stage < C::Feed::kStages; ++stage) {
       mbarrier_init(shared_address(&storage.walks.full[stage]), C::kIndexWarps);
-      mbarrier_init(shared_address(&storage.walks.empty[stage]), C::kProducerWarps);
+      mbarrier_init(shared_address(&storage.walks.empty[stage]), C::kProducerWarps + C::kQueryWarps);
     }
   }
-  mbarrier_init(shared_address(&storage.q_full), C::kProducerThreads);
+  mbarrier_init(shared_address(&storage.q_full), C::kQueryThreads);
   mbarrier_init(shared_address(&storage.q_empty), C::kMathWarps);
   fence_mbarrier_init();
 }
@@ -36,13 +36,15 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   // Nothing that this kernel reads may still be written by the kernels before it in the stream, the schedule included:
   // each role waits for them.
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
-  if (C::kIndexWarps > 0 && warpgroup * 128 >= C::kMathThreads + C::kProducerThreads) {
+  if (C::kIndexWarps > 0 && warpgroup * 128 >= C::kMathThreads + 32 * C::kConvertingWarps) {
     if constexpr (C::kIndexWarps > 0) {
       asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(C::kIndexRegisters));
-      const int warp = __shfl_sync(~0u, threadIdx.x / 32 - C::kMathWarps - C::kProducerWarps, 0),
+      const int warp = __shfl_sync(~0u, threadIdx.x / 32 - C::kMathWarps - C::kConvertingWarps, 0),
                 lane = threadIdx.x % 32;
       if (warp < C::kIndexWarps) {
         IndexWarp<C>(params, storage, warp, lane).run();
+      } else {
+        QueryWarp<C>(params, storage, warp - C::kIndexWarps, lane).run();
       }
     }
   } else if (warpgroup > 0) {

@@ -1,5 +1,6 @@
-// The producers where rows are converted. Two index warps walk the lists and find the rows of the tiles to come;
-// sixteen converting warps have four keys of each tile, whose bytes pass through registers.
+// The producers where rows are converted. Two index warps walk the lists and find the rows of the tiles to come; two
+// query warps hand over what begins a piece; sixteen converting warps have four keys of each tile, whose bytes pass
+// through registers.
 #pragma once
 
 #include <type_traits>
@@ -28,8 +29,10 @@ class IndexWarp : KeyLists<IndexConfig<C>, Storage<C>> {
   __device__ __forceinline__ void run() {
     this->wait_if_early();
     this->fetch_indices();
+    fetch_more_indices();
     auto& feed = storage_.walks;
     Ring<C::Feed::kStages> ring;
+    SlotPhases phases;
     Entry entry;
 #pragma unroll 1
     do {
@@ -54,7 +57,9 @@ class IndexWarp : KeyLists<IndexConfig<C>, Storage<C>> {
       }
       if (warp_ == 0 && lane_ == 0) {
         // Behind the last tile: how many pieces there were.
-        tile.entry = entry.exists() ? entry.bits : static_cast<uint32_t>(walk_.num_pieces % 4) << Entry::kPieceShift;
+        const uint32_t phase = phases.parity(entry.slot()) * C::Feed::kPhase;
+        tile.entry =
+            entry.exists() ? entry.bits | phase : static_cast<uint32_t>(walk_.num_pieces % 4) << Entry::kPieceShift;
         if (entry.begins_piece()) {
           tile.facts = walk_.pending[entry.piece()];
         }
@@ -63,91 +68,161 @@ class IndexWarp : KeyLists<IndexConfig<C>, Storage<C>> {
       if (lane_ == 0) {
         mbarrier_arrive(shared_address(&feed.full[ring.stage]));
       }
+      if (entry.has_tile()) {
+        phases.advance(entry.slot());
+      }
       ring.advance();
     } while (entry.exists());
+    // With more groups than quarters, converting warps look for the end one further.
+    mbarrier_wait(shared_address(&feed.empty[ring.stage]), ring.parity ^ 1);
+    if (lane_ == 0) {
+      feed.tiles[ring.stage].entry = 0;
+      mbarrier_arrive(shared_address(&feed.full[ring.stage]));
+    }
+  }
+
+ private:
+  // Brings the indices of the next tiles into L1, before rows are on their way and these would queue behind them.
+  __device__ __forceinline__ void fetch_more_indices() const {
+    constexpr int kTiles = C::Feed::kStages - 1;
+    const Run run = walk_.run;
+    int index[kTiles];
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const int position = run.position + tile * C::kKeys + this->key_of_lane();
+      index[tile] = 0;
+      if (tile < run.num_tiles && position < run.length) {
+        index[tile] =
+            this->load_index(run.list + (params_.from_table ? this->page_of(params_.keys[0], position) : position));
+      }
+    }
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      asm volatile("" ::"r"(index[tile]));
+    }
   }
 };
 
-// A pair of keys of the next tile is sent for as soon as that pair of this tile is converted. What is on its way is
-// waited for where a round begins: loads share a counter.
+// As if the query warps were those of all producer warps that have rows of Q.
 template <class C>
-class ConvertingWarp : KeyLists<C, Storage<C>> {
-  using Base = KeyLists<C, Storage<C>>;
-  using Base::lane_, Base::phases_, Base::storage_, Base::warp_, Base::kWarpKeys;
-  static constexpr int kPairs = kWarpKeys / 2, kStages = C::Feed::kStages;
+struct QueryConfig : C {
+  static constexpr int kProducerWarps = C::kKeys * C::kQueryWarps / C::kRows;
+};
+
+// Hands over the facts and Q of each piece.
+template <class C>
+class QueryWarp : KeyLists<QueryConfig<C>, Storage<C>> {
+  using Base = KeyLists<QueryConfig<C>, Storage<C>>;
+  using Base::lane_, Base::storage_;
+
+ public:
+  __device__ __forceinline__ QueryWarp(const SparseAttentionParams& params, Storage<C>& storage, int warp, int lane)
+      : Base(params, storage, storage.walks.walks[0], warp, lane, typename Base::IsTold()) {}
+
+  __device__ __forceinline__ void run() {
+    wait_for_dependencies();
+    auto& feed = storage_.walks;
+    Ring<C::Feed::kStages> ring;
+    Entry entry;
+#pragma unroll 1
+    do {
+      mbarrier_wait(shared_address(&feed.full[ring.stage]), ring.parity);
+      const auto& tile = feed.tiles[ring.stage];
+      entry = {tile.entry};
+      if (entry.begins_piece()) {
+        this->begin_piece(entry.piece(), tile.facts, [this](const PieceFacts& facts) { this->load_q(facts); });
+      }
+      __syncwarp();
+      if (lane_ == 0) {
+        mbarrier_arrive(shared_address(&feed.empty[ring.stage]));
+      }
+      ring.advance();
+    } while (entry.exists());
+    this->end(entry.piece());
+  }
+};
+
+// The warps of a group have four keys each of a quarter of a tile. A pair of keys of the group's next quarter is sent
+// for as soon as that pair of this one is converted. What is on its way is waited for where a round begins: loads share
+// a counter.
+template <class C>
+class ConvertingWarp {
+  static constexpr int kWarpKeys = C::kWarpKeys, kPairs = kWarpKeys / 2, kStages = C::Feed::kStages;
   // Lanes that have 16 bytes each of a row's RoPE columns.
   static constexpr int kRopeLanes = !(C::kRopeBehindValues || C::kRopeInValues) ? 0
                                     : C::kFormat == KVFormat::kE4m3             ? 4
                                                                                 : 8;
 
  public:
-  __device__ __forceinline__ ConvertingWarp(const SparseAttentionParams& params, Storage<C>& storage, int warp,
-                                            int lane)
-      : Base(params, storage, storage.walks.walks[0], warp, lane, typename Base::IsTold()),
+  __device__ __forceinline__ ConvertingWarp(const SparseAttentionParams&, Storage<C>& storage, int warp, int lane)
+      : storage_(storage),
         feed_(storage.walks),
-        place_(shared_address(storage.k[0]) + lane / 4 * C::kSliceBytes + warp * kWarpKeys * kSliceRowBytes +
+        warp_(warp),
+        lane_(lane),
+        place_(shared_address(storage.k[0]) + lane / 4 * C::kSliceBytes +
+               warp % C::kGroupWarps * kWarpKeys * kSliceRowBytes +
                (lane % 4 * 2 ^ lane / 4 % 2 ^ warp * kWarpKeys % 8) * 16) {}
 
   __device__ __forceinline__ void run() {
     wait_for_dependencies();
     // In the first round there is nothing to convert.
     Entry entry{0};
+    int quarter = 0;
+    uint32_t valid = 0;
     Unit units[kPairs][2] = {};
     uint4 rope{};
 #pragma unroll 1
-    for (uint32_t number = 0;; ++number) {  // of the next tile
-      mbarrier_wait(shared_address(&feed_.full[number % kStages]), number / kStages % 2);
-      const auto &tile = feed_.tiles[(number - 1) % kStages], &next_tile = feed_.tiles[number % kStages];
+    for (uint32_t number = warp_ / C::kGroupWarps;; number += C::kGroups) {  // of the next quarter
+      const uint32_t number_of_tile = number / C::kQuarters, stage = number_of_tile % kStages;
+      mbarrier_wait(shared_address(&feed_.full[stage]), number_of_tile / kStages % 2);
+      const auto& next_tile = feed_.tiles[stage];
       const Entry next{__shfl_sync(~0u, next_tile.entry, 0)};
-      if (entry.begins_piece()) {
-        this->begin_piece(entry.piece(), tile.facts, [this](const PieceFacts& facts) { this->load_q(facts); });
-      }
+      const int next_quarter = number % C::kQuarters,
+                next_key = (next_quarter * C::kGroupWarps + warp_ % C::kGroupWarps) * kWarpKeys;
       if (entry.has_tile()) {
-        const uint32_t valid = tile.valid[warp_ * kWarpKeys / 32] >> (warp_ * kWarpKeys % 32);
-        mbarrier_wait(shared_address(&storage_.k_empty[entry.slot()]), phases_.parity(entry.slot()) ^ 1);
+        mbarrier_wait(shared_address(&storage_.k_empty[entry.slot()]), entry.bits & C::Feed::kPhase ? 0 : 1);
         if (lane_ == 0) {
-          storage_.valid[entry.slot()][warp_] = static_cast<unsigned char>(valid & ((1 << kWarpKeys) - 1));
+          storage_.valid[entry.slot()][quarter * C::kGroupWarps + warp_ % C::kGroupWarps] = valid;
         }
       }
+      valid = next_tile.valid[next_key / 32] >> (next_key % 32) & ((1 << kWarpKeys) - 1);
+      const uint32_t place = entry.slot() * C::kTileBytes + quarter * (C::kGroupWarps * kWarpKeys * kSliceRowBytes);
 #pragma unroll
       for (int pair = 0; pair < kPairs; ++pair) {
-        const int first_key = this->first_key() + 2 * pair;
-        const ulonglong2 rows = *reinterpret_cast<const ulonglong2*>(&next_tile.rows[first_key]);
+        const ulonglong2 rows = *reinterpret_cast<const ulonglong2*>(&next_tile.rows[next_key + 2 * pair]);
         int2 scales{};
         if constexpr (C::kScalesBehindPage) {
-          scales = *reinterpret_cast<const int2*>(&next_tile.scales[first_key]);
+          scales = *reinterpret_cast<const int2*>(&next_tile.scales[next_key + 2 * pair]);
         }
         if (entry.has_tile()) {
-          convert(entry, pair, units[pair]);
+          convert(entry, place_ + place, pair, units[pair]);
         }
         load(next, rows.x, scales.x, units[pair][0]);
         load(next, rows.y, scales.y, units[pair][1]);
+        __syncwarp();  // keeps ptxas from issuing the loads later
       }
       if constexpr (kRopeLanes > 0) {
         if (entry.has_tile()) {
-          store_rope(entry, rope);
+          store_rope(place, rope);
         }
-        const unsigned char* row = next_tile.rows[this->first_key() + lane_ / kRopeLanes % kWarpKeys];
+        const unsigned char* row = next_tile.rows[next_key + lane_ / kRopeLanes % kWarpKeys];
         load_words_if(next.has_tile() && lane_ < kWarpKeys * kRopeLanes,
                       row + layout_of(C::kFormat).rope_offset() + lane_ % kRopeLanes * 16, rope);
       }
       __syncwarp();
-      if (entry.exists() && lane_ == 0) {
-        mbarrier_arrive(shared_address(&feed_.empty[(number - 1) % kStages]));
-      }
-      if (entry.has_tile()) {
-        // The readers order the stores before their use by the async proxy.
-        if (lane_ == 0) {
+      if (lane_ == 0) {
+        mbarrier_arrive(shared_address(&feed_.empty[stage]));
+        if (entry.has_tile()) {
+          // The readers order the stores before their use by the async proxy.
           mbarrier_arrive(shared_address(&storage_.k_full[entry.slot()]));
         }
-        phases_.advance(entry.slot());
       }
       entry = next;
+      quarter = next_quarter;
       if (!entry.exists()) {
         break;
       }
     }
-    this->end(entry.piece());
   }
 
  private:
@@ -188,7 +263,7 @@ class ConvertingWarp : KeyLists<C, Storage<C>> {
   // The last lanes have no values where the RoPE columns are among these.
   __device__ __forceinline__ bool has_values() const { return !C::kRopeInValues || lane_ < 28; }
 
-  __device__ __forceinline__ void convert(const Entry& entry, int pair, const Unit (&units)[2]) const {
+  __device__ __forceinline__ void convert(const Entry& entry, uint32_t keys, int pair, const Unit (&units)[2]) const {
     with_format<C>(entry, [&](auto format) {
       using Row = decltype(format);
       if (has_values()) {
@@ -196,16 +271,19 @@ class ConvertingWarp : KeyLists<C, Storage<C>> {
         for (int i = 0; i < 2; ++i) {
           // A key's number is both in the row and in how its units are permuted; no other bits are where these are.
           const int key = 2 * pair + i;
-          const uint32_t place = (place_ + entry.slot() * C::kTileBytes) ^ (key * kSliceRowBytes + key * 16);
+          const uint32_t place = keys ^ (key * kSliceRowBytes + key * 16);
           Row::convert(units[i].raw, scale_of_bits<Row::kLayout.scale>(units[i].scale), lane_ & 4, place, place ^ 16);
         }
       }
     });
   }
 
-  __device__ __forceinline__ void store_rope(const Entry& entry, const uint4& rope) const {
-    const int key = lane_ / kRopeLanes, unit = lane_ % kRopeLanes, permuted = this->first_key() % 8 ^ key;
-    const uint32_t row = tile_of(entry) + C::kRopeSlice * C::kSliceBytes + key * kSliceRowBytes;
+  // `keys`: from the first slot's first key to the warp's group's.
+  __device__ __forceinline__ void store_rope(uint32_t keys, const uint4& rope) const {
+    const int first_key = warp_ % C::kGroupWarps * kWarpKeys, key = lane_ / kRopeLanes, unit = lane_ % kRopeLanes,
+              permuted = first_key % 8 ^ key;
+    const uint32_t row =
+        shared_address(storage_.k[0]) + keys + C::kRopeSlice * C::kSliceBytes + (first_key + key) * kSliceRowBytes;
     if constexpr (C::kFormat == KVFormat::kE4m3) {
       if (key < kWarpKeys) {
         const uint32_t place = row + (unit * 2 ^ permuted) * 16;
@@ -216,13 +294,10 @@ class ConvertingWarp : KeyLists<C, Storage<C>> {
     }
   }
 
-  // The warp's keys in the entry's slot.
-  __device__ __forceinline__ uint32_t tile_of(const Entry& entry) const {
-    return shared_address(storage_.k[0]) + entry.slot() * C::kTileBytes + this->first_key() * kSliceRowBytes;
-  }
-
+  Storage<C>& storage_;
   typename C::Feed& feed_;
-  const uint32_t place_;  // in the first slot: of the lane's first values of the first pair
+  const int warp_, lane_;
+  const uint32_t place_;  // in the first slot's first quarter: of the lane's first values of the first pair
 };
 
 template <class C>
