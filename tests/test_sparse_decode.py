@@ -583,6 +583,22 @@ def test_rows_that_an_engine_wrote(backend: Target, parts: int) -> None:
     assert meta.config.topk == 300
 
 
+@pytest.mark.parametrize("known", [KVFormat.V32, KVFormat.MODEL1])
+@pytest.mark.parametrize("h_q", [8, 32, 64, 128])
+def test_short_lists_one_behind_the_other(backend: Target, h_q: int, known: KVFormat) -> None:
+    """Parts with many lists of no key, one block, or an odd number of blocks."""
+    lengths = [0, 1, 64, 0, 0, 129, 65, 300, 1, 0, 192, 128, 1, 1, 0, 320]
+    inputs = make_sparse_decode_inputs(
+        len(lengths), h_q=h_q, topk=320, kv_format=known, lengths=lengths, sink=True, device=backend.device
+    )
+    counts = [sparse_blocks(length, 0) for length in lengths]
+    schedule = make_schedule([64 * count for count in counts], [sum(counts) // 2], device=backend.device)
+    wanted = run_decode(inputs, *schedule)
+    check_decode(inputs, result=wanted)
+    for _ in range(3):
+        assert_same_bits(run_decode(inputs, *schedule), wanted)
+
+
 def test_a_refused_call_leaves_the_object_unplanned(backend: Target) -> None:
     inputs = make_sparse_decode_inputs(2, h_q=4, device=backend.device)
     meta, _ = get_mla_metadata()

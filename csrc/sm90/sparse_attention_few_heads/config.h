@@ -16,13 +16,12 @@ constexpr int producer_warps(KVFormat format) { return format == KVFormat::kBf16
 template <bool kScalesBehindPage>
 struct RowFeed {
   static constexpr int kStages = 4, kIndexWarps = 2;
-  static constexpr uint32_t kPhase = 128;  // beside the bits of struct Entry: of the tile's slot
 
   struct alignas(16) Tile {
     const unsigned char* rows[kScheduleBlock];
     int scales[kScalesBehindPage ? kScheduleBlock : 1];  // bytes from a row to its scales
     uint32_t valid[kIndexWarps];                         // a bit for each of an index warp's keys that counts
-    uint32_t entry;                                      // struct Entry, and kPhase
+    uint32_t entry;                                      // struct Entry
     PieceFacts facts;                                    // of the piece that the tile begins
   };
 
@@ -45,19 +44,20 @@ struct Config : FewRowsConfig<kFormat, kExtraFormat, kHeadDim, kRows, producer_w
   using Feed = RowFeed<kScalesBehindPage>;
   using Walks = std::conditional_t<Config::kCopied, Walk[Config::kProducerWarps], Feed>;
   using Staging = ResultRows<kRows>;
-  // Quarters of tiles go round groups of four converting warps. With more groups than quarters a group would miss
-  // tiles, and pass a slot's phases twice where pieces have few.
-  static constexpr int kGroupWarps = 4, kQuarters = Config::kProducerWarps / kGroupWarps, kGroups = kQuarters;
+  // Quarters of tiles go round groups of four converting warps: rows of a quarter or half of a tile more are on their
+  // way than a tile has. What math warps need for 32 rows leaves registers for five groups.
+  static constexpr int kGroupWarps = 4, kQuarters = Config::kProducerWarps / kGroupWarps;
+  static constexpr int kGroups = kRows == 16 ? 6 : 5;
   static constexpr int kConvertingWarps = Config::kCopied ? Config::kProducerWarps : kGroups * kGroupWarps;
   static constexpr int kIndexWarps = Config::kCopied ? 0 : Feed::kIndexWarps;
   static constexpr int kIndexThreads = Config::kCopied ? 0 : 128;  // registers are shared out by warpgroups
   static constexpr int kQueryWarps = 2;                            // beside the index warps
   static constexpr int kQueryThreads = Config::kCopied ? Config::kProducerThreads : 32 * kQueryWarps;
   static constexpr int kThreads = Config::kMathThreads + 32 * kConvertingWarps + kIndexThreads;
-  // Registers per thread after the roles part: of 384 threads with 168 each, or 768 with 80.
-  static constexpr int kMathRegisters = Config::kCopied ? 232 : 216;
+  // Registers per thread after the roles part: of 384 threads with 168 each; 896 with 72, 1,024 with 64.
   static constexpr int kProducerRegisters = Config::kCopied ? 96 : 56;
   static constexpr int kIndexRegisters = 24;
+  static constexpr int kMathRegisters = Config::kCopied ? 232 : kRows == 16 ? 152 : 200;
 };
 
 template <class C>

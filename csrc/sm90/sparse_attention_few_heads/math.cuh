@@ -32,9 +32,13 @@ class MathWarpgroup : FewRowsSoftmax<C, Storage<C>> {
         return;
       }
       begin_output();
+      if (!C::kCopied && num_tiles == 0) {  // takes its turn with the slots, unread
+        wait_for_keys(next_slot_);
+        release(next_slot_);
+      }
 #pragma unroll 1
       for (int tile = 0; tile < num_tiles; ++tile) {
-        const int slot = tile & 1;
+        const int slot = C::kCopied ? tile & 1 : next_slot_;
         float scores[C::kRows / 2];
         score(slot, scores);
         this->mask(scores, facts, slot, tile);
@@ -60,8 +64,12 @@ class MathWarpgroup : FewRowsSoftmax<C, Storage<C>> {
     }
   }
 
-  __device__ __forceinline__ void score(int slot, float (&scores)[C::kRows / 2]) {
+  __device__ __forceinline__ void wait_for_keys(int slot) const {
     mbarrier_wait(shared_address(&storage_.k_full[slot]), phases_.parity(slot));
+  }
+
+  __device__ __forceinline__ void score(int slot, float (&scores)[C::kRows / 2]) {
+    wait_for_keys(slot);
     fence_async_proxy();
     const Descriptor q(shared_address(storage_.q), 16), k(storage_.tile_of(slot), 16);
     wgmma_fence();
@@ -107,6 +115,7 @@ class MathWarpgroup : FewRowsSoftmax<C, Storage<C>> {
       mbarrier_arrive(shared_address(&storage_.k_empty[slot]));
     }
     phases_.advance(slot);
+    next_slot_ = slot ^ 1;
   }
 
   __device__ __forceinline__ void finish_piece(const PieceFacts& facts) {
@@ -190,6 +199,7 @@ class MathWarpgroup : FewRowsSoftmax<C, Storage<C>> {
   }
 
   SlotPhases phases_;
+  int next_slot_ = 0;  // of rows that are not copied
   float output_[kBlocks][C::kRows / 2];
 };
 

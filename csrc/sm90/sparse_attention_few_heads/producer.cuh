@@ -1,6 +1,6 @@
 // The producers where rows are converted. Two index warps walk the lists and find the rows of the tiles to come; two
-// query warps hand over what begins a piece; sixteen converting warps have four keys of each tile, whose bytes pass
-// through registers.
+// query warps hand over what begins a piece; groups of four converting warps have sixteen keys of a tile, whose bytes
+// pass through registers.
 #pragma once
 
 #include <type_traits>
@@ -29,10 +29,8 @@ class IndexWarp : KeyLists<IndexConfig<C>, Storage<C>> {
   __device__ __forceinline__ void run() {
     this->wait_if_early();
     this->fetch_indices();
-    fetch_more_indices();
     auto& feed = storage_.walks;
     Ring<C::Feed::kStages> ring;
-    SlotPhases phases;
     Entry entry;
 #pragma unroll 1
     do {
@@ -57,9 +55,7 @@ class IndexWarp : KeyLists<IndexConfig<C>, Storage<C>> {
       }
       if (warp_ == 0 && lane_ == 0) {
         // Behind the last tile: how many pieces there were.
-        const uint32_t phase = phases.parity(entry.slot()) * C::Feed::kPhase;
-        tile.entry =
-            entry.exists() ? entry.bits | phase : static_cast<uint32_t>(walk_.num_pieces % 4) << Entry::kPieceShift;
+        tile.entry = entry.exists() ? entry.bits : static_cast<uint32_t>(walk_.num_pieces % 4) << Entry::kPieceShift;
         if (entry.begins_piece()) {
           tile.facts = walk_.pending[entry.piece()];
         }
@@ -68,37 +64,13 @@ class IndexWarp : KeyLists<IndexConfig<C>, Storage<C>> {
       if (lane_ == 0) {
         mbarrier_arrive(shared_address(&feed.full[ring.stage]));
       }
-      if (entry.has_tile()) {
-        phases.advance(entry.slot());
-      }
       ring.advance();
     } while (entry.exists());
-    // With more groups than quarters, converting warps look for the end one further.
+    // Groups that have no quarter of what tells them of the end look for it one further.
     mbarrier_wait(shared_address(&feed.empty[ring.stage]), ring.parity ^ 1);
     if (lane_ == 0) {
       feed.tiles[ring.stage].entry = 0;
       mbarrier_arrive(shared_address(&feed.full[ring.stage]));
-    }
-  }
-
- private:
-  // Brings the indices of the next tiles into L1, before rows are on their way and these would queue behind them.
-  __device__ __forceinline__ void fetch_more_indices() const {
-    constexpr int kTiles = C::Feed::kStages - 1;
-    const Run run = walk_.run;
-    int index[kTiles];
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-      const int position = run.position + tile * C::kKeys + this->key_of_lane();
-      index[tile] = 0;
-      if (tile < run.num_tiles && position < run.length) {
-        index[tile] =
-            this->load_index(run.list + (params_.from_table ? this->page_of(params_.keys[0], position) : position));
-      }
-    }
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-      asm volatile("" ::"r"(index[tile]));
     }
   }
 };
@@ -145,8 +117,13 @@ class QueryWarp : KeyLists<QueryConfig<C>, Storage<C>> {
 // The warps of a group have four keys each of a quarter of a tile. A pair of keys of the group's next quarter is sent
 // for as soon as that pair of this one is converted. What is on its way is waited for where a round begins: loads share
 // a counter.
+//
+// Slots are taken by turns, whatever piece a tile is of, and a piece without tiles takes one too. So a group has part
+// in one of two tiles at least, and when it comes to a tile it has waited for the slot of one of the two before, or
+// there is none: all releases of this tile's slot but the last are behind it, and the parity tells of that one.
 template <class C>
 class ConvertingWarp {
+  static_assert(C::kGroups <= 2 * C::kQuarters, "a group would miss two tiles in a row");
   static constexpr int kWarpKeys = C::kWarpKeys, kPairs = kWarpKeys / 2, kStages = C::Feed::kStages;
   // Lanes that have 16 bytes each of a row's RoPE columns.
   static constexpr int kRopeLanes = !(C::kRopeBehindValues || C::kRopeInValues) ? 0
@@ -167,26 +144,26 @@ class ConvertingWarp {
     wait_for_dependencies();
     // In the first round there is nothing to convert.
     Entry entry{0};
-    int quarter = 0;
     uint32_t valid = 0;
     Unit units[kPairs][2] = {};
     uint4 rope{};
 #pragma unroll 1
     for (uint32_t number = warp_ / C::kGroupWarps;; number += C::kGroups) {  // of the next quarter
-      const uint32_t number_of_tile = number / C::kQuarters, stage = number_of_tile % kStages;
-      mbarrier_wait(shared_address(&feed_.full[stage]), number_of_tile / kStages % 2);
+      const uint32_t next_number_of_tile = number / C::kQuarters, stage = next_number_of_tile % kStages;
+      mbarrier_wait(shared_address(&feed_.full[stage]), next_number_of_tile / kStages % 2);
       const auto& next_tile = feed_.tiles[stage];
       const Entry next{__shfl_sync(~0u, next_tile.entry, 0)};
-      const int next_quarter = number % C::kQuarters,
-                next_key = (next_quarter * C::kGroupWarps + warp_ % C::kGroupWarps) * kWarpKeys;
-      if (entry.has_tile()) {
-        mbarrier_wait(shared_address(&storage_.k_empty[entry.slot()]), entry.bits & C::Feed::kPhase ? 0 : 1);
+      const int next_key = (number % C::kQuarters * C::kGroupWarps + warp_ % C::kGroupWarps) * kWarpKeys;
+      const uint32_t number_of_tile = (number - C::kGroups) / C::kQuarters, slot = number_of_tile % 2,
+                     quarter = (number - C::kGroups) % C::kQuarters;
+      if (entry.exists()) {
+        mbarrier_wait(shared_address(&storage_.k_empty[slot]), number_of_tile / 2 % 2 ^ 1);
         if (lane_ == 0) {
-          storage_.valid[entry.slot()][quarter * C::kGroupWarps + warp_ % C::kGroupWarps] = valid;
+          storage_.valid[slot][quarter * C::kGroupWarps + warp_ % C::kGroupWarps] = valid;
         }
       }
       valid = next_tile.valid[next_key / 32] >> (next_key % 32) & ((1 << kWarpKeys) - 1);
-      const uint32_t place = entry.slot() * C::kTileBytes + quarter * (C::kGroupWarps * kWarpKeys * kSliceRowBytes);
+      const uint32_t place = slot * C::kTileBytes + quarter * (C::kGroupWarps * kWarpKeys * kSliceRowBytes);
 #pragma unroll
       for (int pair = 0; pair < kPairs; ++pair) {
         const ulonglong2 rows = *reinterpret_cast<const ulonglong2*>(&next_tile.rows[next_key + 2 * pair]);
@@ -212,13 +189,12 @@ class ConvertingWarp {
       __syncwarp();
       if (lane_ == 0) {
         mbarrier_arrive(shared_address(&feed_.empty[stage]));
-        if (entry.has_tile()) {
+        if (entry.exists()) {
           // The readers order the stores before their use by the async proxy.
-          mbarrier_arrive(shared_address(&storage_.k_full[entry.slot()]));
+          mbarrier_arrive(shared_address(&storage_.k_full[slot]));
         }
       }
       entry = next;
-      quarter = next_quarter;
       if (!entry.exists()) {
         break;
       }
