@@ -32,7 +32,7 @@ class TmaThread {
         place_(place),
         boxes_(C::kKeys / params.box_rows),
         slots_(slots),
-        policy_(params.num_row_tiles == 1 ? evict_first_policy() : evict_normal_policy()) {}
+        policy_(evict_first_policy()) {}
 
   __device__ __forceinline__ void run() {
     Pieces<true> pieces(params_, place_.part, place_.causal_cut);
