@@ -41,7 +41,7 @@ class GroupedSeesaw : protected SeesawWarpgroup<typename C::Element, Storage, kK
 
   // A step takes the tiles in both slots, or, at the end of a piece of odd length, the one in slot 0. No product is in
   // flight at a loop's back edge, where the compiler would have to merge accumulators: it serialises all products then.
-  // There is one copy of each step in the code, since small calls spend much of their time fetching instructions.
+  // Few copies of a step are in the code, since small calls spend much of their time fetching instructions.
 
   // ---- warpgroup 0: scores of slot 0; both products into columns 0 to 255
   // `kAhead`: the scores of the first tile may have been issued before, to `ahead`. Without, no scores occupy registers
