@@ -10,6 +10,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <climits>
 #include <type_traits>
 
 #include "any/kernels.h"
@@ -32,21 +33,21 @@ constexpr int kListed = kThreads;  // candidates per round of listing
 // The batch-invariant mode sums in an order that depends on the request alone.
 constexpr int kFixedSharingLog2 = 2;
 
+// In place of a number of splits: nothing is read and nothing written.
+constexpr int kIdles = INT_MIN;
+
 struct SplitRequest {
   int request, num_splits;
   // Indices of the partial results: the first may lie in its part's second place, the others each begin their part.
   int first_partial, second_partial, stride_partial;
 };
 
-// Stands for the logarithm of a sum without a key: finite, so that differences are numbers, and far below any other.
-constexpr float kNoKey = -1e38f;
-
 // A lane's weighted sum of partial results. Weights are relative to `largest`, base 2; index 0 is row lane / 4 of the
 // group, 1 the row 8 further.
 struct Sum {
   float4 value[kStripBlocks] = {};  // (row 0, column 0), (0, 1), (1, 0), (1, 1)
   float weight[2] = {0, 0};
-  float largest[2] = {kNoKey, kNoKey};
+  float largest[2] = {device::kNoKeyLse, device::kNoKeyLse};
 
   __device__ __forceinline__ void rescale(float to0, float to1) {
     const float x = device::exp2_approx(largest[0] - to0), y = device::exp2_approx(largest[1] - to1);
@@ -125,6 +126,16 @@ __device__ int even_cuts_of(const DenseDecodeParams&, int) { return 1; }
 __device__ int even_cuts_of(const SparseAttentionParams& params, int blocks) {
   return even_cuts(blocks, params.max_cuts, params.min_cut_blocks);
 }
+
+// Whether the decode kernel has written the final rows of a group's half of the columns. `state`: which of all of a
+// partial result's.
+__device__ __forceinline__ bool is_joined(const DenseDecodeParams& params, const SplitRequest& split, int partial_tiles,
+                                          int state) {
+  return params.joins &&
+         params.partial_state[static_cast<int64_t>(split.first_partial) * partial_tiles * kPartialStates + state] ==
+             kPartialJoined;
+}
+__device__ __forceinline__ bool is_joined(const SparseAttentionParams&, const SplitRequest&, int, int) { return false; }
 
 struct RowPlace {
   int batch, token, head;
@@ -291,7 +302,7 @@ __device__ __forceinline__ void discard(const SplitRequest& split, const float* 
 // A lane's share of a row of a strip.
 struct RowSum {
   float2 value[kStripBlocks] = {};
-  float weight = 0, largest = kNoKey;
+  float weight = 0, largest = device::kNoKeyLse;
 };
 
 __device__ __forceinline__ RowSum row_of(const Sum& sum, int r) {
@@ -341,7 +352,7 @@ __device__ __forceinline__ RowOut find_row(const Params& params, int request, in
 
 // The lane's share of a row, 8 of 32 columns after a transposition.
 template <class T, class Params>
-__device__ __forceinline__ void store_row(const Params& params, const RowOut& to, bool rehearses, int column, int lane,
+__device__ __forceinline__ void store_row(const Params& params, const RowOut& to, bool idles, int column, int lane,
                                           const RowSum& sum) {
   const bool any_key = sum.weight != 0;
   const float scale = any_key ? __fdividef(1.0f, sum.weight + device::exp2_approx(to.sink - sum.largest)) : 0.0f;
@@ -351,7 +362,7 @@ __device__ __forceinline__ void store_row(const Params& params, const RowOut& to
     words[b] = device::pack2<T>(sum.value[b].x * scale, sum.value[b].y * scale);
   }
   device::transpose_quad(words, lane);
-  if (to.exists && !rehearses) {
+  if (to.exists && !idles) {
     *reinterpret_cast<uint4*>(static_cast<T*>(params.out) + to.out + column + lane % 4 * 8) =
         make_uint4(words[0], words[1], words[2], words[3]);
     if (column == 0 && lane % 4 == 0) {
@@ -408,6 +419,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) combine_kernel(const __g
                             strip * kStripBlocks * kPartialBlock + lane * 4;
       const float* lses = params.partial_lse + tile * kRowTile + group % 4 * 16 + lane / 4 * 2;
       const int column = strip * kStripBlocks * 8;
+      const int state = static_cast<int>(tile) * kPartialStates + group % 4 * 2 + strip / (kGroupStrips / 2);
       __syncwarp();  // the rows of the strip before have been read
       if (lane < 16) {
         shared.rows[warp][lane] = find_row(params, listed.request, unit, group * 16 + lane);
@@ -422,8 +434,8 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) combine_kernel(const __g
           waited = true;
         }
         SplitRequest split = listed;
-        if (rehearses) {
-          split.num_splits = 0;
+        if (rehearses || is_joined(params, listed, partial_tiles, state)) {
+          split.num_splits = kIdles;
         }
         const Sum sum = accumulate(split, values, lses, partial_tiles, member, sharing);
         if (sharing > 1) {
@@ -434,10 +446,10 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) combine_kernel(const __g
         // Of warps that share a strip the first two have a row of the lane's each.
 #pragma unroll 1
         for (int r = member; r < 2; r += sharing) {
-          store_row<T>(params, shared.rows[warp][lane / 4 + 8 * r], rehearses, column, lane,
+          store_row<T>(params, shared.rows[warp][lane / 4 + 8 * r], split.num_splits == kIdles, column, lane,
                        sharing > 1 ? join(shared, warp - member, sharing, lane, r) : row_of(sum, r));
         }
-        if (!rehearses) {
+        if (split.num_splits != kIdles) {
           discard(listed, values - lane * 4, partial_tiles, member, sharing, lane);
         }
         again = rehearses;

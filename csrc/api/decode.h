@@ -47,10 +47,13 @@ int64_t choose_requests_at_once(int64_t tiles_per_request, int max_cuts, int num
 // Memory for the partial results of `tiles` row tiles: the accumulators, then their log-sum-exps.
 template <class Params>
 Tensor allocate_partials(int device, int64_t tiles, Params& params) {
-  const int64_t rows = tiles * kRowTile;
-  Tensor memory = empty(device, ScalarType::Float, {rows * (kHeadDimV + 1)});
+  const int64_t rows = tiles * kRowTile, states = tiles * kPartialStates;
+  Tensor memory = empty(device, ScalarType::Float, {rows * (kHeadDimV + 1) + states});
   params.partial_out = static_cast<float*>(memory.data_ptr());
   params.partial_lse = params.partial_out + rows * kHeadDimV;
+  if constexpr (requires { params.partial_state; }) {
+    params.partial_state = reinterpret_cast<uint32_t*>(params.partial_lse + rows);
+  }
   return memory;
 }
 

@@ -97,6 +97,7 @@ void run(const View& q, const View& k, const View& table, const View& seqlens, c
   void* stream = current_stream(q.device);
   const int64_t tiles = static_cast<int64_t>(params.h_kv) * params.num_row_tiles;
   if (!batch_invariant) {
+    params.joins = problem.compute_capability / 10 == 9;
     launch_scheduled(kernel, params, schedule, num_splits, tiles, q.device, stream);
     return;
   }

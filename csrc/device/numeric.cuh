@@ -10,6 +10,8 @@ namespace flash_mla::inline device {
 
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
+// Stands for the logarithm of a sum without a key: finite, so that differences are numbers, and far below any other.
+constexpr float kNoKeyLse = -1e38f;
 
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;

@@ -21,6 +21,8 @@ constexpr int kPartialBlocks = kHeadDimV / 8;
 constexpr int kPartialTile = kRowTile * kHeadDimV;
 constexpr int kPartialGroup = 16 * kHeadDimV;
 constexpr int kPartialBlock = 16 * 8;
+constexpr int kPartialGroups = kRowTile / 16, kPartialStates = kPartialGroups * 2;
+constexpr uint32_t kPartialOpen = 0, kPartialJoined = 1, kPartialWritten = 1;
 
 // What a call asks for, as far as the choice of a kernel goes.
 struct DenseDecodeProblem {
@@ -42,6 +44,10 @@ struct DenseDecodeParams {
   float* lse;              // [b, h_q, s_q]
   float* partial_out;      // [partials, h_kv, row tiles, kPartialTile]; null: nothing can be split
   float* partial_lse;      // [partials, h_kv, row tiles, pairs, 2], base 2; -inf: no key, and zeros in partial_out
+  // [partials, h_kv, row tiles, 4 groups of 16 rows, 2 halves of the columns]. Of the part in which a split request
+  // begins: whether its final rows are written (kPartialJoined). Of the part behind it: whether its results are
+  // (kPartialWritten).
+  uint32_t* partial_state;
 
   int64_t stride_q_b, stride_q_s, stride_q_h;
   int64_t stride_k_page, stride_k_row, stride_k_h;
@@ -62,6 +68,7 @@ struct DenseDecodeParams {
   int num_requests;   // fixed cuts: and so many of them
   float scale_log2;   // softmax_scale * log2(e)
   bool causal;
+  bool joins;  // the decode kernel writes final rows of split requests where it can, and partial_state says which
   Element element;
 };
 

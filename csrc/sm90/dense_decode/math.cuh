@@ -21,6 +21,11 @@ class MathWarpgroup : GroupedSeesaw<MathWarpgroup<C>, C, Storage<C>> {
 
   __device__ __forceinline__ void run() {
     Pieces<false> pieces(params_, place_.part, place_.causal_cut);
+    const bool expects = expects_other(params_, place_, row_, side_, lane_);
+    if (lane_ == 0) {
+      storage_.expects[side_][row_ / 16] = expects;
+    }
+    __syncwarp();
     int piece_parity = 0;
     uint32_t q_parity = 0;
     for (Piece piece; pieces.next(piece); piece_parity ^= 1) {
@@ -67,7 +72,10 @@ class MathWarpgroup : GroupedSeesaw<MathWarpgroup<C>, C, Storage<C>> {
     int row = row_;
     asm volatile("" : "+r"(row));  // keeps the epilogue's addresses out of the loop over pieces
     if (piece.partial >= 0) {
-      write_partial(params_, place_, piece, side_, row, lane_, output_, reference_, total);
+      Place place = place_;
+      asm volatile("" : "+r"(place.row_tile), "+r"(place.kv_head), "+r"(place.part));  // as the row
+      const bool expects = storage_.expects[side_][row / 16];
+      write_split<T>(params_, place, piece, expects, side_, row, lane_, output_, reference_, total);
     } else {
       write_final<T>(params_, place_, piece, side_, row, lane_, output_, reference_, total);
     }

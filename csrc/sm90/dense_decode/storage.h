@@ -15,8 +15,9 @@ struct Storage {
   alignas(1024) unsigned char q[C::kTileBytes];
   alignas(1024) unsigned char k[2][C::kTileBytes];
   alignas(1024) unsigned char probabilities[kProbabilityTiles][C::kSliceBytes];
-  float row_max[C::kRows];        // the reference maximum that both math warpgroups scale by, base 2
-  float row_sum[2][2][C::kRows];  // by parity of the piece, by warpgroup
+  float row_max[C::kRows];              // the reference maximum that both math warpgroups scale by, base 2
+  float row_sum[2][2][C::kRows];        // by parity of the piece, by warpgroup
+  uint32_t expects[2][kPartialGroups];  // of a math warp: its last piece may be joined with the next part's first
   uint64_t k_full[2][kNumGroups];
   uint64_t k_empty[2][kNumGroups];
   uint64_t q_full, q_empty;
