@@ -2,6 +2,7 @@
 // from registers, so that the key slots go on filling.
 #pragma once
 
+#include "device/barrier.cuh"
 #include "device/copy.cuh"
 #include "device/numeric.cuh"
 #include "sm90/dense_decode/pieces.cuh"
@@ -30,6 +31,9 @@ __device__ __forceinline__ void store_release(uint32_t* address, uint32_t value)
 __device__ __forceinline__ bool group_exists(const DenseDecodeParams& params, const Place& place, int row) {
   return place.row_tile * kRowTile + row / 16 * 16 < params.s_q * params.group;
 }
+
+// Whether a warp of its own tells other parts what is written; else each TMA thread has a slot, and none is idle.
+__device__ __forceinline__ bool has_teller(const DenseDecodeParams& params) { return params.num_row_tiles <= 2; }
 
 // A part's last piece may be the beginning of a request that ends in the next part. That one's piece comes first
 // there, so that its results are mostly written when this piece ends, which then joins them with its own and writes
@@ -217,19 +221,37 @@ __device__ __forceinline__ void write_split(const DenseDecodeParams& params, con
   if (!joined) {
     write_partial(params, place, piece, side, row, lane, output, reference, sum);
   }
-  if (params.joins && group_exists(params, place, row)) {
-    uint32_t* const state = state_of(params, partial_tile(params, place, piece.partial), row / 16, side);
-    if (begins) {
-      if (lane == 0) {
-        *state = joined ? kPartialJoined : kPartialOpen;
-      }
-    } else {
-      __threadfence();
-      __syncwarp();
-      if (lane == 0) {
-        store_release(state, kPartialWritten);
-      }
+  if (!params.joins || !group_exists(params, place, row)) {
+    return;
+  }
+  uint32_t* const state = state_of(params, partial_tile(params, place, piece.partial), row / 16, side);
+  if (begins) {
+    if (lane == 0) {
+      *state = joined ? kPartialJoined : kPartialOpen;
     }
+  } else if (!has_teller(params)) {
+    __threadfence();
+    __syncwarp();
+    if (lane == 0) {
+      store_release(state, kPartialWritten);
+    }
+  }
+}
+
+// Says that the results of a part's first piece are written, where that piece is the end of a split request. The math
+// warps hand them over to this warp and go on: they would else wait until memory has them.
+template <class Storage>
+__device__ __forceinline__ void tell_written(const DenseDecodeParams& params, Storage& storage, const Place& place,
+                                             int lane) {
+  const ScheduleRow& row = params.schedule[place.part];
+  if (row.begin_block == 0 || row.begin_request >= params.b || row.begin_request > row.end_request) {
+    return;
+  }
+  mbarrier_wait(shared_address(&storage.written), 0);
+  __threadfence();
+  if (lane < kPartialStates && group_exists(params, place, lane / 2 * 16)) {
+    store_release(state_of(params, partial_tile(params, place, kPartialsPerPart * place.part), lane / 2, lane % 2),
+                  kPartialWritten);
   }
 }
 

@@ -21,6 +21,7 @@ __device__ __forceinline__ void init_barriers(Storage<C>& storage) {
   mbarrier_init(shared_address(&storage.probabilities_full[1]), kWarpsOfAWarpgroup);
   mbarrier_init(shared_address(&storage.second_half_full), kWarpsOfAWarpgroup);
   mbarrier_init(shared_address(&storage.row_sums_full), 2 * kWarpsOfAWarpgroup);
+  mbarrier_init(shared_address(&storage.written), 2 * kWarpsOfAWarpgroup);
   mbarrier_init(shared_address(&storage.row_warps_turn[0]), 1);
   mbarrier_init(shared_address(&storage.row_warps_turn[1]), 1);
   fence_mbarrier_init();
@@ -61,7 +62,7 @@ __global__ void __launch_bounds__(384, 1)
     const int warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0), lane = threadIdx.x % 32;
     // Where many CTAs share their keys, products are the limit, and a load must not wait for the other slot's release.
     // Where they do not, memory is, and the tile that is needed first should have all of it.
-    const bool thread_per_slot = params.num_row_tiles > 2;
+    const bool thread_per_slot = !has_teller(params);
     if (warp == kTmaWarp || (warp == kSecondTmaWarp && thread_per_slot)) {
       if (params.box_rows > 0 && elect_one()) {
         const Place place = wait_in_place(params);
@@ -71,6 +72,9 @@ __global__ void __launch_bounds__(384, 1)
     } else if (warp < kFirstRowWarp + kNumRowWarps) {
       const Place place = wait_in_place(params);
       RowWarps<C>::run(params, storage, place, warp - kFirstRowWarp, lane);
+    } else if (params.joins && has_teller(params)) {
+      const Place place = wait_in_place(params);
+      tell_written(params, storage, place, lane);
     }
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C::kMathRegisters));

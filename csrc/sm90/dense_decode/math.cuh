@@ -76,6 +76,9 @@ class MathWarpgroup : GroupedSeesaw<MathWarpgroup<C>, C, Storage<C>> {
       asm volatile("" : "+r"(place.row_tile), "+r"(place.kv_head), "+r"(place.part));  // as the row
       const bool expects = storage_.expects[side_][row / 16];
       write_split<T>(params_, place, piece, expects, side_, row, lane_, output_, reference_, total);
+      if (params_.joins && piece.begin_tile > 0 && has_teller(params_)) {
+        this->hand_over(storage_.written);
+      }
     } else {
       write_final<T>(params_, place_, piece, side_, row, lane_, output_, reference_, total);
     }

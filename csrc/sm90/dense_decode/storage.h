@@ -24,6 +24,7 @@ struct Storage {
   uint64_t probabilities_full[2];  // of a slot (slot 1: of 32 keys), and the reference maximum they are relative to
   uint64_t second_half_full;       // the probabilities of slot 1's other keys
   uint64_t row_sums_full;
+  uint64_t written;            // the results of the first piece, where other parts may ask for them
   uint64_t row_warps_turn[2];  // the slot is free, and the row warps are to fill it
 };
 
