@@ -174,13 +174,19 @@ __device__ __forceinline__ bool join(const DenseDecodeParams& params, const Plac
   }
   const float* values =
       params.partial_out + tile * kPartialTile + group * kPartialGroup + side * kPartialBlocks / 2 * kPartialBlock;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {  // 32 columns, as in `write_final`
-    __syncwarp();                // there are no registers for more loads
-    float4 theirs[4];
+  float4 theirs[2][4];
+  auto load = [&](int i) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      theirs[j] = __ldcg(reinterpret_cast<const float4*>(values + (i * 4 + j) * kPartialBlock + lane * 4));
+      theirs[i % 2][j] = __ldcg(reinterpret_cast<const float4*>(values + (i * 4 + j) * kPartialBlock + lane * 4));
+    }
+    __syncwarp();  // holds them: there are no registers for more
+  };
+  load(0);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {  // 32 columns, as in `write_final`
+    if (i < 7) {
+      load(i + 1);
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -188,7 +194,8 @@ __device__ __forceinline__ bool join(const DenseDecodeParams& params, const Plac
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const float* own = &output[i / 4][i % 4 * 16 + j * 4 + 2 * r];
-        const float x = r == 0 ? theirs[j].x : theirs[j].z, y = r == 0 ? theirs[j].y : theirs[j].w;
+        const float x = r == 0 ? theirs[i % 2][j].x : theirs[i % 2][j].z,
+                    y = r == 0 ? theirs[i % 2][j].y : theirs[i % 2][j].w;
         // The combine kernel adds to zero, of which the first addition decides the sign.
         words[j] = pack2<T>(fmaf(other_factor[r], x, fmaf(factor[r], own[0] * own_scale[r], 0.0f)) * scale[r],
                             fmaf(other_factor[r], y, fmaf(factor[r], own[1] * own_scale[r], 0.0f)) * scale[r]);
