@@ -148,7 +148,8 @@ class GroupedSeesaw : protected SeesawWarpgroup<typename C::Element, Storage, kK
   // the scores in flight, beside which nobody may touch the output: such a wait is for all of its warps or for none.
   __device__ __forceinline__ void follow_slot0(bool first) {
     mbarrier_wait(shared_address(&storage_.probabilities_full[0]), phases_.parity(0));
-    const float next[2] = {storage_.row_max[this->row_], storage_.row_max[this->row_ + 8]};
+    float next[2];
+    this->load_reference(next);
     if (named_barrier_any(kFollows, C::kMathThreads / 2, this->differs(next))) {
       wgmma_wait<0>();
       move_reference_to(next, first);
@@ -229,7 +230,7 @@ class GroupedSeesaw : protected SeesawWarpgroup<typename C::Element, Storage, kK
     if (outgrown) {
       move_reference_to(next, tile == 0);
     }
-    this->publish_reference(reference_);
+    this->publish_reference();
     make_half<1>(scores, next, sum, probabilities);
     store_half<1>(probabilities0(), probabilities);
     sum_[0] += sum[0];

@@ -15,8 +15,10 @@ constexpr int kScores0Issued = 1;
 // Joins a vote of warpgroup 1.
 constexpr int kFollows = 3;
 
-// Of a tile's 64 keys.
+// Of a tile's 64 keys; a step of the products takes 16.
 enum Keys { kAllKeys, kFirstHalf, kSecondHalf };
+constexpr int first_step(Keys keys) { return keys == kSecondHalf ? 2 : 0; }
+constexpr int end_step(Keys keys) { return keys == kFirstHalf ? 2 : 4; }
 
 // `Storage` has: k[2], row_max, row_sum, row_sums_full, q_empty. `kKeepsMaximum`: the largest score of each row is kept
 // besides, which the reference may be below or above.
@@ -75,15 +77,10 @@ class SeesawWarpgroup {
     return outgrown;
   }
 
-  // Moves the reference maximum where a score of the tile outgrows it.
-  // `before_rescaling` ends the products that still write the output; about then they are done anyway.
-  template <class BeforeRescaling>
-  __device__ __forceinline__ void move_reference(const float (&scores)[32], float scale_log2,
-                                                 BeforeRescaling&& before_rescaling) {
+  // Moves the reference maximum where a score of the tile outgrows it. No products may write the output any more.
+  __device__ __forceinline__ void move_reference(const float (&scores)[32], float scale_log2) {
     float next[2];
-    const bool outgrown = next_reference(scores, scale_log2, next);
-    before_rescaling();
-    if (outgrown) {
+    if (next_reference(scores, scale_log2, next)) {
       rescale(next);
     }
   }
@@ -123,9 +120,17 @@ class SeesawWarpgroup {
     }
   }
 
+  // What either warpgroup has published.
+  __device__ __forceinline__ void load_reference(float (&reference)[2]) const {
+    reference[0] = storage_.row_max[row_];
+    reference[1] = storage_.row_max[row_ + 8];
+  }
+
   // The other warpgroup may have moved the reference; the products into this one's output have ended.
   __device__ __forceinline__ void adopt_reference() {
-    adopt_reference({storage_.row_max[row_], storage_.row_max[row_ + 8]});
+    float next[2];
+    load_reference(next);
+    adopt_reference(next);
   }
 
   __device__ __forceinline__ void adopt_reference(const float (&next)[2]) {
@@ -161,7 +166,7 @@ class SeesawWarpgroup {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
-      for (int j = kKeys == kSecondHalf ? 2 : 0; j < (kKeys == kFirstHalf ? 2 : 4); ++j) {
+      for (int j = first_step(kKeys); j < end_step(kKeys); ++j) {
         wgmma_ss<typename Atoms::OutputSS>(output_[half], p.at(j * 32), values.at(values_offset(kSide, half, j)), true);
       }
       if constexpr (kKeys != kFirstHalf) {
@@ -170,14 +175,14 @@ class SeesawWarpgroup {
     }
   }
 
-  // The same with the probabilities of a whole tile in registers.
+  // The same with the probabilities in registers.
   template <int kSide, Keys kKeys = kAllKeys>
   __device__ __forceinline__ void multiply_registers(int slot, const uint32_t (&probabilities)[16]) {
     const Descriptor values(shared_address(storage_.k[slot]), kSliceBytes);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
-      for (int j = kKeys == kSecondHalf ? 2 : 0; j < (kKeys == kFirstHalf ? 2 : 4); ++j) {
+      for (int j = first_step(kKeys); j < end_step(kKeys); ++j) {
         wgmma_rs<typename Atoms::OutputRS>(output_[half], &probabilities[4 * j],
                                            values.at(values_offset(kSide, half, j)), true);
       }

@@ -152,7 +152,7 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>, true> {
         mask_scores(scores, limit, lane_);
       }
     }
-    this->move_reference(scores, scale_log2(), [] {});
+    this->move_reference(scores, scale_log2());
     if constexpr (!C::kRopeBehindValues) {
       // Else the producers have waited for it.
       mbarrier_wait(shared_address(&storage_.tail_empty), tile_parity_ ^ 1);

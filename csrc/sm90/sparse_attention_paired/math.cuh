@@ -73,7 +73,7 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>> {
     if (params_.max_logits != nullptr) {
       keep_maximum(scores, tile == 0);
     }
-    this->move_reference(scores, params_.scale_log2, [] {});
+    this->move_reference(scores, params_.scale_log2);
     exponentiate<T, 0, 4>(scores, params_.scale_log2, reference_, sum_, probabilities);
     send_probabilities(probabilities);
   }
