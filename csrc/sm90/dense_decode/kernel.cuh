@@ -11,11 +11,11 @@ __device__ __forceinline__ void init_barriers(Storage<C>& storage) {
   constexpr int kWarpsOfAWarpgroup = 4;
   for (int slot = 0; slot < 2; ++slot) {
     for (int group = 0; group < kNumGroups; ++group) {
-      mbarrier_init(shared_address(&storage.k_full[slot][group]), kFullArrivals);
+      mbarrier_init(shared_address(&storage.k_full[slot][group]), 1);
       mbarrier_init(shared_address(&storage.k_empty[slot][group]), kWarpsOfAWarpgroup);
     }
   }
-  mbarrier_init(shared_address(&storage.q_full), kNumRowWarps);
+  mbarrier_init(shared_address(&storage.q_full), 1);
   mbarrier_init(shared_address(&storage.q_empty), 2 * kWarpsOfAWarpgroup);
   mbarrier_init(shared_address(&storage.probabilities_full[0]), kWarpsOfAWarpgroup);
   mbarrier_init(shared_address(&storage.probabilities_full[1]), kWarpsOfAWarpgroup);

@@ -11,8 +11,9 @@
 
 namespace flash_mla::sm90::dense_decode {
 
-// A full barrier of a key group takes one arrival from each of the two row warps, or both from the TMA thread.
-constexpr int kFullArrivals = kNumRowWarps;
+// The named barrier at which the row warps meet before the first of them hands over the rows of both: so a full barrier
+// takes one arrival, theirs or a TMA thread's.
+constexpr int kRowsCopied = 4;
 
 // Which tiles go by TMA: those whose 64 keys all exist, where a page is made of whole boxes.
 __device__ __forceinline__ bool by_tma(const DenseDecodeParams& params, const Piece& piece, int tile) {
@@ -87,49 +88,74 @@ class TmaThread {
   }
 
   __device__ __forceinline__ void issue(int slot, const Position& at, const int32_t* table, bool load) {
-    const uint32_t tile = shared_address(storage_.k[0]) + slot * C::kTileBytes;
-#pragma unroll
-    for (int order = 0; order < kNumGroups; ++order) {
-      const int group = C::load_order(slot, order);
-      if (!C::kHasRope && group == kRope) {
-        continue;
-      }
-      const int first_slice = group == kRope ? 8 : 2 * (group - 1);
-      const uint32_t bytes = group == kRope ? C::kSliceBytes : 2 * C::kSliceBytes;
-      // Also where the row warps load the tile: a wait that is left out would make the next one pass a phase too early.
-      mbarrier_wait(shared_address(&storage_.k_empty[slot][group]), phases_.parity(slot) ^ 1);
-      if (load) {
-        const uint32_t full = shared_address(&storage_.k_full[slot][group]);
-        mbarrier_arrive(full);
-        mbarrier_arrive_expect_bytes(full, bytes);
-        const uint32_t destination = tile + first_slice * C::kSliceBytes;
-        if (boxes_ == 1) {
-          const CUtensorMap* map = group == kRope ? &maps_.one_slice : &maps_.two_slices;
-          const TmaCoordinates from{0, at.row, first_slice, place_.kv_head, at.page};
-          if (params_.num_row_tiles > 1) {  // keys that CTAs share: the usual policy, stated, costs cycles
-            tma_load(destination, map, from, full);
-          } else {
-            tma_load_hinted(destination, map, from, full, policy_);
-          }
-        } else {
-          load_small_pages(destination, first_slice, group == kRope ? 1 : 2, table + at.index, full);
-        }
-      }
-    }
     if (!load) {
+      // A wait that is left out would make the next one pass a phase too early.
+      for_each_group(slot, [](int, uint32_t) {});
       mbarrier_arrive(shared_address(&storage_.row_warps_turn[slot]));
+    } else if (boxes_ > 1) {
+      for_each_group(slot, [&](int group, uint32_t full) {
+        mbarrier_arrive_expect_bytes(full, bytes_of(group));
+        load_small_pages(destination_of(slot, group), group, table + at.index, full);
+      });
+    } else if (params_.num_row_tiles > 1) {  // keys that CTAs share: the usual policy, stated, costs cycles
+      slot == 0 ? load_page<false, 0>(at) : load_page<false, 1>(at);
+    } else {
+      slot == 0 ? load_page<true, 0>(at) : load_page<true, 1>(at);
     }
     phases_.advance(slot);
   }
 
-  // Tiles of several pages.
-  __device__ __forceinline__ void load_small_pages(uint32_t destination, int first_slice, int num_slices,
-                                                   const int32_t* table, uint32_t full) {
+  // Each group of a slot, once it has been handed back.
+  template <class Function>
+  __device__ __forceinline__ void for_each_group(int slot, Function&& function) {
 #pragma unroll 1
-    for (int i = 0; i < boxes_ * num_slices; ++i) {
+    for (int order = 0; order < kNumGroups; ++order) {
+      const int group = C::load_order(slot, order);
+      if (C::num_slices(group) > 0) {
+        mbarrier_wait(shared_address(&storage_.k_empty[slot][group]), phases_.parity(slot) ^ 1);
+        function(group, shared_address(&storage_.k_full[slot][group]));
+      }
+    }
+  }
+
+  // A tile that lies in one page. Nothing is decided between a wait and its load: each branch there, and each address
+  // that depends on the slot, is time in which the group is empty.
+  template <bool kHinted, int kSlot>
+  __device__ __forceinline__ void load_page(const Position& at) {
+    const uint32_t parity = phases_.parity(kSlot) ^ 1;
+#pragma unroll
+    for (int order = 0; order < kNumGroups; ++order) {
+      const int group = C::load_order(kSlot, order);
+      if (C::num_slices(group) == 0) {
+        continue;
+      }
+      const uint32_t full = shared_address(&storage_.k_full[kSlot][group]), destination = destination_of(kSlot, group);
+      const CUtensorMap* map = C::num_slices(group) == 1 ? &maps_.one_slice : &maps_.two_slices;
+      const TmaCoordinates from{0, at.row, C::first_slice(group), place_.kv_head, at.page};
+      mbarrier_wait(shared_address(&storage_.k_empty[kSlot][group]), parity);
+      mbarrier_arrive_expect_bytes(full, bytes_of(group));
+      if constexpr (kHinted) {
+        tma_load_hinted(destination, map, from, full, policy_);
+      } else {
+        tma_load(destination, map, from, full);
+      }
+    }
+  }
+
+  __device__ __forceinline__ uint32_t destination_of(int slot, int group) const {
+    return shared_address(storage_.k[0]) + slot * C::kTileBytes + C::first_slice(group) * C::kSliceBytes;
+  }
+
+  static constexpr uint32_t bytes_of(int group) { return C::num_slices(group) * C::kSliceBytes; }
+
+  // Tiles of several pages.
+  __device__ __forceinline__ void load_small_pages(uint32_t destination, int group, const int32_t* table,
+                                                   uint32_t full) {
+#pragma unroll 1
+    for (int i = 0; i < boxes_ * C::num_slices(group); ++i) {
       const int box = i % boxes_, slice = i / boxes_;
       tma_load(destination + slice * C::kSliceBytes + box * params_.box_rows * kSliceRowBytes, &maps_.one_slice,
-               {0, 0, first_slice + slice, place_.kv_head, table[box]}, full);
+               {0, 0, C::first_slice(group) + slice, place_.kv_head, table[box]}, full);
     }
   }
 
@@ -197,10 +223,10 @@ struct RowWarps {
   }
 
   // The copies made so far are there for wgmma once every warp has arrived.
-  static __device__ __forceinline__ void hand_over(uint64_t* barrier, int lane) {
+  static __device__ __forceinline__ void hand_over(uint64_t* barrier, int first_row, int lane) {
     fence_async_proxy();
-    __syncwarp();
-    if (lane == 0) {
+    named_barrier_sync(kRowsCopied, 32 * kNumRowWarps);
+    if (first_row == 0 && lane == 0) {
       mbarrier_arrive(shared_address(barrier));
     }
   }
@@ -218,7 +244,7 @@ struct RowWarps {
     mbarrier_wait(shared_address(&storage.q_empty), parity);
     copy_slices(shared_address(storage.q), 0, C::kSlices, first_row, lane, source, valid);
     async_copy_wait<0>();
-    hand_over(&storage.q_full, lane);
+    hand_over(&storage.q_full, first_row, lane);
   }
 
   static __device__ void load_keys(const DenseDecodeParams& params, Storage<C>& storage, const Place& place,
@@ -247,7 +273,7 @@ struct RowWarps {
     auto finish = [&](int order) {
       const int group = C::load_order(slot, order);
       if (C::num_slices(group) > 0) {
-        hand_over(&storage.k_full[slot][group], lane);
+        hand_over(&storage.k_full[slot][group], first_row, lane);
       }
     };
     // Groups of copies end in order, so this hands over the first groups while the last are on their way.
