@@ -112,31 +112,9 @@ class GroupedSeesaw : protected SeesawWarpgroup<typename C::Element, Storage, kK
   // compiler waits for all of them.
   template <class Facts>
   __device__ __forceinline__ void run_right(int num_tiles, const Facts& facts) {
-    if (derived().by_halves()) {
-      run_pairs<true>(num_tiles, facts);
-    } else {
-      run_pairs<false>(num_tiles, facts);
-    }
-    if (num_tiles % 2 != 0) {
-      this->release_q();
-      // Nothing is in flight: each warp follows by itself.
-      mbarrier_wait(shared_address(&storage_.probabilities_full[0]), phases_.parity(0));
-      const float next[2] = {storage_.row_max[this->row_], storage_.row_max[this->row_ + 8]};
-      if (this->has_moved(next)) {
-        move_reference_to(next, num_tiles == 1);
-      }
-      derived().sums_are_final();
-      multiply_slot0();
-      finish_slot0();
-      phases_.advance(0);
-    }
-  }
-
-  // `kHalves`: the first half of the probabilities of slot 1 is handed over early. That hands the slot back later.
-  template <bool kHalves, class Facts>
-  __device__ __forceinline__ void run_pairs(int num_tiles, const Facts& facts) {
+    int tile = 0;
 #pragma unroll 1
-    for (int tile = 0; tile + 1 < num_tiles; tile += 2) {
+    for (; tile + 1 < num_tiles; tile += 2) {
       float scores[32];
       named_barrier_sync(kScores0Issued, C::kMathThreads);
       issue_scores<1>(scores);
@@ -148,12 +126,25 @@ class GroupedSeesaw : protected SeesawWarpgroup<typename C::Element, Storage, kK
       if (tile + 2 >= num_tiles) {
         this->release_q();
       }
-      multiply_slot1<kHalves>(scores, facts, tile + 1, loaded_mask, tile + 2 == num_tiles);
+      multiply_slot1_by_halves(scores, facts, tile + 1, loaded_mask, tile + 2 == num_tiles);
       wgmma_wait<1>();
       release(1, kCols256);
       wgmma_wait<0>();
       release(1, kCols384);
       phases_.advance(1);
+      phases_.advance(0);
+    }
+    if (tile < num_tiles) {
+      this->release_q();
+      mbarrier_wait(shared_address(&storage_.probabilities_full[0]), phases_.parity(0));
+      float next[2];
+      this->load_reference(next);
+      if (this->has_moved(next)) {  // nothing is in flight: each warp by itself
+        move_reference_to(next, tile == 0);
+      }
+      derived().sums_are_final();
+      multiply_slot0();
+      finish_slot0();
       phases_.advance(0);
     }
   }
@@ -253,12 +244,11 @@ class GroupedSeesaw : protected SeesawWarpgroup<typename C::Element, Storage, kK
     this->hand_over(storage_.probabilities_full[0]);
   }
 
-  // The same of slot 1 while the products of slot 0 run, and its own products. With halves the probabilities of the
-  // first 32 keys are handed over before the products of slot 0 have ended, and multiplied under the exponentials of
-  // the others.
-  template <bool kHalves, class Facts, class Mask>
-  __device__ __forceinline__ void multiply_slot1(float (&scores)[32], const Facts& facts, int tile,
-                                                 const Mask& loaded_mask, bool last) {
+  // The same of slot 1 while the products of slot 0 run, and its own products. The probabilities of the first 32 keys
+  // are handed over before the products of slot 0 have ended, and multiplied under the exponentials of the others.
+  template <class Facts, class Mask>
+  __device__ __forceinline__ void multiply_slot1_by_halves(float (&scores)[32], const Facts& facts, int tile,
+                                                           const Mask& loaded_mask, bool last) {
     uint32_t probabilities[16];
     const uint32_t place = shared_address(storage_.probabilities[0]);
     derived().mask(scores, facts, tile, loaded_mask);
@@ -266,45 +256,27 @@ class GroupedSeesaw : protected SeesawWarpgroup<typename C::Element, Storage, kK
     const bool outgrown = this->next_reference(scores, scale_log2_, next);
     make_half<0>(scores, next, sum, probabilities);
     store_half<0>(place, probabilities);
-    if constexpr (kHalves) {
-      this->publish_reference(next);
-      fence_async_proxy();
-      this->hand_over(storage_.probabilities_full[1]);
-    }
+    this->publish_reference(next);
+    fence_async_proxy();
+    this->hand_over(storage_.probabilities_full[1]);
     // Behind these stores: the compiler would else wait in front of the exponentials.
     finish_slot0();
     if (outgrown) {
       move_reference_to(next, false);
     }
-    if constexpr (kHalves) {
-      wgmma_fence();
-      this->template multiply_registers<1, kFirstHalf>(1, probabilities);
-    } else {
-      this->publish_reference(next);
-    }
+    wgmma_fence();
+    this->template multiply_registers<1, kFirstHalf>(1, probabilities);
     make_half<1>(scores, next, sum, probabilities);
     sum_[0] += sum[0];
     sum_[1] += sum[1];
-    if constexpr (kHalves) {
-      if (last) {
-        derived().sums_are_final();
-      }
-      wgmma_fence();
-      this->template multiply_registers<1, kSecondHalf>(1, probabilities);
+    if (last) {
+      derived().sums_are_final();
     }
+    wgmma_fence();
+    this->template multiply_registers<1, kSecondHalf>(1, probabilities);
     store_half<1>(place, probabilities);
     fence_async_proxy();
-    if constexpr (!kHalves) {
-      this->hand_over(storage_.probabilities_full[1]);
-    }
     this->hand_over(storage_.second_half_full);
-    if constexpr (!kHalves) {
-      if (last) {
-        derived().sums_are_final();
-      }
-      wgmma_fence();
-      this->template multiply_registers<1>(1, probabilities);
-    }
   }
 
   // Probabilities of 32 keys.

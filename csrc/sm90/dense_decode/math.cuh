@@ -38,9 +38,6 @@ class MathWarpgroup : GroupedSeesaw<MathWarpgroup<C>, C, Storage<C>> {
  private:
   static constexpr bool kCopiedKeys = false;
 
-  // With one or two row tiles slots wait for memory, and are to be handed back early.
-  __device__ __forceinline__ bool by_halves() const { return params_.num_row_tiles > 2; }
-
   struct Nothing {};
   __device__ __forceinline__ Nothing load_mask() const { return {}; }
 

@@ -61,8 +61,6 @@ class MathWarpgroup : GroupedSeesaw<MathWarpgroup<C>, C, Storage<C>, true> {
   }
 
   // A warpgroup masks the tiles of its own slot.
-  static __device__ __forceinline__ constexpr bool by_halves() { return true; }
-
   __device__ __forceinline__ uint2 load_mask() const { return *reinterpret_cast<const uint2*>(storage_.valid[side_]); }
 
   __device__ __forceinline__ void mask(float (&scores)[32], const PieceFacts&, int, const uint2& valid) const {
