@@ -1,8 +1,9 @@
 // Set-up, the switch between the warp roles, tear-down. Roles, registers, barriers and the schedule: design.md.
 #pragma once
 
+#include "sm90/sparse_attention/converter.cuh"
 #include "sm90/sparse_attention/math.cuh"
-#include "sm90/sparse_attention/producer.cuh"
+#include "sm90/sparse_attention/row_sender.cuh"
 
 namespace flash_mla::sm90::sparse_attention {
 
@@ -12,6 +13,15 @@ __device__ __forceinline__ void init_barriers(Storage<C>& storage) {
   for (int place = 0; place < C::kPlaces; ++place) {
     mbarrier_init(shared_address(&storage.k_full[place]), C::kProducerWarps);
     mbarrier_init(shared_address(&storage.k_empty[place]), kWarpsOfAWarpgroup);
+  }
+  for (int sender = 0; sender < C::kSenders; ++sender) {
+    constexpr int kConvertingWarps = C::kProducerWarps / C::kSenders;
+    mbarrier_init(shared_address(&storage.told[0][sender]), 1);
+    mbarrier_init(shared_address(&storage.told[1][sender]), 1);
+    mbarrier_init(shared_address(&storage.left_full[sender]), 32 + 1);
+    mbarrier_init(shared_address(&storage.left_empty[sender]), kConvertingWarps);
+    mbarrier_init(shared_address(&storage.right_full[sender]), 32);
+    mbarrier_init(shared_address(&storage.right_empty[sender]), kConvertingWarps);
   }
   mbarrier_init(shared_address(&storage.tail_empty), kWarpsOfAWarpgroup);
   mbarrier_init(shared_address(&storage.q_full), C::kProducerThreads);
@@ -34,10 +44,14 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   // Nothing that this kernel reads may still be written by the kernels before it in the stream, the schedule included:
   // each role waits for them.
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
-  if (warpgroup >= 2) {
+  if (warpgroup == 3) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(C::kSenderRegisters));
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0), lane = threadIdx.x % 32;
+    RowSender<C>(params, storage, warp, lane).run();
+  } else if (warpgroup == 2) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(C::kProducerRegisters));
-    const int warp = __shfl_sync(~0u, threadIdx.x / 32 % 8, 0), lane = threadIdx.x % 32;
-    ProducerWarp<C>(params, storage, warp, lane).run();
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0), lane = threadIdx.x % 32;
+    ConvertingWarp<C>(params, storage, warp, lane).run();
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C::kMathRegisters));
     if (params.cut_evenly) {
