@@ -28,15 +28,15 @@ struct Config {
   static constexpr int kRopeSlice = kSlices - 1;
 
   static constexpr int kMathThreads = 256;
-  static constexpr int kProducerWarps = 4;  // that convert
+  static constexpr int kProducerWarps = 8;  // that convert
   static constexpr int kProducerThreads = 32 * kProducerWarps;
   static constexpr int kSenders = 4;  // warps that bring rows
   static constexpr int kSenderKeys = kKeys / kSenders;
   static constexpr int kThreads = kMathThreads + kProducerThreads + 32 * kSenders;
-  // Registers per thread after the roles part: 256 * 192 + 128 * 80 + 128 * 48 = 64 K.
-  static constexpr int kMathRegisters = 192;
-  static constexpr int kProducerRegisters = 88;
-  static constexpr int kSenderRegisters = 40;
+  // Registers per thread after the roles part: 128 * (192 + 176 + 3 * 48) = 64 K.
+  static constexpr int kScoringRegisters = 192, kMultiplyingRegisters = 176;
+  static constexpr int kProducerRegisters = 48;
+  static constexpr int kSenderRegisters = 48;
 
   // A tile is converted, scored, multiplied and handed back by quarters of the values, which lie in a ring of places.
   static constexpr int kQuarters = 4, kPlaces = 6;

@@ -1,4 +1,4 @@
-// The four converting warps. Each has sixteen keys of a tile, whose rows lie in shared memory as they are in the cache,
+// The eight converting warps. Each has eight keys of a tile, whose rows lie in shared memory as they are in the cache,
 // and converts them, a quarter of their values after the other, into the places that the math warps have handed back.
 #pragma once
 

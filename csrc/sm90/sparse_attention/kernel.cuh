@@ -32,6 +32,16 @@ __device__ __forceinline__ void init_barriers(Storage<C>& storage) {
 }
 
 template <class C>
+__device__ __forceinline__ void begin_math(const SparseAttentionParams& params) {
+  if (params.cut_evenly) {
+    prefetch_inputs<C>(params);
+  }
+  wait_for_dependencies();
+  // Not before the wait: the combine kernel reads schedule and lengths as soon as it starts.
+  launch_dependents();
+}
+
+template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1)
     sparse_attention_kernel(const __grid_constant__ SparseAttentionParams params) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -44,25 +54,23 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   // Nothing that this kernel reads may still be written by the kernels before it in the stream, the schedule included:
   // each role waits for them.
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
-  if (warpgroup == 3) {
+  constexpr int kWarpgroups = C::kThreads / 128;
+  if (warpgroup == kWarpgroups - 1) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(C::kSenderRegisters));
     const int warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0), lane = threadIdx.x % 32;
     RowSender<C>(params, storage, warp, lane).run();
-  } else if (warpgroup == 2) {
+  } else if (warpgroup >= 2) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(C::kProducerRegisters));
-    const int warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0), lane = threadIdx.x % 32;
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32 % C::kProducerWarps, 0), lane = threadIdx.x % 32;
     ConvertingWarp<C>(params, storage, warp, lane).run();
+  } else if (warpgroup == 0) {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C::kScoringRegisters));
+    begin_math<C>(params);
+    MathWarpgroup<C>(params, storage, 0).run();
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C::kMathRegisters));
-    if (params.cut_evenly) {
-      prefetch_inputs<C>(params);
-    }
-    wait_for_dependencies();
-    // Not before the wait: the combine kernel reads schedule and lengths as soon as it starts.
-    launch_dependents();
-    // With scales of the cache there is no register to keep it in.
-    const int side = has_one_scale(C::kFormat) ? static_cast<int>(threadIdx.x / 128) : warpgroup;
-    MathWarpgroup<C>(params, storage, side).run();
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C::kMultiplyingRegisters));
+    begin_math<C>(params);
+    MathWarpgroup<C>(params, storage, 1).run();
   }
 #endif
 }

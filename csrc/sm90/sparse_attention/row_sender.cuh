@@ -1,4 +1,4 @@
-// The two warps that bring rows. Each has 32 keys of a tile, for four converting warps, and sends for a half of their
+// The four warps that bring rows. Each has 16 keys of a tile, for two converting warps, and sends for a half of their
 // rows by asynchronous copies as soon as these have read the one before it.
 #pragma once
 
