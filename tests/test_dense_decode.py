@@ -325,6 +325,23 @@ def test_repeat_runs_give_the_same_bits(backend: Target, h_q: int, batch_invaria
         assert_same_bits(run_dense_decode(inputs, enable_batch_invariant=batch_invariant), first)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("page", [16, 48, 64])
+@pytest.mark.parametrize(("h_q", "s_q"), [(16, 1), (128, 1), (128, 2)])
+def test_many_requests_give_the_same_bits_again_and_again(cuda: Target, h_q: int, s_q: int, page: int) -> None:
+    """All multiprocessors at work, several requests each: an error of hand-overs within a kernel shows as other bits.
+
+    Tiles of several pages, of rows that are copied, and of one page.
+    """
+    requests, times = (20, 3) if cuda.emulated else (150, 30)
+    lengths = torch.randint(0, 700, (requests,), generator=torch.Generator().manual_seed(page)).tolist()
+    inputs = make_dense_decode_inputs(lengths, s_q=s_q, h_q=h_q, page=page, device=cuda.device, causal=True)
+    wanted = run_dense_decode(inputs)
+    check_dense_decode(inputs, result=wanted)
+    for _ in range(times):
+        assert_same_bits(run_dense_decode(inputs), wanted)
+
+
 @pytest.mark.parametrize("h_q", [16, 128])
 @pytest.mark.parametrize("s_q", [1, 3])
 def test_batch_invariance(backend: Target, s_q: int, h_q: int) -> None:
