@@ -119,7 +119,7 @@ class GroupedSeesaw : protected SeesawWarpgroup<typename C::Element, Storage, kK
       named_barrier_sync(kScores0Issued, C::kMathThreads);
       issue_scores<1>(scores);
       const auto loaded_mask = derived().load_mask();
-      follow_slot0(tile == 0);
+      follow_slot0<true>(tile == 0);
       multiply_slot0();
       wgmma_wait<2>();
       release(1, kRope);
@@ -136,12 +136,7 @@ class GroupedSeesaw : protected SeesawWarpgroup<typename C::Element, Storage, kK
     }
     if (tile < num_tiles) {
       this->release_q();
-      mbarrier_wait(shared_address(&storage_.probabilities_full[0]), phases_.parity(0));
-      float next[2];
-      this->load_reference(next);
-      if (this->has_moved(next)) {  // nothing is in flight: each warp by itself
-        move_reference_to(next, tile == 0);
-      }
+      follow_slot0<false>(tile == 0);
       derived().sums_are_final();
       multiply_slot0();
       finish_slot0();
@@ -149,14 +144,18 @@ class GroupedSeesaw : protected SeesawWarpgroup<typename C::Element, Storage, kK
     }
   }
 
-  // Waits for the probabilities of slot 0 and adopts their reference. Where any warp has to, the warpgroup waits for
-  // the scores in flight, beside which nobody may touch the output: such a wait is for all of its warps or for none.
+  // Waits for the probabilities of slot 0 and adopts their reference. Where scores are in flight, beside which nobody
+  // may touch the output, and any warp has to, the warpgroup waits for them: such a wait is for all of its warps or for
+  // none.
+  template <bool kBesideScores>
   __device__ __forceinline__ void follow_slot0(bool first) {
     mbarrier_wait(shared_address(&storage_.probabilities_full[0]), phases_.parity(0));
     float next[2];
     this->load_reference(next);
-    if (named_barrier_any(kFollows, C::kMathThreads / 2, this->differs(next))) {
-      wgmma_wait<0>();
+    if (kBesideScores ? named_barrier_any(kFollows, C::kMathThreads / 2, this->differs(next)) : this->has_moved(next)) {
+      if constexpr (kBesideScores) {
+        wgmma_wait<0>();
+      }
       move_reference_to(next, first);
     }
   }

@@ -222,7 +222,7 @@ struct RowWarps {
     async_copy_commit();
   }
 
-  // The copies made so far are there for wgmma once every warp has arrived.
+  // The copies that both warps have made so far are there for wgmma.
   static __device__ __forceinline__ void hand_over(uint64_t* barrier, int first_row, int lane) {
     fence_async_proxy();
     named_barrier_sync(kRowsCopied, 32 * kNumRowWarps);
