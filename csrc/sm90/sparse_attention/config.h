@@ -28,24 +28,39 @@ struct Config {
   static constexpr int kRopeSlice = kSlices - 1;
 
   static constexpr int kMathThreads = 256;
-  static constexpr int kProducerWarps = 8;
+  static constexpr int kProducerWarps = 8;  // that convert
   static constexpr int kProducerThreads = 32 * kProducerWarps;
-  static constexpr int kWarpKeys = kKeys / kProducerWarps;
-  static constexpr int kThreads = kMathThreads + kProducerThreads;
-  // Registers per thread after the roles part: 2 * 128 * 192 + 2 * 128 * 64 = 64 K.
-  static constexpr int kMathRegisters = 192;
-  static constexpr int kProducerRegisters = 64;
+  static constexpr int kSenders = 4;  // warps that bring rows
+  static constexpr int kSenderKeys = kKeys / kSenders;
+  static constexpr int kThreads = kMathThreads + kProducerThreads + 32 * kSenders;
+  // Registers per thread after the roles part. They come from those that the kernel starts with: were they too few, the
+  // last role to ask would wait for ever.
+  static constexpr int kScoringRegisters = 192, kMultiplyingRegisters = 176;
+  static constexpr int kProducerRegisters = 40, kSenderRegisters = 24;
+  static constexpr int kFirstRegisters = 65536 / kThreads / 8 * 8;
+  static_assert(kMathThreads / 2 * (kScoringRegisters + kMultiplyingRegisters) + kProducerThreads * kProducerRegisters +
+                    32 * kSenders * kSenderRegisters <=
+                kThreads * kFirstRegisters);
 
   // A tile is converted, scored, multiplied and handed back by quarters of the values, which lie in a ring of places.
-  static constexpr int kQuarters = 4, kPlaces = 6;
+  static constexpr int kQuarters = 4, kPlaces = kRopeBehindValues ? 6 : 7;
   static constexpr int kQuarterBytes = 2 * kSliceBytes;
+  static constexpr int kRopeWith = 3;  // RoPE columns that are no part of the values go with this quarter
 
   // Of a row as it is in memory: the left half of the values, what follows it without the scales, and the scales.
   static constexpr KVLayout kLayout = layout_of(kFormat);
   static constexpr int kLeftBytes = 256;
   static constexpr int kRightBytes = (kLayout.value_bytes() + (kRopeQuantised ? 1 : 2) * kLayout.rope()) - kLeftBytes;
+  static constexpr bool kScalesApart =
+      kLayout.scales_behind_page || (kExtraFormat != KVFormat::kNone && layout_of(kExtraFormat).scales_behind_page);
   static constexpr int kScaleBytes = std::max(
       {16, kLayout.scale_bytes(), kExtraFormat == KVFormat::kNone ? 0 : layout_of(kExtraFormat).scale_bytes()});
+};
+
+// The keys as the warps have them that bring their rows.
+template <class C>
+struct SenderConfig : C {
+  static constexpr int kProducerWarps = C::kSenders;
 };
 
 }  // namespace flash_mla::sm90::sparse_attention

@@ -72,7 +72,7 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>, true> {
       wait_for_quarter(2);
       wait_for_quarter(3);
       fence_async_proxy();
-      mbarrier_wait(shared_address(&storage_.probabilities_full), tile_parity_);
+      mbarrier_wait(shared_address(&storage_.probabilities_full), tiles_ & 1);
       uint32_t probabilities[16];
       load_probabilities(probabilities);
       this->adopt_reference();
@@ -98,7 +98,7 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>, true> {
     const Place next = place_of(C::kQuarters);
     first_place_ = next.index;
     parity_ = next.parity;
-    tile_parity_ ^= 1;
+    ++tiles_;
   }
 
   __device__ __forceinline__ void wait_for_quarter(int quarter) {
@@ -137,7 +137,7 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>, true> {
 
   // Masks the scores and moves the reference maximum where one outgrows it.
   __device__ __forceinline__ void find_reference(float (&scores)[32], int piece, int tile) {
-    const uint2 valid = *reinterpret_cast<const uint2*>(storage_.valid[tile_parity_]);
+    const uint2 valid = *reinterpret_cast<const uint2*>(storage_.valid[tiles_ % kValidTurns]);
     if ((valid.x & valid.y) != ~0u) {
       mask_keys(scores, valid.x, valid.y, lane_);
     }
@@ -155,7 +155,7 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>, true> {
     this->move_reference(scores, scale_log2());
     if constexpr (!C::kRopeBehindValues) {
       // Else the producers have waited for it.
-      mbarrier_wait(shared_address(&storage_.tail_empty), tile_parity_ ^ 1);
+      mbarrier_wait(shared_address(&storage_.tail_empty), tiles_ & 1 ^ 1);
     }
     this->publish_reference();
   }
@@ -245,7 +245,7 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>, true> {
   const float scale_log2_;
   int first_place_ = 0;  // of the tile
   uint32_t parity_ = 0;  // of that place
-  uint32_t tile_parity_ = 0;
+  uint32_t tiles_ = 0;
 };
 
 }  // namespace flash_mla::sm90::sparse_attention
