@@ -134,6 +134,34 @@ def test_heads(backend: Target, h_q: int, known: KVFormat) -> None:
         2, h_q=h_q, kv_format=known, topk=65, lengths="request", sink=h_q % 2 == 0, device=backend.device
     )
     check_decode(inputs)
+    check_by_pairs_too(inputs)
+
+
+def check_by_pairs_too(inputs: SparseDecodeInputs) -> None:
+    """By default CTAs by themselves take a few requests of many heads. In this mode pairs of CTAs do."""
+    if inputs.q.shape[2] > 64:
+        check_decode(inputs, enable_batch_invariant=True)
+
+
+@pytest.mark.parametrize("extra", [False, True])
+@pytest.mark.parametrize("known", PRIMARY_FORMATS)
+@pytest.mark.parametrize("h_q", [65, 100, 128])
+def test_many_heads_of_many_requests(backend: Target, h_q: int, known: KVFormat, extra: bool) -> None:
+    inputs = make_sparse_decode_inputs(
+        20,
+        h_q=h_q,
+        kv_format=known,
+        topk=65,
+        lengths="request",
+        extra_topk=70 if extra else 0,
+        extra_format=KVFormat.V41_FP4 if known is KVFormat.V41 else None,
+        extra_page=5,
+        extra_lengths="request",
+        invalid=0.3,
+        sink=True,
+        device=backend.device,
+    )
+    check_decode(inputs)
 
 
 @pytest.mark.parametrize(("b", "s_q"), [(1, 1), (1, 65), (3, 2), (3, 7), (40, 1), (40, 3)])
@@ -170,7 +198,9 @@ def test_scale(backend: Target, scale: float) -> None:
 
 @pytest.mark.parametrize("h_q", [16, 64, 128])
 def test_peaked_scores(backend: Target, h_q: int) -> None:
-    check_decode(make_sparse_decode_inputs(2, 2, h_q=h_q, topk=200, spread=8.0, device=backend.device))
+    inputs = make_sparse_decode_inputs(2, 2, h_q=h_q, topk=200, spread=8.0, device=backend.device)
+    check_decode(inputs)
+    check_by_pairs_too(inputs)
 
 
 @pytest.mark.parametrize("h_q", [16, 64, 128])
@@ -183,7 +213,9 @@ def test_growing_scores(backend: Target, h_q: int, stride: int) -> None:
     indices = inputs.primary.indices
     order = (rows[indices.flatten().long()] @ inputs.q[0, 0, 0].float()).argsort()
     indices[:] = indices.flatten()[order].view(-1, stride).flip(1).reshape(indices.shape)
-    check_decode(replace_device(inputs, backend))
+    inputs = replace_device(inputs, backend)
+    check_decode(inputs)
+    check_by_pairs_too(inputs)
 
 
 @pytest.mark.parametrize("h_q", [4, 64, 128])
@@ -193,6 +225,7 @@ def test_rows_and_columns_of_many_sizes(backend: Target, known: KVFormat, h_q: i
     inputs = make_sparse_decode_inputs(2, h_q=h_q, kv_format=known, octaves=10, device=backend.device)
     inputs.softmax_scale = 1e-8
     check_decode(inputs)
+    check_by_pairs_too(inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8])
@@ -587,7 +620,7 @@ def test_rows_that_an_engine_wrote(backend: Target, parts: int) -> None:
 @pytest.mark.parametrize("h_q", [8, 32, 64, 128])
 def test_short_lists_one_behind_the_other(backend: Target, h_q: int, known: KVFormat) -> None:
     """Parts with many lists of no key, one block, or an odd number of blocks."""
-    lengths = [0, 1, 64, 0, 0, 129, 65, 300, 1, 0, 192, 128, 1, 1, 0, 320]
+    lengths = [0, 1, 64, 0, 0, 129, 65, 300, 1, 0, 192, 128, 1, 1, 0, 320, 63, 0, 2, 66]
     inputs = make_sparse_decode_inputs(
         len(lengths), h_q=h_q, topk=320, kv_format=known, lengths=lengths, sink=True, device=backend.device
     )

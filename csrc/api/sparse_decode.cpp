@@ -175,6 +175,9 @@ struct SparseCall {
       problem.extra_page = static_cast<int>(extra->cache.size(1));
       problem.extra_topk = static_cast<int>(extra->indices.size(2));
     }
+    // Not in the batch-invariant mode, where b must not choose the kernel.
+    problem.few_tiles = !common.batch_invariant && 4 * q.size(0) * q.size(1) * ceil_div<int64_t>(q.size(2), kRowTile) <=
+                                                       static_cast<int64_t>(facts.num_sms);
     const SparseKernel& kernel = select("sparse_decode", sparse_attention_kernels(), problem);
     if (problem.b == 0) {
       return;

@@ -55,6 +55,10 @@ const char* why_not_few_heads(const SparseAttentionProblem& problem) {
 template <KVFormat kFormat, int kHeadDim, KVFormat kExtra = kFormat>
 const char* why_not_paired(const SparseAttentionProblem& problem) {
   const char* reason = why_not_many_rows(problem);
+  if (reason == nullptr && problem.few_tiles) {
+    // Measured: to set up clusters takes longer than sharing keys saves.
+    reason = "a call of so few query rows is for CTAs by themselves";
+  }
   return reason ? reason : why_not_sparse_attention<kFormat, kHeadDim, kExtra>(problem);
 }
 

@@ -26,6 +26,7 @@ struct SparseAttentionProblem {
   int page, extra_page;
   int topk, extra_topk;
   float softmax_scale;
+  bool few_tiles;  // so few row tiles that most SMs have none of their own: each CTA takes a small part of one
 };
 
 // A cache, and which of its rows the units attend to.
