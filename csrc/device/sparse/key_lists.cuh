@@ -27,7 +27,10 @@ class KeyLists {
   __device__ __forceinline__ KeyLists(const SparseAttentionParams& params, Storage& storage, Walk& walk, int warp,
                                       int lane)
       : params_(params), storage_(storage), walk_(walk), warp_(warp), lane_(lane) {
-    begin_lists();
+    if (lane_ == 0) {
+      begin_walk<kItemTiles>(walk_);
+    }
+    __syncwarp();
   }
 
   // Of a warp that others tell of the tiles: it leaves their walk alone.
@@ -35,13 +38,6 @@ class KeyLists {
   __device__ __forceinline__ KeyLists(const SparseAttentionParams& params, Storage& storage, Walk& walk, int warp,
                                       int lane, IsTold)
       : params_(params), storage_(storage), walk_(walk), warp_(warp), lane_(lane) {}
-
-  __device__ __forceinline__ void begin_lists() {
-    if (lane_ == 0) {
-      begin_walk<kItemTiles>(walk_);
-    }
-    __syncwarp();
-  }
 
   // Steps to the next tile and fetches the lane's index; -1 where its list has ended.
   __device__ __forceinline__ void fetch_indices() {

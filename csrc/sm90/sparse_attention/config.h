@@ -45,7 +45,6 @@ struct Config {
   // A tile is converted, scored, multiplied and handed back by quarters of the values, which lie in a ring of places.
   static constexpr int kQuarters = 4, kPlaces = kRopeBehindValues ? 6 : 7;
   static constexpr int kQuarterBytes = 2 * kSliceBytes;
-  static constexpr int kRopeWith = 3;  // RoPE columns that are no part of the values go with this quarter
 
   // Of a row as it is in memory: the left half of the values, what follows it without the scales, and the scales.
   static constexpr KVLayout kLayout = layout_of(kFormat);

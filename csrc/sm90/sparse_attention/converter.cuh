@@ -14,6 +14,7 @@ class ConvertingWarp : KeyLists<C, Storage<C>> {
   using Base::lane_, Base::params_, Base::storage_, Base::walk_, Base::warp_, Base::kWarpKeys;
   static constexpr int kSharers = C::kProducerWarps / C::kSenders;  // of what a sender brings
   static constexpr int kPasses = kWarpKeys / 4;                     // of a quarter: four keys at a time
+  static constexpr int kLastQuarter = C::kQuarters - 1;             // with which the RoPE columns go
   static constexpr int kRopeUnits = C::kHasRope && !C::kRopeQuantised ? kPasses : 0;  // of 16 bytes, that a lane keeps
 
  public:
@@ -129,14 +130,14 @@ class ConvertingWarp : KeyLists<C, Storage<C>> {
         }
       });
     }
-    if constexpr (kRopeUnits > 0 && C::kRopeBehindValues && kQuarter == C::kRopeWith) {
+    if constexpr (kRopeUnits > 0 && C::kRopeBehindValues && kQuarter == kLastQuarter) {
       mbarrier_wait(shared_address(&storage_.tail_empty), tile_parity_ ^ 1);
       store_rope(rope, shared_address(storage_.tail) + this->first_key() * kSliceRowBytes);
     }
-    if constexpr (kRopeUnits > 0 && C::kRopeInValues && kQuarter == 3) {
+    if constexpr (kRopeUnits > 0 && C::kRopeInValues && kQuarter == kLastQuarter) {
       store_rope(rope, quarter + C::kSliceBytes);
     }
-    if constexpr (kQuarter == 3) {
+    if constexpr (kQuarter == kLastQuarter) {
       tile_parity_ ^= 1;
     }
     // The readers order the stores before their use by the async proxy.
