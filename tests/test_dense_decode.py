@@ -121,6 +121,17 @@ def test_scale(backend: Target, scale: float) -> None:
     check_dense_decode(inputs)
 
 
+@pytest.mark.parametrize("magnitude", [-80, -20, 20, 80])
+@pytest.mark.parametrize("h_q", [16, 64, 128])
+def test_values_of_any_magnitude_in_pieces(backend: Target, h_q: int, magnitude: int) -> None:
+    """Of requests in pieces, which are joined, no number leaves its range in between."""
+    lengths = [3000, 2000] if backend.on_gpu else [200, 70]
+    inputs = make_dense_decode_inputs(lengths, h_q=h_q if backend.on_gpu else 4, device=backend.device)
+    inputs.k_cache.mul_(2.0**magnitude)
+    inputs.softmax_scale = 2.0**-magnitude / 24
+    check_dense_decode(inputs)
+
+
 def test_a_negative_scale(backend: Target) -> None:
     """No CUDA kernel takes it. Alone they say so; else Triton serves, or the reference with a warning."""
     inputs = make_dense_decode_inputs(backend.lengths(65, 0, 130), h_q=16, device=backend.device)

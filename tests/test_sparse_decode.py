@@ -228,6 +228,26 @@ def test_rows_and_columns_of_many_sizes(backend: Target, known: KVFormat, h_q: i
     check_by_pairs_too(inputs)
 
 
+@pytest.mark.parametrize("magnitude", [-80, -20, 20, 80])
+@pytest.mark.parametrize("h_q", [16, 64, 128])
+@pytest.mark.parametrize("known", PRIMARY_FORMATS)
+def test_values_of_any_magnitude_in_pieces(backend: Target, known: KVFormat, h_q: int, magnitude: int) -> None:
+    """Of lists in pieces, which are joined, no number leaves its range in between."""
+    inputs = make_sparse_decode_inputs(
+        2,
+        h_q=h_q if backend.on_gpu else 4,
+        kv_format=known,
+        topk=1500 if backend.on_gpu else 200,
+        num_blocks=24,
+        magnitude=magnitude,
+        octaves=3,
+        device=backend.device,
+    )
+    inputs.softmax_scale = 2.0**-magnitude / 64
+    check_decode(inputs)
+    check_by_pairs_too(inputs)
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8])
 @pytest.mark.parametrize("known", ["V32", "MODEL1", "V41"])
 def test_what_the_caches_may_be_declared_as(backend: Target, known: str, dtype: torch.dtype) -> None:

@@ -25,7 +25,9 @@ constexpr int kThreads = kWarps * 32;
 constexpr int kStripBlocks = 4;                              // of 8 columns
 constexpr int kGroupStrips = kPartialBlocks / kStripBlocks;  // strips of a group of 16 rows
 constexpr int kCtasPerSm = 2;
-constexpr int kUnroll = 4;         // partial results in flight per warp
+// Partial results in flight per warp: what registers hold.
+template <bool kHalf>
+constexpr int kUnroll = kHalf ? 5 : 4;
 constexpr int kEarlyBatches = 3;   // of these, that a CTA which waits reads sooner than one that starts late
 constexpr int kListed = kThreads;  // candidates per round of listing
 
@@ -58,13 +60,14 @@ struct Sum {
     largest[0] = to0;
     largest[1] = to1;
   }
-  // `other` is relative to `other_largest`, which is not above `largest`.
-  __device__ __forceinline__ void add(const float4 (&other)[kStripBlocks], const float (&other_weight)[2],
-                                      const float (&other_largest)[2]) {
-    const float x = device::exp2_approx(other_largest[0] - largest[0]),
-                y = device::exp2_approx(other_largest[1] - largest[1]);
-    weight[0] = fmaf(x, other_weight[0], weight[0]);
-    weight[1] = fmaf(y, other_weight[1], weight[1]);
+  // A partial result: `other` times `scale`. Its log-sum-exp `lse` is not above `largest`.
+  __device__ __forceinline__ void add(const float4 (&other)[kStripBlocks], const float (&lse)[2],
+                                      const float (&scale)[2]) {
+    float x = device::exp2_approx(lse[0] - largest[0]), y = device::exp2_approx(lse[1] - largest[1]);
+    weight[0] += x;
+    weight[1] += y;
+    x *= scale[0];
+    y *= scale[1];
 #pragma unroll
     for (int b = 0; b < kStripBlocks; ++b) {
       value[b] = make_float4(fmaf(x, other[b].x, value[b].x), fmaf(x, other[b].y, value[b].y),
@@ -225,60 +228,100 @@ __device__ __forceinline__ int partial_of(const SplitRequest& split, int at) {
   return at == 0 ? split.first_partial : split.second_partial + (at - 1) * split.stride_partial;
 }
 
-// What splits first, first + step, ... make. `values` and `lses` are where the lane's share lies in partial result 0.
-__device__ __forceinline__ Sum accumulate(const SplitRequest& split, const float* values, const float* lses,
+// A lane's share of a strip in partial result 0.
+struct Share {
+  int64_t values;  // in elements
+  const float *scales, *lses;
+};
+
+// The lane's values of a partial result: of several blocks, as they are in memory.
+template <bool kHalf>
+struct LaneValues {
+  static constexpr int kWords = kStripBlocks * 4 / (kHalf ? 2 : 1), kUnits = kWords / 4;  // of 16 bytes
+  static constexpr int kUnitStride = kPartialBlock * (kHalf ? 2 : 1);                     // elements
+  using Element = std::conditional_t<kHalf, __half, float>;
+  uint4 units[kUnits] = {};
+
+  __device__ __forceinline__ void load(const void* partial_out, int64_t at) {
+#pragma unroll
+    for (int i = 0; i < kUnits; ++i) {
+      units[i] = *reinterpret_cast<const uint4*>(static_cast<const Element*>(partial_out) + at + i * kUnitStride);
+    }
+  }
+
+  __device__ __forceinline__ void widen(float4 (&values)[kStripBlocks]) const {
+#pragma unroll
+    for (int b = 0; b < kStripBlocks; ++b) {
+      if constexpr (kHalf) {
+        const uint4& unit = units[b / 2];
+        const float2 rows[2] = {device::unpack2<__half>(b % 2 ? unit.z : unit.x),
+                                device::unpack2<__half>(b % 2 ? unit.w : unit.y)};
+        values[b] = make_float4(rows[0].x, rows[0].y, rows[1].x, rows[1].y);
+      } else {
+        values[b] = make_float4(__uint_as_float(units[b].x), __uint_as_float(units[b].y), __uint_as_float(units[b].z),
+                                __uint_as_float(units[b].w));
+      }
+    }
+  }
+};
+
+// What splits first, first + step, ... make.
+template <bool kHalf>
+__device__ __forceinline__ Sum accumulate(const SplitRequest& split, const void* partial_out, const Share& share,
                                           int partial_tiles, int first, int step) {
   Sum sum;
-  auto tile_of = [&](int at) { return partial_of(split, at) * partial_tiles; };
+  auto tile_of = [&](int at) { return static_cast<int64_t>(partial_of(split, at) * partial_tiles); };
 #pragma unroll 1
-  for (int i = first; i == first || i < split.num_splits; i += kUnroll * step) {
-    float lse[kUnroll][2];
-    float4 value[kUnroll][kStripBlocks];
+  for (int i = first; i == first || i < split.num_splits; i += kUnroll<kHalf> * step) {
+    float lse[kUnroll<kHalf>][2], scale[kUnroll<kHalf>][2];
+    LaneValues<kHalf> value[kUnroll<kHalf>];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < kUnroll<kHalf>; ++u) {
       const int at = i + u * step;
-      const bool exists = at < split.num_splits;
-      const int tile = tile_of(at);
-#pragma unroll
-      for (int b = 0; b < kStripBlocks; ++b) {
-        value[u][b] = make_float4(0, 0, 0, 0);
-        if (exists) {
-          value[u][b] =
-              *reinterpret_cast<const float4*>(values + static_cast<int64_t>(tile) * kPartialTile + b * kPartialBlock);
-        }
+      if (at < split.num_splits) {
+        value[u].load(partial_out, share.values + tile_of(at) * kPartialTile);
       }
     }
     // After the values, of which there are many more: what waits for these waits for all.
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < kUnroll<kHalf>; ++u) {
       const int at = i + u * step;
       lse[u][0] = lse[u][1] = -INFINITY;
+      scale[u][0] = scale[u][1] = 1;
       if (at < split.num_splits) {
-        const float2 pair = *reinterpret_cast<const float2*>(lses + static_cast<int64_t>(tile_of(at)) * kRowTile);
+        const float2 pair = *reinterpret_cast<const float2*>(share.lses + tile_of(at) * kRowTile);
         lse[u][0] = pair.x;
         lse[u][1] = pair.y;
+        if constexpr (kHalf) {
+          const float2 scales = *reinterpret_cast<const float2*>(share.scales + tile_of(at) * kPartialScales);
+          scale[u][0] = scales.x;
+          scale[u][1] = scales.y;
+        }
       }
     }
     float largest[2] = {sum.largest[0], sum.largest[1]};
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < kUnroll<kHalf>; ++u) {
       largest[0] = fmaxf(largest[0], lse[u][0]);
       largest[1] = fmaxf(largest[1], lse[u][1]);
     }
     sum.rescale(largest[0], largest[1]);
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      sum.add(value[u], {1, 1}, lse[u]);
+    for (int u = 0; u < kUnroll<kHalf>; ++u) {
+      float4 values[kStripBlocks];
+      value[u].widen(values);
+      sum.add(values, lse[u], scale[u]);
     }
   }
   return sum;
 }
 
-// What `accumulate` has read for this warp, which nobody reads again. `strip`: where it lies in partial result 0. L2
+// What `accumulate` has read for this warp, which nobody reads again. `strip`: where it begins in partial result 0. L2
 // would else write it to memory while the next call reads its keys.
-__device__ __forceinline__ void discard(const SplitRequest& split, const float* strip, int partial_tiles, int first,
+template <class Element>
+__device__ __forceinline__ void discard(const SplitRequest& split, const Element* strip, int partial_tiles, int first,
                                         int step, int lane) {
-  constexpr int kLine = 128 / sizeof(float), kLines = kStripBlocks * kPartialBlock / kLine;
+  constexpr int kLine = 128 / sizeof(Element), kLines = kStripBlocks * kPartialBlock / kLine;
   static_assert(32 % kLines == 0);
   __syncwarp();  // all lanes have read
 #pragma unroll 1
@@ -360,7 +403,7 @@ __device__ __forceinline__ void store_row(const Params& params, const RowOut& to
   }
 }
 
-template <class T, class Params>
+template <class T, bool kHalf, class Params>
 __global__ void __launch_bounds__(kThreads, kCtasPerSm) combine_kernel(const __grid_constant__ Params params) {
   __shared__ Shared shared;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -388,7 +431,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) combine_kernel(const __g
     int sharing_log2 = kFixedSharingLog2;
     if (params.schedule != nullptr || is_evenly_cut(params)) {
       sharing_log2 = choose_sharing(strips, most_splits, min(early, grid));
-      if (strips / kWarps > early || most_splits > kEarlyBatches * kUnroll << sharing_log2) {
+      if (strips / kWarps > early || most_splits > kEarlyBatches * kUnroll<kHalf> << sharing_log2) {
         sharing_log2 = choose_sharing(strips, most_splits, grid);
       }
     }
@@ -404,9 +447,12 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) combine_kernel(const __g
       const int unit = divide(of_request, groups_per_unit), group = of_request - unit * groups_per_unit;
       const SplitRequest& listed = shared.requests[index];
       const int64_t tile = unit * unit_tiles(params) + group / 4;
-      const float* values = params.partial_out + tile * kPartialTile + group % 4 * kPartialGroup +
-                            strip * kStripBlocks * kPartialBlock + lane * 4;
-      const float* lses = params.partial_lse + tile * kRowTile + group % 4 * 16 + lane / 4 * 2;
+      const int64_t begin = tile * kPartialTile + group % 4 * kPartialGroup + strip * kStripBlocks * kPartialBlock;
+      const Share share{
+          begin + lane * (kHalf ? 8 : 4),
+          kHalf ? params.partial_scale + partial_scale_offset(tile, group % 4, 2 * strip / kGroupStrips) + lane * 2
+                : nullptr,
+          params.partial_lse + tile * kRowTile + group % 4 * 16 + lane / 4 * 2};
       const int column = strip * kStripBlocks * 8;
       __syncwarp();  // the rows of the strip before have been read
       if (lane < 16) {
@@ -425,7 +471,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) combine_kernel(const __g
         if (rehearses) {
           split.num_splits = 0;
         }
-        const Sum sum = accumulate(split, values, lses, partial_tiles, member, sharing);
+        const Sum sum = accumulate<kHalf>(split, params.partial_out, share, partial_tiles, member, sharing);
         if (sharing > 1) {
           __syncthreads();  // the sums of the strip before have been read
           shared.sums[warp][lane] = sum;
@@ -438,7 +484,9 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) combine_kernel(const __g
                        sharing > 1 ? join(shared, warp - member, sharing, lane, r) : row_of(sum, r));
         }
         if (!rehearses) {
-          discard(listed, values - lane * 4, partial_tiles, member, sharing, lane);
+          using Element = typename LaneValues<kHalf>::Element;
+          discard(listed, static_cast<const Element*>(params.partial_out) + begin, partial_tiles, member, sharing,
+                  lane);
         }
         again = rehearses;
         rehearses = false;
@@ -452,8 +500,8 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) combine_kernel(const __g
   }
 }
 
-template <class T, class Params>
-void launch(const Params& params, void* stream) {
+template <class T, bool kHalf, class Params>
+void launch_kind(const Params& params, void* stream) {
   // No more requests can be split than there are, nor than there are cuts.
   const int64_t groups = static_cast<int64_t>(num_units(params)) * ceil_div(unit_rows(params), 16);
   const int64_t requests = params.schedule == nullptr                ? params.num_requests
@@ -464,8 +512,13 @@ void launch(const Params& params, void* stream) {
   // decode kernel begins on the others meanwhile.
   const bool leaves_sms = std::is_same_v<Params, DenseDecodeParams> && groups == 1 && items <= kWarps * params.num_sms;
   const int64_t full = static_cast<int64_t>(leaves_sms ? 1 : kCtasPerSm) * params.num_sms;
-  device::launch_dependent("combine", combine_kernel<T, Params>, static_cast<unsigned>(items < full ? items : full),
-                           kThreads, 0, stream, params);
+  device::launch_dependent("combine", combine_kernel<T, kHalf, Params>,
+                           static_cast<unsigned>(items < full ? items : full), kThreads, 0, stream, params);
+}
+
+template <class T, class Params>
+void launch(const Params& params, void* stream) {
+  params.partial_scale != nullptr ? launch_kind<T, true>(params, stream) : launch_kind<T, false>(params, stream);
 }
 
 }  // namespace

@@ -44,13 +44,16 @@ int choose_max_cuts(int64_t tiles_per_request, int64_t most_blocks, int num_sms)
 // Requests of one launch in the batch-invariant mode.
 int64_t choose_requests_at_once(int64_t tiles_per_request, int max_cuts, int num_sms);
 
-// Memory for the partial results of `tiles` row tiles: the accumulators, then their log-sum-exps.
-template <class Params>
-Tensor allocate_partials(int device, int64_t tiles, Params& params) {
-  const int64_t rows = tiles * kRowTile;
-  Tensor memory = empty(device, ScalarType::Float, {rows * (kHeadDimV + 1)});
-  params.partial_out = static_cast<float*>(memory.data_ptr());
-  params.partial_lse = params.partial_out + rows * kHeadDimV;
+// Memory for the partial results of `tiles` row tiles: the accumulators, what scales them, and log-sum-exps.
+template <class Problem, class Params>
+Tensor allocate_partials(const Kernel<Problem, Params>& kernel, int device, int64_t tiles, Params& params) {
+  const bool half = kernel.partials == Partials::kHalf;
+  const int64_t values = half ? kPartialTile / 2 : kPartialTile, scales = half ? kPartialScales : 0;  // in words
+  Tensor memory = empty(device, ScalarType::Float, {tiles * (values + scales + kRowTile)});
+  auto* words = static_cast<float*>(memory.data_ptr());
+  params.partial_out = words;
+  params.partial_scale = half ? words + tiles * values : nullptr;
+  params.partial_lse = words + tiles * (values + scales);
   return memory;
 }
 
@@ -67,7 +70,7 @@ void launch_scheduled(const Kernel<Problem, Params>& kernel, Params& params, con
         params.num_parts, ", for a call with ", tiles, " row tiles per request");
   std::optional<Tensor> partials;
   if (params.num_parts > 1) {
-    partials = allocate_partials(device, kPartialsPerPart * params.num_parts * tiles, params);
+    partials = allocate_partials(kernel, device, kPartialsPerPart * params.num_parts * tiles, params);
   }
   kernel.launch(params, stream);
   if (params.num_parts > 1) {

@@ -105,7 +105,7 @@ void run(const View& q, const View& k, const View& table, const View& seqlens, c
   const int64_t at_once = choose_requests_at_once(tiles, params.max_cuts, facts.num_sms);
   std::optional<Tensor> partials;
   if (params.max_cuts > 1) {
-    partials = allocate_partials(q.device, std::min(at_once, s.b) * params.max_cuts * tiles, params);
+    partials = allocate_partials(kernel, q.device, std::min(at_once, s.b) * params.max_cuts * tiles, params);
   }
   launch_fixed_cuts(kernel, params, 0, s.b, at_once, stream);
 }

@@ -99,7 +99,7 @@ struct TableCall {
       return;
     }
     std::optional<Tensor> partials;
-    const int64_t at_once = prepare_fixed_cuts(params, q.device, partials);
+    const int64_t at_once = prepare_fixed_cuts(kernel, params, q.device, partials);
     launch_fixed_cuts(kernel, params, 0, params.b, at_once, stream);
   }
 

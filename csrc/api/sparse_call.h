@@ -83,13 +83,14 @@ struct SparseCommon {
 
 // Tells the kernel to cut every request by itself, allocates what that needs, and says how many requests a launch
 // takes.
-inline int64_t prepare_fixed_cuts(SparseAttentionParams& params, int device, std::optional<Tensor>& partials) {
+inline int64_t prepare_fixed_cuts(const SparseKernel& kernel, SparseAttentionParams& params, int device,
+                                  std::optional<Tensor>& partials) {
   const int64_t tiles = static_cast<int64_t>(params.num_units) * params.unit_tiles;
   params.max_cuts = choose_max_cuts(tiles, unit_blocks(params.keys[0].topk, params.keys[1].topk), params.num_sms);
   const int64_t at_once =
       std::min<int64_t>(choose_requests_at_once(tiles, params.max_cuts, params.num_sms), params.num_requests_total);
   if (params.max_cuts > 1) {
-    partials = allocate_partials(device, at_once * params.max_cuts * tiles, params);
+    partials = allocate_partials(kernel, device, at_once * params.max_cuts * tiles, params);
   }
   return at_once;
 }

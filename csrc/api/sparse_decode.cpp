@@ -90,7 +90,8 @@ void launch_evenly_cut(const SparseKernel& kernel, SparseAttentionParams& params
   params.num_units = params.partial_units = 1;
   std::optional<Tensor> partials;
   if (params.max_cuts > 1) {
-    partials = allocate_partials(device, static_cast<int64_t>(tokens) * params.max_cuts * params.unit_tiles, params);
+    partials =
+        allocate_partials(kernel, device, static_cast<int64_t>(tokens) * params.max_cuts * params.unit_tiles, params);
   }
   launch_fixed_cuts(kernel, params, 0, tokens, tokens, stream);
 }
@@ -107,7 +108,7 @@ void launch_by_token(const SparseKernel& kernel, SparseAttentionParams& params, 
   params.num_requests_total = static_cast<int>(tokens);
   params.num_units = params.partial_units = 1;
   std::optional<Tensor> partials;
-  const int64_t at_once = prepare_fixed_cuts(params, device, partials);
+  const int64_t at_once = prepare_fixed_cuts(kernel, params, device, partials);
 
   CompactParams compact{};
   compact.keys[0] = params.keys[0], compact.keys[1] = params.keys[1];

@@ -9,6 +9,9 @@
 
 namespace flash_mla {
 
+// What partial results are in (core/params/dense_decode.h).
+enum class Partials { kHalf, kFloat };
+
 template <class Problem, class Params>
 struct Kernel {
   const char* name;
@@ -17,6 +20,7 @@ struct Kernel {
   void (*launch)(const Params&, void* stream);
   // Starts on calls that no plan cuts before the kernels before it have ended.
   bool starts_early = false;
+  Partials partials = Partials::kHalf;  // that it writes
 };
 
 // "name\treason\n" for every kernel; the reason is empty where the kernel takes the problem.

@@ -101,9 +101,9 @@ __device__ __forceinline__ uint64_t evict_last_policy() {
   return policy;
 }
 
-__device__ __forceinline__ void store_hinted(float* address, const float4& values, uint64_t policy) {
-  asm volatile("st.global.L2::cache_hint.v4.f32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(address), "f"(values.x),
-               "f"(values.y), "f"(values.z), "f"(values.w), "l"(policy)
+__device__ __forceinline__ void store_hinted(void* address, const uint4& words, uint64_t policy) {
+  asm volatile("st.global.L2::cache_hint.v4.b32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(address), "r"(words.x), "r"(words.y),
+               "r"(words.z), "r"(words.w), "l"(policy)
                : "memory");
 }
 

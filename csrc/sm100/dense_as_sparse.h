@@ -28,7 +28,9 @@ inline SparseAttentionParams as_sparse(const DenseDecodeParams& dense, int kv_he
   params.out = static_cast<char*>(dense.out) + first_head * dense.stride_out_h * kValueBytes;
   params.lse = dense.lse + first_head * dense.stride_lse_h;
   if (dense.partial_out != nullptr) {
-    params.partial_out = dense.partial_out + first_tile * kPartialTile;
+    const int64_t value_bytes = dense.partial_scale != nullptr ? 2 : 4;
+    params.partial_out = static_cast<char*>(dense.partial_out) + first_tile * kPartialTile * value_bytes;
+    params.partial_scale = dense.partial_scale ? dense.partial_scale + first_tile * kPartialScales : nullptr;
     params.partial_lse = dense.partial_lse + first_tile * kRowTile;
   }
   params.stride_q_b = dense.stride_q_b, params.stride_q_s = dense.stride_q_s, params.stride_q_h = dense.stride_q_h;

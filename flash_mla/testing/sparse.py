@@ -160,6 +160,7 @@ def make_selected(
     lengths: Literal["none", "request", "token"] | list[int] = "none",
     invalid: float = 0.1,
     octaves: int = 0,
+    magnitude: int = 0,
     dtype: torch.dtype = torch.uint8,
     device: torch.device | str = "cpu",
     seed: int = 0,
@@ -173,6 +174,7 @@ def make_selected(
         lengths: None, a random number for each request or token (0 included), or these numbers, one per request.
         invalid: share of the lanes that hold -1, huge or negative garbage.
         octaves: rows are multiplied by powers of two from 2^-octaves to 2^octaves, and so are their columns, 32 by 32.
+        magnitude: rows are multiplied by 2^magnitude.
         device: where the tensors are.
         seed: of the random values.
     """
@@ -194,7 +196,7 @@ def make_selected(
             torch.randint(-octaves, octaves + 1, (len(rows), n), generator=generator) for n in (1, rows.shape[1] // 32)
         ]
         rows *= torch.exp2((sizes[0] + sizes[1]).float()).repeat_interleave(32, dim=1)
-    rows = rows.to(torch.bfloat16).to(device)
+    rows = (rows * 2.0**magnitude).to(torch.bfloat16).to(device)
     append_kv_cache(rows, cache, reached.to(device), known.value, False)
     on_device = None if counts is None else counts.to(torch.int32).to(device)
     return Selected(cache, indices.to(torch.int32).to(device), on_device, known)

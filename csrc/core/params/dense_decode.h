@@ -13,14 +13,23 @@ enum class Element : int { kBFloat16 = 0, kFloat16 = 1, kOther = 2 };
 constexpr int kRowTile = 64;
 constexpr int kHeadDimV = 512;
 
-// A partial result is a row tile of float32 in the order in which wgmma's accumulators hold it, so that a warp stores
-// and loads runs of 512 bytes: 16-row group, 8-column block, lane, then (row, column), (row, column + 1) and the same
-// columns of row + 8, where row is lane / 4 of the group and column lane % 4 * 2 of the block. Rows r and r + 8 of a
-// group are a pair; log-sum-exps lie pair by pair.
+// A partial result is a row tile in the order in which wgmma's accumulators hold it, so that a warp stores and loads
+// runs of 512 bytes: 16-row group, 8-column block, lane, then (row, column), (row, column + 1) and the same columns of
+// row + 8, where row is lane / 4 of the group and column lane % 4 * 2 of the block. Rows r and r + 8 of a group are a
+// pair; log-sum-exps lie pair by pair.
+//
+// In float32, or in half precision, where the blocks of a lane lie in twos, and what a lane has of a row in one half of
+// the columns has a power of two that its values are to be multiplied by.
 constexpr int kPartialBlocks = kHeadDimV / 8;
 constexpr int kPartialTile = kRowTile * kHeadDimV;
 constexpr int kPartialGroup = 16 * kHeadDimV;
 constexpr int kPartialBlock = 16 * 8;
+constexpr int kPartialScales = 4 * 2 * 32 * 2;  // of a tile: 16-row group, half of the columns, lane, row of the pair
+
+// Of a warp's scales; `side`: which half of the columns.
+constexpr int64_t partial_scale_offset(int64_t tile, int group, int side) {
+  return tile * kPartialScales + (group * 2 + side) * 64;
+}
 
 // What a call asks for, as far as the choice of a kernel goes.
 struct DenseDecodeProblem {
@@ -40,7 +49,8 @@ struct DenseDecodeParams {
   const float* attn_sink;  // null: none
   void* out;               // [b, s_q, h_q, 512]
   float* lse;              // [b, h_q, s_q]
-  float* partial_out;      // [partials, h_kv, row tiles, kPartialTile]; null: nothing can be split
+  void* partial_out;       // [partials, h_kv, row tiles, kPartialTile]; null: nothing can be split
+  float* partial_scale;    // [partials, h_kv, row tiles, kPartialScales]; null: partial_out is float32, else half
   float* partial_lse;      // [partials, h_kv, row tiles, pairs, 2], base 2; -inf: no key, and zeros in partial_out
 
   int64_t stride_q_b, stride_q_s, stride_q_h;

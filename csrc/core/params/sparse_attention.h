@@ -54,7 +54,8 @@ struct SparseAttentionParams {
   void* out;               // [b, s_q, h_q, 512], of q's type
   float* lse;              // [b, h_q, s_q] by its strides
   float* max_logits;       // null: not asked for; strides of lse
-  float* partial_out;      // [partials, partial_units, tiles per unit, kPartialTile]; null: nothing can be split
+  void* partial_out;       // [partials, partial_units, tiles per unit, kPartialTile]; null: nothing can be split
+  float* partial_scale;    // [partials, partial_units, tiles per unit, kPartialScales], as of dense decode
   float* partial_lse;      // [partials, partial_units, tiles per unit, kRowTile], as partial results of dense decode
 
   int64_t stride_q_b, stride_q_s, stride_q_h;

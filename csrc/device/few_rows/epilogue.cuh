@@ -80,7 +80,8 @@ __device__ __forceinline__ void write_few_rows(const SparseAttentionParams& para
       }
     }
     const int64_t tile = (static_cast<int64_t>(piece.partial) * params.partial_units + piece.unit) * params.unit_tiles;
-    float* partial = params.partial_out + tile * kPartialTile + group * kPartialGroup + (row * 4 + pair) * 4;
+    float* partial =
+        static_cast<float*>(params.partial_out) + tile * kPartialTile + group * kPartialGroup + (row * 4 + pair) * 4;
     if ((kPartial || piece.partial >= 0) && writes_rows) {
       // No sum is a logarithm of -inf.
       *reinterpret_cast<float2*>(params.partial_lse + tile * kRowTile + group * 16 + row * 2) =

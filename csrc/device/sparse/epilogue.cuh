@@ -6,6 +6,7 @@
 
 #include "core/params/sparse_attention.h"
 #include "device/numeric.cuh"
+#include "device/partial_results.cuh"
 #include "device/sparse/walk.h"
 
 namespace flash_mla::inline device {
@@ -13,6 +14,7 @@ namespace flash_mla::inline device {
 // `row` is the first of the thread's two rows of the tile, the other is 8 further.
 // `side`: which half of the columns; `has_rows`: whether this warpgroup is the one of the two halves that writes what
 // there is one of per row.
+template <bool kAsItIs = false>
 __device__ __forceinline__ void write_partial(const SparseAttentionParams& params, const PieceFacts& piece, int side,
                                               bool has_rows, int row, int lane, const float (&output)[2][64],
                                               const float (&reference)[2], const float (&sum)[2]) {
@@ -22,20 +24,7 @@ __device__ __forceinline__ void write_partial(const SparseAttentionParams& param
   }
   const int64_t tile =
       (static_cast<int64_t>(piece.partial) * params.partial_units + piece.unit) * params.unit_tiles + piece.row_tile;
-  const float scale[2] = {sum[0] != 0 ? 1.0f / sum[0] : 0.0f, sum[1] != 0 ? 1.0f / sum[1] : 0.0f};
-  if (has_rows && lane % 4 == 0) {
-    // No sum is a logarithm of -inf.
-    *reinterpret_cast<float2*>(params.partial_lse + tile * kRowTile + group * 16 + lane / 4 * 2) =
-        make_float2(reference[0] + log2f(sum[0]), reference[1] + log2f(sum[1]));
-  }
-  float* out = params.partial_out + tile * kPartialTile + group * kPartialGroup +
-               side * kPartialBlocks / 2 * kPartialBlock + lane * 4;
-#pragma unroll
-  for (int block = 0; block < kPartialBlocks / 2; ++block) {
-    const float* values = &output[block / 16][block % 16 * 4];
-    *reinterpret_cast<float4*>(out + block * kPartialBlock) =
-        make_float4(values[0] * scale[0], values[1] * scale[0], values[2] * scale[1], values[3] * scale[1]);
-  }
+  store_partial<kAsItIs>(params, tile, group, side, has_rows, lane, output, reference, sum);
 }
 
 // Formats of one scale: what scores are to be multiplied by beside the softmax scale, and the output.

@@ -2,8 +2,8 @@
 // from registers, so that the key slots go on filling.
 #pragma once
 
-#include "device/copy.cuh"
 #include "device/numeric.cuh"
+#include "device/partial_results.cuh"
 #include "sm90/dense_decode/pieces.cuh"
 
 namespace flash_mla::sm90::dense_decode {
@@ -19,24 +19,7 @@ __device__ __forceinline__ void write_partial(const DenseDecodeParams& params, c
   }
   const int64_t tile =
       (static_cast<int64_t>(piece.partial) * params.h_kv + place.kv_head) * params.num_row_tiles + place.row_tile;
-  const float scale[2] = {sum[0] != 0 ? 1.0f / sum[0] : 0.0f, sum[1] != 0 ? 1.0f / sum[1] : 0.0f};
-  if (side == 0 && lane % 4 == 0) {
-    // No sum is a logarithm of -inf.
-    *reinterpret_cast<float2*>(params.partial_lse + tile * kRowTile + group * 16 + lane / 4 * 2) =
-        make_float2(reference[0] + log2f(sum[0]), reference[1] + log2f(sum[1]));
-  }
-  // In L2 until the combine kernel has read them, which drops them then: every line that goes to memory in between
-  // holds up the loads of keys.
-  const uint64_t policy = evict_last_policy();
-  float* out = params.partial_out + tile * kPartialTile + group * kPartialGroup +
-               side * kPartialBlocks / 2 * kPartialBlock + lane * 4;
-#pragma unroll
-  for (int block = 0; block < kPartialBlocks / 2; ++block) {
-    const float* values = &output[block / 16][block % 16 * 4];
-    store_hinted(out + block * kPartialBlock,
-                 make_float4(values[0] * scale[0], values[1] * scale[0], values[2] * scale[1], values[3] * scale[1]),
-                 policy);
-  }
+  store_partial<false>(params, tile, group, side, side == 0, lane, output, reference, sum);
 }
 
 template <class T>

@@ -228,7 +228,7 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>, true> {
       this->scale_output(descale_of_output<C::kFormat>(params_));
     }
     if (facts.partial >= 0) {
-      write_partial(params_, facts, side_, side_ == 0, row, lane_, output_, reference_, total);
+      write_partial<true>(params_, facts, side_, side_ == 0, row, lane_, output_, reference_, total);
     } else {
       const RowWriter writer(params_, facts, side_, row, lane_, reference_, total, maximum_);
       writer.write<0>(output_[0]);

@@ -16,7 +16,7 @@ class RowSender : KeyLists<SenderConfig<C>, Storage<C>> {
 
  public:
   __device__ __forceinline__ RowSender(const SparseAttentionParams& params, Storage<C>& storage, int warp, int lane)
-      : Base(params, storage, storage.walks[warp], warp, lane) {}
+      : Base(params, storage, storage.walks[warp], warp, lane), policy_(evict_first_policy()) {}
 
   // Waits for the kernels before this one.
   __device__ __forceinline__ void run() {
@@ -106,7 +106,7 @@ class RowSender : KeyLists<SenderConfig<C>, Storage<C>> {
       }
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {
-        async_copy16(place + (i + j) * kRows * kStride, source[j]);
+        async_copy16_hinted(place + (i + j) * kRows * kStride, source[j], policy_);
       }
     }
   }
@@ -144,6 +144,9 @@ class RowSender : KeyLists<SenderConfig<C>, Storage<C>> {
       }
     });
   }
+
+  // Each row is read once a call: Q, results and partial results are to stay in L2 instead.
+  const uint64_t policy_;
 };
 
 }  // namespace flash_mla::sm90::sparse_attention
