@@ -26,8 +26,13 @@ constexpr int kStripBlocks = 4;                              // of 8 columns
 constexpr int kGroupStrips = kPartialBlocks / kStripBlocks;  // strips of a group of 16 rows
 constexpr int kCtasPerSm = 2;
 // Partial results in flight per warp: what registers hold.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kFloatsInFlight = 3;
+#else
+constexpr int kFloatsInFlight = 4;
+#endif
 template <bool kHalf>
-constexpr int kUnroll = kHalf ? 5 : 4;
+constexpr int kUnroll = kHalf ? 5 : kFloatsInFlight;
 constexpr int kEarlyBatches = 3;   // of these, that a CTA which waits reads sooner than one that starts late
 constexpr int kListed = kThreads;  // candidates per round of listing
 
