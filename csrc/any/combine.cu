@@ -26,13 +26,8 @@ constexpr int kStripBlocks = 4;                              // of 8 columns
 constexpr int kGroupStrips = kPartialBlocks / kStripBlocks;  // strips of a group of 16 rows
 constexpr int kCtasPerSm = 2;
 // Partial results in flight per warp: what registers hold.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int kFloatsInFlight = 3;
-#else
-constexpr int kFloatsInFlight = 4;
-#endif
 template <bool kHalf>
-constexpr int kUnroll = kHalf ? 5 : kFloatsInFlight;
+constexpr int kUnroll = kHalf ? 5 : 4;
 constexpr int kEarlyBatches = 3;   // of these, that a CTA which waits reads sooner than one that starts late
 constexpr int kListed = kThreads;  // candidates per round of listing
 
@@ -245,12 +240,16 @@ struct LaneValues {
   static constexpr int kWords = kStripBlocks * 4 / (kHalf ? 2 : 1), kUnits = kWords / 4;  // of 16 bytes
   static constexpr int kUnitStride = kPartialBlock * (kHalf ? 2 : 1);                     // elements
   using Element = std::conditional_t<kHalf, __half, float>;
-  uint4 units[kUnits] = {};
+  uint4 units[kUnits];
 
-  __device__ __forceinline__ void load(const void* partial_out, int64_t at) {
+  // Zeros where it does not exist. With one condition for all units ptxas spills floats on SM100.
+  __device__ __forceinline__ void load(const void* partial_out, int64_t at, bool exists) {
 #pragma unroll
     for (int i = 0; i < kUnits; ++i) {
-      units[i] = *reinterpret_cast<const uint4*>(static_cast<const Element*>(partial_out) + at + i * kUnitStride);
+      units[i] = make_uint4(0, 0, 0, 0);
+      if (exists) {
+        units[i] = *reinterpret_cast<const uint4*>(static_cast<const Element*>(partial_out) + at + i * kUnitStride);
+      }
     }
   }
 
@@ -283,9 +282,7 @@ __device__ __forceinline__ Sum accumulate(const SplitRequest& split, const void*
 #pragma unroll
     for (int u = 0; u < kUnroll<kHalf>; ++u) {
       const int at = i + u * step;
-      if (at < split.num_splits) {
-        value[u].load(partial_out, share.values + tile_of(at) * kPartialTile);
-      }
+      value[u].load(partial_out, share.values + tile_of(at) * kPartialTile, at < split.num_splits);
     }
     // After the values, of which there are many more: what waits for these waits for all.
 #pragma unroll
