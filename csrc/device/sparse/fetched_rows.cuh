@@ -52,11 +52,19 @@ class FetchedRows : protected KeyLists<C, Storage> {
     do {
       const Entry next = ahead_;
       const unsigned char* const next_row = this->locate(next);
-      if (entry.begins_piece()) {
-        this->begin_piece(entry.piece());
-      }
-      if (entry.has_tile() || early) {
-        make_tile(entry, raw);
+      bool makes = entry.has_tile() || early, makes_first = this->makes_tile_before_q(entry);
+#pragma unroll 1
+      for (;;) {
+        if (entry.begins_piece() && !makes_first) {
+          this->begin_piece(entry.piece());
+        }
+        if (makes) {
+          make_tile(entry, raw);
+        }
+        if (!makes_first) {
+          break;
+        }
+        makes = makes_first = false;
       }
       if (round == 0) {
         wait_for_dependencies();

@@ -186,6 +186,17 @@ class KeyLists {
     async_copy_arrive(shared_address(&storage_.q_full));
   }
 
+  // While the math warps still read the Q of the piece before, a tile can be made: waiting for them first would leave
+  // the warp idle until they have scored the last tile.
+  __device__ __forceinline__ bool makes_tile_before_q(const Entry& entry) const {
+    if constexpr (requires { C::kMakesTileBeforeQ; }) {
+      return entry.begins_piece() &&
+             !__all_sync(~0u, mbarrier_test(shared_address(&storage_.q_empty), (entry.piece() & 1) ^ 1));
+    } else {
+      return false;
+    }
+  }
+
   // A row of Q by its place in the item; null where the unit has no such row.
   __device__ __forceinline__ const unsigned char* row_of_q(const PieceFacts& facts, int item_row) const {
     const int row = facts.row_tile * C::kRows + item_row;

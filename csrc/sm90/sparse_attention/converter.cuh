@@ -29,7 +29,8 @@ class ConvertingWarp : KeyLists<C, Storage<C>> {
     for (uint32_t told = 0;; ++told) {
       mbarrier_wait(shared_address(&storage_.told[told % 2][sender()]), told / 2 % 2);
       const Entry entry{storage_.entries[told % 2][sender()]};
-      if (entry.begins_piece()) {
+      const bool converts_first = this->makes_tile_before_q(entry);
+      if (entry.begins_piece() && !converts_first) {
         this->begin_piece(entry.piece());
       }
       uint4 raw[kPasses];
@@ -42,6 +43,9 @@ class ConvertingWarp : KeyLists<C, Storage<C>> {
         read<1>(entry, raw, scales);
       }
       hand_back(storage_.left_empty);
+      if (converts_first) {
+        this->begin_piece(entry.piece());
+      }
       if (entry.has_tile()) {
         wait_for_place();
         convert<1>(entry, raw, scales);

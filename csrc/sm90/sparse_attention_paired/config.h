@@ -16,7 +16,8 @@ struct Config {
   static constexpr bool kHasRope = kRopeBehindValues || kRopeInValues;
 
   static constexpr bool kStartsEarly = true;  // before the kernels before it have ended, where lists are cut evenly
-  static constexpr int kRanks = 2;            // CTAs that share the columns of a row
+  static constexpr bool kMakesTileBeforeQ = true;  // of a piece, where Q is still that of the piece before
+  static constexpr int kRanks = 2;                 // CTAs that share the columns of a row
   static constexpr int kRows = 2 * kRowTile;
   static constexpr int kKeys = kScheduleBlock;
   // Of each row of Q and of the keys: 256 columns of the values, and 32 of the RoPE columns behind them.
