@@ -71,6 +71,7 @@ class FetchedRows : protected KeyLists<C, Storage> {
         early = false;
       }
       this->fetch_indices();
+      this->prefetch_next_q();
       row_ = next_row;
       row_in_page_ = next_row_in_page_;
       entry = next;

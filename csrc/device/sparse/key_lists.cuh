@@ -186,6 +186,30 @@ class KeyLists {
     async_copy_arrive(shared_address(&storage_.q_full));
   }
 
+  // Asks L2 for the Q of the piece whose first indices have been fetched, while the one before is still worked on.
+  __device__ __forceinline__ void prefetch_next_q() const {
+    if constexpr (requires { C::kPrefetchesQ; }) {
+      if (!ahead_.begins_piece()) {
+        return;
+      }
+      constexpr int kLine = 128, kSharers = 32 * C::kProducerWarps / C::kRows;  // of a row
+      constexpr int kBytes = (C::kRanks == 2 ? kHeadDimV / 2 : C::kHeadDim) * 2;
+      const int thread = warp_ * 32 + opaque_lane();
+      const unsigned char* row = row_of_q(walk_.pending[ahead_.piece()], thread / kSharers);
+      if (row == nullptr) {
+        return;
+      }
+      row += C::kRanks == 2 ? rank() * kBytes : 0;
+#pragma unroll 1
+      for (int offset = thread % kSharers * kLine; offset < kBytes; offset += kSharers * kLine) {
+        prefetch_l2(row + offset);
+      }
+      if (C::kRanks == 2 && C::kRopeBehindValues && thread % kSharers == 0) {
+        prefetch_l2(row + (kHeadDimV * 2 - rank() * kBytes));
+      }
+    }
+  }
+
   // While the math warps still read the Q of the piece before, a tile can be made: waiting for them first would leave
   // the warp idle until they have scored the last tile.
   __device__ __forceinline__ bool makes_tile_before_q(const Entry& entry) const {

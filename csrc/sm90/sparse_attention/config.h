@@ -20,6 +20,7 @@ struct Config {
 
   static constexpr bool kStartsEarly = true;  // before the kernels before it have ended, where lists are cut evenly
   static constexpr bool kMakesTileBeforeQ = true;  // of a piece, where Q is still that of the piece before
+  static constexpr bool kPrefetchesQ = true;       // of the next piece
   static constexpr int kRanks = 1;
   static constexpr int kRows = kRowTile;
   static constexpr int kKeys = kScheduleBlock;

@@ -39,6 +39,7 @@ class RowSender : KeyLists<SenderConfig<C>, Storage<C>> {
       }
       const uint32_t valid = locate(entry);
       this->fetch_indices();
+      this->prefetch_next_q();
       mbarrier_wait(shared_address(&storage_.left_empty[warp_]), slot ^ 1);
       if (entry.has_tile()) {
         if (lane_ == 0) {

@@ -17,6 +17,7 @@ struct Config {
 
   static constexpr bool kStartsEarly = true;  // before the kernels before it have ended, where lists are cut evenly
   static constexpr bool kMakesTileBeforeQ = true;  // of a piece, where Q is still that of the piece before
+  static constexpr bool kPrefetchesQ = true;       // of the next piece
   static constexpr int kRanks = 2;                 // CTAs that share the columns of a row
   static constexpr int kRows = 2 * kRowTile;
   static constexpr int kKeys = kScheduleBlock;
