@@ -23,23 +23,30 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>> {
       : Base(storage, row_tile), params_(params), row_tile_(row_tile) {}
 
   __device__ __forceinline__ void run() {
-    for (uint32_t piece = 0;; piece ^= 1) {
-      mbarrier_wait(shared_address(&storage_.q_full), piece);
-      fence_async_proxy();
-      const int num_tiles = storage_.pieces[piece].num_tiles;
-      if (num_tiles < 0) {
-        return;
-      }
+    int num_tiles = wait_for_piece(0);
+    if (!owns_rows() && num_tiles > 0) {
+      score_ahead(num_tiles == 1);
+    }
+    for (uint32_t piece = 0; num_tiles >= 0; piece ^= 1) {
       this->begin_rows();
       if (num_tiles == 0) {
         this->release_q();
       }
       if (owns_rows()) {
         run_owner(num_tiles, piece);
+        finish_piece(storage_.pieces[piece]);
+        num_tiles = wait_for_piece(piece ^ 1);
       } else {
         run_other(num_tiles);
+        // The owner of the next piece's first tile waits for this part of its scores: it comes before the results. With
+        // Q handed back, these facts may be overwritten.
+        const PieceFacts facts = storage_.pieces[piece];
+        num_tiles = wait_for_piece(piece ^ 1);
+        if (num_tiles > 0) {
+          score_ahead(num_tiles == 1);
+        }
+        finish_piece(facts);
       }
-      finish_piece(piece);
     }
   }
 
@@ -78,29 +85,38 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>> {
     send_probabilities(probabilities);
   }
 
-  // The scores of a tile are sent before the probabilities of the tile before it are waited for.
+  // Tiles of the piece whose Q is there; -1: no piece.
+  __device__ __forceinline__ int wait_for_piece(uint32_t piece) const {
+    mbarrier_wait(shared_address(&storage_.q_full), piece);
+    fence_async_proxy();
+    return storage_.pieces[piece].num_tiles;
+  }
+
+  // The scores of a tile are sent before the probabilities of the tile before it are waited for; those of the first one
+  // have been.
   __device__ __forceinline__ void run_other(int num_tiles) {
-    Ring<C::kStages> ahead = keys_;
 #pragma unroll 1
-    for (int tile = 0; tile <= num_tiles; ++tile) {
+    for (int tile = 1; tile <= num_tiles; ++tile) {
       if (tile < num_tiles) {
-        float scores[32];
-        wait_for_keys(ahead);
-        wgmma_fence();
-        issue_scores(scores, ahead.stage);
-        wgmma_wait<0>();
-        if (tile + 1 == num_tiles) {
-          this->release_q();
-        }
-        send_scores(scores);
-        ahead.advance();
+        score_ahead(tile + 1 == num_tiles);
       }
-      if (tile > 0) {
-        uint32_t probabilities[16];
-        receive_probabilities(probabilities);
-        multiply(probabilities);
-      }
+      uint32_t probabilities[16];
+      receive_probabilities(probabilities);
+      multiply(probabilities);
     }
+  }
+
+  __device__ __forceinline__ void score_ahead(bool last) {
+    float scores[32];
+    wait_for_keys(ahead_);
+    wgmma_fence();
+    issue_scores(scores, ahead_.stage);
+    wgmma_wait<0>();
+    if (last) {
+      this->release_q();
+    }
+    send_scores(scores);
+    ahead_.advance();
   }
 
   // ---- products
@@ -295,10 +311,9 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>> {
   }
 
   // ---- the end of a piece
-  __device__ __forceinline__ void finish_piece(int piece) {
+  __device__ __forceinline__ void finish_piece(PieceFacts facts) {
     int row = row_;
     asm volatile("" : "+r"(row));  // keeps the epilogue's addresses out of the loop over pieces
-    PieceFacts facts = storage_.pieces[piece];
     facts.row_tile = facts.row_tile * 2 + row_tile_;
     float total[2], maximum[2] = {-INFINITY, -INFINITY};
     const bool owner = owns_rows();
@@ -325,7 +340,8 @@ class MathWarpgroup : SeesawWarpgroup<__nv_bfloat16, Storage<C>> {
 
   const SparseAttentionParams& params_;
   const int row_tile_;
-  Ring<C::kStages> keys_;
+  Ring<C::kStages> keys_;   // of the next products
+  Ring<C::kStages> ahead_;  // of the next scores, where another CTA owns the rows
   Ring<2> messages_;
   uint32_t scores_parity_ = 0;
 };
